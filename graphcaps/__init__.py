@@ -1,0 +1,34 @@
+"""Capsule networks whose routing is message passing on batched bipartite DGL graphs."""
+
+from graphcaps import reference
+from graphcaps.decoder import Decoder
+from graphcaps.functional import length, squash
+from graphcaps.graph import batch_graph, complete_graph, routing_graph
+from graphcaps.layers import CapsuleLayer, PrimaryCapsules
+from graphcaps.losses import capsnet_loss, margin_loss, reconstruction_loss
+from graphcaps.model import CapsNet, CapsNetConfig, CapsNetOutput
+from graphcaps.passing import bind
+from graphcaps.routing import dynamic_routing, uniform_routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapsNet",
+    "CapsNetConfig",
+    "CapsNetOutput",
+    "CapsuleLayer",
+    "Decoder",
+    "PrimaryCapsules",
+    "batch_graph",
+    "bind",
+    "capsnet_loss",
+    "complete_graph",
+    "dynamic_routing",
+    "length",
+    "margin_loss",
+    "reconstruction_loss",
+    "reference",
+    "routing_graph",
+    "squash",
+    "uniform_routing",
+]

@@ -1,0 +1,7 @@
+"""`python -m graphcaps` is `graphcaps`."""
+
+import sys
+
+from graphcaps.cli import main
+
+sys.exit(main())

@@ -1,0 +1,304 @@
+"""Models and the state of a training enter, files that survive a kill leave, and back again.
+
+A run's folder holds
+
+    settings.json                   what the run was started with
+    metrics.jsonl                   one JSON object a line, as training goes
+    checkpoints/step-00000550/      model.safetensors, model.json, training.pt: to go on from
+    best/                           model.safetensors, model.json of the best epoch so far
+    result.json                     the one evaluation on the test set, when the run is finished
+
+Every file and folder is written under another name, flushed to the disk and then renamed: under
+its own name it is whole or not there.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from graphcaps.model import CapsNet, CapsNetConfig
+
+WEIGHTS, CONFIG, TRAINING = "model.safetensors", "model.json", "training.pt"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that whoever reads it, at whatever moment, finds the old or the new one.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+
+    Raises:
+        OSError: a full disk, no permission; what was there is untouched, nothing is left over.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with _naming(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        _flush_folder(path.parent)
+
+
+def save_model(folder: Path, model: CapsNet) -> None:
+    """Write `model.safetensors` and, beside it, the configuration as `model.json`.
+
+    Args:
+        folder: made if it is not there.
+        model: on any device.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
+    write_whole(folder / CONFIG, _json(asdict(model.config)))
+    write_whole(folder / WEIGHTS, safetensors.torch.save(tensors))
+
+
+def load_model(folder: Path, *, engine: str = "auto") -> CapsNet:
+    """The model that `save_model` wrote, on the CPU.
+
+    Args:
+        folder: where `model.safetensors` and `model.json` are.
+        engine: see `CapsuleLayer`.
+
+    Returns:
+        The model, in training mode as every new module.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+        ValueError: one of them is broken, or the weights are those of another model.
+    """
+    settings = read_json(folder / CONFIG)
+    known = {field.name for field in fields(CapsNetConfig)}
+    if set(settings) != known:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration of a CapsNet: "
+            f"expected the fields {sorted(known)}, got {sorted(settings)}"
+        )
+    hidden = settings["decoder_hidden"]
+    settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
+    model = CapsNet(CapsNetConfig(**settings), engine=engine)
+    load_weights(folder / WEIGHTS, model)
+    return model
+
+
+def load_weights(path: Path, model: CapsNet) -> None:
+    """Put the weights of a file into a model.
+
+    Args:
+        path: a safetensors file.
+        model: on any device; changed only if all of the weights fit.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a broken file, or the weights of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        found = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); "
+            "take a copy of it, or train again"
+        ) from error
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        here = list(expected[name].shape) if name in expected else "nothing"
+        there = list(found[name].shape) if name in found else "nothing"
+        if here != there:
+            raise ValueError(
+                f"{path} holds the weights of another model: "
+                f"for {name} the model has {here}, the file {there}"
+            )
+    model.load_state_dict(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    Args:
+        path: the folder; need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best"
+        self._checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+
+    def create(self, settings: dict[str, Any]) -> None:
+        """Make the folder and note what the run is started with.
+
+        Raises:
+            FileExistsError: there is something already.
+            OSError: no permission, a full disk.
+        """
+        self.check_free()
+        with _naming(self.path):
+            self.path.mkdir(parents=True)
+        write_whole(self.path / "settings.json", _json(settings))
+
+    def check_free(self) -> None:
+        """Raise FileExistsError where there is something already."""
+        if self.path.exists():
+            raise FileExistsError(
+                f"{self.path} exists already; add --resume to go on with that run, "
+                "or choose another folder with --run"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: settings.json is broken.
+        """
+        if not (self.path / "settings.json").is_file():
+            raise FileNotFoundError(
+                f"no run at {self.path}: expected a folder that graphcaps train made"
+            )
+        return read_json(self.path / "settings.json")
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, or None before the first."""
+        return max(self._checkpoints.glob("step-*"), default=None)
+
+    def save_checkpoint(self, step: int, model: CapsNet, training: dict[str, Any]) -> Path:
+        """Write a checkpoint, then remove the one before.
+
+        Args:
+            step: how many steps were taken.
+            model: its weights are saved.
+            training: what else it takes to go on: plain values, tensors, lists and dicts.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OSError: a full disk, no permission; the checkpoint before is still there.
+        """
+        final = self._checkpoints / f"step-{step:08d}"
+        if final.exists():  # interrupted, resumed and interrupted again before the next step
+            return final
+        unfinished = self._checkpoints / ".unfinished"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            save_model(unfinished, model)
+            buffer = io.BytesIO()
+            torch.save(training, buffer)
+            write_whole(unfinished / TRAINING, buffer.getvalue())
+            os.replace(unfinished, final)
+            _flush_folder(self._checkpoints)
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        for other in self._checkpoints.glob("step-*"):
+            if other != final:
+                shutil.rmtree(other)
+        return final
+
+    def load_checkpoint(self, checkpoint: Path, model: CapsNet) -> dict[str, Any]:
+        """Put a checkpoint's weights into `model`; returns its `training`.
+
+        Raises:
+            ValueError: a broken file, or the weights of another model.
+        """
+        load_weights(checkpoint / WEIGHTS, model)
+        try:
+            return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{checkpoint / TRAINING} is missing, truncated or not a checkpoint; "
+                f"the weights beside it can still be evaluated: {error}"
+            ) from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        with _naming(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, without a last line that a kill cut short."""
+        if not self._metrics.is_file():
+            return []
+        lines = self._metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the records that a resumed run will write again."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_whole(self._metrics, text.encode())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, which says that the run is finished."""
+        write_whole(self.path / "result.json", _json(result))
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is not finished."""
+        path = self.path / "result.json"
+        return read_json(path) if path.is_file() else None
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A write that fails does not always say where; and what is there stays."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"could not write {path}: {error.strerror}; what was saved before is untouched",
+        ) from error

@@ -1,0 +1,158 @@
+"""Flags enter, calls of the library leave; `graphcaps --help` shows them."""
+
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from graphcaps import __version__
+from graphcaps._dgl import dgl, has_cuda
+from graphcaps.checkpoints import CONFIG, RunFolder, load_model
+from graphcaps.data import load_dataset
+from graphcaps.evaluation import as_input, evaluate
+from graphcaps.images import read_digit
+from graphcaps.model import CapsNet
+from graphcaps.passing import ENGINES, choose_engine
+from graphcaps.settings import TrainSettings
+from graphcaps.training import train
+from graphcaps.workers import joined_workers
+
+Engine = Literal["auto", "udf", "builtin", "scatter"]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Count the errors of a trained net on test images."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
+    dataset: str | None = None
+    """As for train. Default: the one the run was trained on."""
+    data_dir: Path = Path("data")
+    """Where data sets are kept."""
+    engine: Engine = "auto"
+    """How messages are passed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """Tell the digit in image files, with the lengths of all class capsules."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """PNG or JPEG files of any size, dark on light or light on dark, one digit each."""
+    run: Path
+    """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
+    engine: Engine = "auto"
+    """How messages are passed."""
+
+
+@dataclass(frozen=True)
+class InfoSettings:
+    """Show versions, devices, and which engines can run on them and why."""
+
+
+Command = (
+    Annotated[TrainSettings, tyro.conf.subcommand("train")]
+    | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+    | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+    | Annotated[InfoSettings, tyro.conf.subcommand("info")]
+)
+
+
+def main() -> int:
+    """Run the program; returns its exit status."""
+    command = tyro.cli(
+        Command,
+        prog="graphcaps",
+        description="Capsule networks routed by message passing on DGL graphs.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        match command:
+            case TrainSettings():
+                _train(command)
+            case EvaluateSettings():
+                _evaluate(command)
+            case PredictSettings():
+                _predict(command)
+            case InfoSettings():
+                _info()
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"graphcaps: {_message(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(settings: TrainSettings) -> None:
+    result = train(settings)
+    print(
+        f"Test accuracy {result['test_accuracy']:.2%} "
+        f"({result['test_errors']} errors in {result['test_images']:,} images of "
+        f"{result['dataset']}), weights of epoch {result['best_epoch']}, the best on the "
+        f"hold-out; {result['seconds']:.0f} s of training.\n"
+        f"The run's files are in {result['run']}"
+    )
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    model = _load(settings.run, settings.engine)
+    dataset = settings.dataset or RunFolder(settings.run).settings()["settings"]["dataset"]
+    with joined_workers(settings.device) as workers:
+        data = load_dataset(dataset, settings.data_dir)
+        score = evaluate(model.to(workers.device), data.test)
+    print(
+        f"Test accuracy {score.accuracy:.2%} "
+        f"({score.errors} errors in {score.images:,} images of {data.name}), loss {score.loss:.4f}"
+    )
+
+
+@torch.no_grad()
+def _predict(settings: PredictSettings) -> None:
+    model = _load(settings.run, settings.engine).eval()
+    for path in settings.images:
+        image = read_digit(path, size=model.config.image_size)
+        lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]
+        print(f"{path}: {int(lengths.argmax())}")
+        print("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+
+
+def _info() -> None:
+    print(
+        f"graphcaps {__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, DGL {dgl.__version__} "
+        f"({'with' if has_cuda() else 'without'} CUDA)"
+    )
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        print(f"{device} ({name}): engine auto is {choose_engine('auto', device)}")
+        for engine, kind in ENGINES.items():
+            print(f"  {engine:8} {kind.why_not(device) or 'can run'}")
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+
+
+def _load(run: Path, engine: str) -> CapsNet:
+    folder = run if (run / CONFIG).is_file() else RunFolder(run).best
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"no trained net at {run}: expected the folder of a run that has finished an epoch "
+            "(graphcaps train makes one), or one with model.safetensors and model.json"
+        )
+    return load_model(folder, engine=engine)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,79 @@
+"""Capsule vectors enter, squashed vectors or their lengths leave: plain tensors, no graph."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def length(v: Tensor) -> Tensor:
+    """Euclidean length of every capsule, the probability that its entity is there.
+
+    At the zero vector the length is 0 and its gradient is 0, not NaN: torch defines the
+    subgradient of `vector_norm` so.
+
+    Args:
+        v: capsules, `[..., D]`.
+
+    Returns:
+        Lengths, `[...]`.
+
+    >>> length(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([5., 0.])
+    """
+    return torch.linalg.vector_norm(v, dim=-1)
+
+
+def squash(s: Tensor) -> Tensor:
+    """Shrink every vector to a length below 1 and keep its direction.
+
+    `squash(s) = |s|²/(1+|s|²) · s/|s|`, Sabour et al. 2017, equation 1, computed as
+    `s · |s|/(1+|s|²)`: nothing is divided by a length, so no ε is needed at zero.
+
+    Args:
+        s: vectors, `[..., D]`.
+
+    Returns:
+        Squashed vectors, `[..., D]`.
+
+    >>> squash(torch.tensor([0.0, 3.0]))
+    tensor([0.0000, 0.9000])
+    """
+    norm = length(s).unsqueeze(-1)
+    return s * (norm / (1 + norm.square()))
+
+
+def multi_hot(labels: Tensor, classes: int) -> Tensor:
+    """Labels as 0 and 1 for every class, which is what losses and the decoder's mask work with.
+
+    Args:
+        labels: the class of each sample, integers `[B]`, or already 0 and 1, `[B, classes]`.
+        classes: number of classes.
+
+    Returns:
+        `[B, classes]`; int64 where `labels` was `[B]`, otherwise `labels` itself.
+
+    Raises:
+        ValueError: another shape, class numbers that are not integers, or (on the CPU, where
+            looking is free) a class number outside `0 … classes − 1`.
+
+    >>> multi_hot(torch.tensor([2, 0]), classes=3)
+    tensor([[0, 0, 1],
+            [1, 0, 0]])
+    """
+    if labels.dim() == 2 and labels.shape[1] == classes:
+        return labels
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"expected labels as integers [B] or as 0 and 1 in [B, {classes}]; "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    if (
+        labels.device.type == "cpu"
+        and len(labels)
+        and not 0 <= labels.min() <= labels.max() < classes
+    ):
+        raise ValueError(
+            f"expected labels from 0 to {classes - 1}; "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    return F.one_hot(labels.long(), classes)

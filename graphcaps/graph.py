@@ -1,0 +1,204 @@
+"""Pairs of a child and a parent enter, a DGL graph `child -votes-> parent` leaves, or a batch.
+
+The order of the edges is a contract. The edges of one graph keep the order in which they were
+given; those of a batch are sample-major, so edge `e` of sample `b` is edge `b·E + e`. A complete
+graph is child-major: a feature of its batched edges, `[B·E, D]`, is `[B, I, J, D]` by a view.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphcaps._dgl import dgl
+
+VOTES = ("child", "votes", "parent")
+LARGEST_ID = torch.iinfo(torch.int32).max
+
+
+def routing_graph(
+    child: Tensor | Sequence[int],
+    parent: Tensor | Sequence[int],
+    *,
+    children: int | None = None,
+    parents: int | None = None,
+    weight_index: Tensor | Sequence[int] | None = None,
+) -> dgl.DGLGraph:
+    """Which child may vote for which parent, and with which matrix.
+
+    Args:
+        child: number of the voting child of each edge, `[E]`.
+        parent: number of the parent voted for, `[E]`.
+        children: number of children; the largest that votes, plus one, if not given.
+        parents: number of parents; the largest voted for, plus one, if not given.
+        weight_index: which of the `M` matrices an edge votes with, `[E]`, integers from 0.
+            Edges with the same number share a matrix. If not given, each edge has its own.
+
+    Returns:
+        A DGL heterograph, int32, with node types `child` and `parent`, edge type `votes`, and
+        the edge feature `weight_index`, int64 `[E]`. Children without parents and parents
+        without children are fine.
+
+    Raises:
+        ValueError: indices that are not integers, lie outside, or differ in number.
+
+    >>> graph = routing_graph([0, 0, 1], [0, 1, 1], parents=3, weight_index=[0, 1, 0])
+    >>> graph.num_nodes("child"), graph.num_nodes("parent"), graph.num_edges()
+    (2, 3, 3)
+    """
+    child, children = _node_numbers("child", child, children)
+    parent, parents = _node_numbers("parent", parent, parents)
+    if len(child) != len(parent):
+        raise ValueError(
+            f"each edge needs one child and one parent; "
+            f"got {len(child)} children and {len(parent)} parents"
+        )
+    if weight_index is None:
+        weight_index = torch.arange(len(child))
+    weight_index, _ = _node_numbers("weight_index", weight_index, None)
+    if len(weight_index) != len(child):
+        raise ValueError(
+            f"weight_index needs one number per edge, {len(child)}; got {len(weight_index)}"
+        )
+    graph = dgl.heterograph(
+        {VOTES: (child, parent)}, {"child": children, "parent": parents}, idtype=torch.int32
+    )
+    graph.edata["weight_index"] = weight_index
+    return graph
+
+
+def complete_graph(children: int, parents: int) -> dgl.DGLGraph:
+    """Every child votes for every parent, each edge with a matrix of its own.
+
+    Args:
+        children: number of children, I.
+        parents: number of parents, J.
+
+    Returns:
+        A graph as `routing_graph` gives it, its `I·J` edges child-major.
+
+    Raises:
+        ValueError: a number below 1.
+
+    >>> complete_graph(children=1152, parents=10).num_edges()
+    11520
+    """
+    if children < 1 or parents < 1:
+        raise ValueError(
+            f"a complete graph needs at least 1 child and 1 parent; got {children} and {parents}"
+        )
+    return routing_graph(
+        torch.arange(children).repeat_interleave(parents),
+        torch.arange(parents).repeat(children),
+        children=children,
+        parents=parents,
+    )
+
+
+def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
+    """The same graph once for each sample, as one DGL graph without features.
+
+    All of DGL's sparse formats are built here, so that no later call pays for them.
+
+    Args:
+        graph: as `routing_graph` gives it; not written on.
+        batch_size: number of samples, B; 0 gives a graph without nodes.
+
+    Returns:
+        A batched graph of `B·I` children, `B·J` parents and `B·E` edges, sample-major.
+
+    Raises:
+        ValueError: a negative batch size, or more nodes or edges than int32 can number.
+
+    >>> batch_graph(complete_graph(3, 2), 4).batch_num_edges().tolist()
+    [6, 6, 6, 6]
+    """
+    most = max(graph.num_nodes("child"), graph.num_nodes("parent"), graph.num_edges())
+    if not 0 <= batch_size * most <= LARGEST_ID:
+        raise ValueError(
+            f"a batch of {batch_size} graphs with {graph.num_edges()} edges cannot be numbered "
+            "in int32; use a batch size from 0, small enough for 2³¹ − 1 edges"
+        )
+    alone = dgl.heterograph(
+        {VOTES: graph.edges()},
+        {kind: graph.num_nodes(kind) for kind in ("child", "parent")},
+        idtype=torch.int32,
+    )
+    batched = dgl.batch([alone] * batch_size) if batch_size else _graph_without_nodes(graph.device)
+    batched.create_formats_()
+    return batched
+
+
+def check_routing_graph(graph: object, kinds: int | None = None) -> None:
+    """Say what is wrong with a graph that somebody else may have made.
+
+    Args:
+        graph: anything.
+        kinds: number of matrices there are, M; not checked if not given.
+
+    Raises:
+        ValueError: not a DGL graph `child -votes-> parent` in int32 with a usable `weight_index`.
+    """
+    if not isinstance(graph, dgl.DGLGraph):
+        raise ValueError(f"expected a DGL graph from routing_graph; got {type(graph).__name__}")
+    if graph.canonical_etypes != [VOTES]:
+        raise ValueError(
+            f"expected a graph with the one edge type {VOTES}, as routing_graph makes it; "
+            f"got {graph.canonical_etypes}"
+        )
+    if graph.idtype != torch.int32:
+        raise ValueError(f"expected a graph in int32; got {graph.idtype}; use graph.int()")
+    index = graph.edata.get("weight_index")
+    if index is None:
+        raise ValueError("the graph's edges lack the feature weight_index; see routing_graph")
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(
+            f"expected weight_index as int64 [E]; got {index.dtype} {list(index.shape)}"
+        )
+    if len(index) and (index.min() < 0 or (kinds is not None and index.max() >= kinds)):
+        raise ValueError(
+            f"weight_index runs from {int(index.min())} to {int(index.max())}, "
+            f"but there are {kinds} matrices, numbered from 0"
+        )
+
+
+def is_complete(graph: dgl.DGLGraph) -> bool:
+    """Whether the edges are those of `complete_graph`, in its order, with its own matrices."""
+    parents = graph.num_nodes("parent")
+    edges = torch.arange(graph.num_edges(), device=graph.device)
+    if not len(edges) or len(edges) != graph.num_nodes("child") * parents:
+        return False
+    child, parent = graph.edges()
+    return bool(
+        (child == edges // parents).all()
+        and (parent == edges % parents).all()
+        and (graph.edata["weight_index"] == edges).all()
+    )
+
+
+def _node_numbers(
+    name: str, numbers: Tensor | Sequence[int], count: int | None
+) -> tuple[Tensor, int]:
+    numbers = torch.as_tensor(numbers)
+    if numbers.numel() == 0:
+        numbers = numbers.long()
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(
+            f"{name} needs integers, one per edge; "
+            f"got {numbers.dtype} of shape {list(numbers.shape)}"
+        )
+    numbers = numbers.long()
+    least, most = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, -1)
+    count = most + 1 if count is None else count
+    if least < 0 or most >= count:
+        raise ValueError(
+            f"{name} runs from {least} to {most}, but must lie between 0 and {count - 1}"
+        )
+    return numbers, count
+
+
+def _graph_without_nodes(device: torch.device) -> dgl.DGLGraph:
+    nothing = torch.zeros(0, dtype=torch.int32, device=device)
+    return dgl.heterograph(
+        {VOTES: (nothing, nothing)}, {"child": 0, "parent": 0}, idtype=torch.int32
+    )

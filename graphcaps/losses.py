@@ -1,0 +1,90 @@
+"""Lengths, reconstructions and what they should have been enter, a loss leaves."""
+
+from torch import Tensor
+
+from graphcaps.functional import multi_hot
+from graphcaps.model import CapsNetOutput
+
+RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; 0.392 of their mean at 784 pixels
+
+
+def margin_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    *,
+    present: float = 0.9,
+    absent: float = 0.1,
+    down_weight: float = 0.5,
+) -> Tensor:
+    """Long capsules for the classes in the image, short ones for the others.
+
+    `L_k = T_k max(0, m⁺ − |v_k|)² + λ (1 − T_k) max(0, |v_k| − m⁻)²`, Sabour et al. 2017,
+    equation 4, summed over classes k, averaged over the batch.
+
+    Args:
+        lengths: |v_k|, `[B, J]`.
+        labels: the class of each image, integers `[B]`, or 0 and 1 for every class, `[B, J]`,
+            where images show several.
+        present: m⁺, the length above which a present class costs nothing.
+        absent: m⁻, the length below which an absent class costs nothing.
+        down_weight: λ, the weight of the absent classes.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: labels that do not fit, as `multi_hot`.
+
+    >>> import torch
+    >>> margin_loss(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1]))
+    tensor(0.4800)
+    """
+    present_class = multi_hot(labels, lengths.shape[1]).to(lengths.dtype)
+    loss = present_class * (present - lengths).clamp(min=0).square()
+    loss = loss + down_weight * (1 - present_class) * (lengths - absent).clamp(min=0).square()
+    return loss.sum(dim=1).mean()
+
+
+def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Squared errors, summed over the pixels of an image, averaged over the batch.
+
+    Args:
+        reconstruction: `[B, C, H, W]`.
+        images: `[B, C, H, W]`.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if reconstruction.shape != images.shape:
+        raise ValueError(
+            f"expected a reconstruction of the images' shape {list(images.shape)}; "
+            f"got {list(reconstruction.shape)}"
+        )
+    return (reconstruction - images).square().flatten(1).sum(dim=1).mean()
+
+
+def capsnet_loss(
+    output: CapsNetOutput,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
+) -> Tensor:
+    """Margin loss plus 0.0005 × the reconstruction loss, Sabour et al. 2017, section 4.1.
+
+    Args:
+        output: what the model gave for `images`.
+        images: in 0…1, `[B, C, H, W]`.
+        labels: as `margin_loss`.
+        reconstruction_weight: of the sum of an image's squared errors.
+
+    Returns:
+        The loss, a scalar.
+    """
+    loss = margin_loss(output.lengths, labels)
+    if output.reconstruction is None:
+        return loss
+    return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)

@@ -1,0 +1,152 @@
+"""Images enter, class capsules, their lengths and a reconstruction leave."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from graphcaps.decoder import Decoder
+from graphcaps.functional import length, multi_hot
+from graphcaps.graph import complete_graph
+from graphcaps.layers import CapsuleLayer, PrimaryCapsules
+
+
+@dataclass(frozen=True)
+class CapsNetConfig:
+    """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
+
+    image_channels: int = 1
+    image_size: int = 28  # pixels, height and width
+    classes: int = 10
+    conv_channels: int = 256
+    kernel_size: int = 9  # pixels, of both convolutions
+    capsule_maps: int = 32
+    child_dim: int = 8
+    parent_dim: int = 16
+    routing: Literal["dynamic", "uniform"] = "dynamic"
+    iterations: int = 3
+    decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
+
+    def grid_size(self) -> int:
+        """Height and width, in capsules, of each capsule map."""
+        after_conv = self.image_size - self.kernel_size + 1
+        after_primary = (after_conv - self.kernel_size) // 2 + 1
+        if after_primary < 1:
+            raise ValueError(
+                f"images of {self.image_size} pixels are too small for two convolutions of "
+                f"{self.kernel_size}: they need at least {2 * self.kernel_size - 1}"
+            )
+        return after_primary
+
+
+PRESETS = {
+    "paper": CapsNetConfig(),
+    "small": CapsNetConfig(conv_channels=64, capsule_maps=8),
+}
+
+
+class CapsNetOutput(NamedTuple):
+    """What a CapsNet gives for a batch of images."""
+
+    poses: Tensor  # class capsules v, [B, J, D]
+    lengths: Tensor  # |v|, [B, J]
+    reconstruction: Tensor | None  # [B, C, H, W], or None without a decoder
+
+
+class CapsNet(nn.Module):
+    """Convolution, primary capsules, class capsules routed on a DGL graph, and a decoder.
+
+    Args:
+        config: the sizes.
+        engine: how messages are passed, see `CapsuleLayer`; not part of a checkpoint.
+
+    >>> import torch
+    >>> model = CapsNet.from_preset("small")
+    >>> output = model(torch.rand(2, 1, 28, 28))
+    >>> output.lengths.shape, output.reconstruction.shape
+    (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))
+    """
+
+    def __init__(self, config: CapsNetConfig, *, engine: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        children = config.capsule_maps * config.grid_size() ** 2
+        self.conv = nn.Sequential(
+            nn.Conv2d(config.image_channels, config.conv_channels, config.kernel_size),
+            nn.ReLU(),
+        )
+        self.primary = PrimaryCapsules(
+            config.conv_channels, config.capsule_maps, config.child_dim, config.kernel_size
+        )
+        self.capsules = CapsuleLayer(
+            complete_graph(children, config.classes),
+            config.child_dim,
+            config.parent_dim,
+            routing=config.routing,
+            iterations=config.iterations,
+            engine=engine,
+        )
+        self.decoder = (
+            None
+            if config.decoder_hidden is None
+            else Decoder(
+                config.classes, config.parent_dim, self._image_shape, config.decoder_hidden
+            )
+        )
+
+    @classmethod
+    def from_preset(cls, preset: str, *, engine: str = "auto", **changes: Any) -> "CapsNet":
+        """A net of known sizes with fresh weights.
+
+        Args:
+            preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
+            engine: see `CapsuleLayer`.
+            changes: fields of `CapsNetConfig` to set otherwise.
+
+        Raises:
+            ValueError: an unknown preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        return cls(replace(PRESETS[preset], **changes), engine=engine)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        """Route images to class capsules and draw them again.
+
+        Args:
+            images: in 0…1, `[B, C, H, W]`.
+            labels: which capsules are drawn: in training the true classes, `[B]` or 0 and 1 in
+                `[B, J]`; without labels, in evaluation, the longest capsule.
+
+        Returns:
+            Poses, lengths and reconstruction.
+
+        Raises:
+            ValueError: images of another shape, dtype or device than the model's.
+        """
+        self._check_images(images)
+        poses = self.capsules(self.primary(self.conv(images)))
+        lengths = length(poses)
+        if self.decoder is None:
+            return CapsNetOutput(poses, lengths, None)
+        chosen = lengths.argmax(dim=1) if labels is None else labels
+        mask = multi_hot(chosen, self.config.classes)
+        return CapsNetOutput(poses, lengths, self.decoder(poses, mask))
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        size = self.config.image_size
+        return self.config.image_channels, size, size
+
+    def _check_images(self, images: Tensor) -> None:
+        weight = self.capsules.weight
+        if images.dim() != 4 or images.shape[1:] != self._image_shape:
+            raise ValueError(
+                f"expected images of shape [batch, {', '.join(map(str, self._image_shape))}]; "
+                f"got {list(images.shape)}"
+            )
+        if images.dtype != weight.dtype or images.device != weight.device:
+            raise ValueError(
+                f"expected images in {weight.dtype} from 0 to 1 on {weight.device}, as the model; "
+                f"got {images.dtype} on {images.device}"
+            )

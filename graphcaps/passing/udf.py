@@ -1,0 +1,58 @@
+"""Routing's message passing as DGL's user-defined functions: the definition, literally."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from graphcaps._dgl import dgl, why_not_on
+
+
+class UdfEngine:
+    """Edge softmax, a message and a reduce function, a node function and an edge function."""
+
+    def __init__(self, graph: dgl.DGLGraph, device: torch.device) -> None:
+        self.graph = graph.to(device)
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        return why_not_on(device)
+
+    def softmax_over_parents(self, b: Tensor) -> Tensor:
+        # DGL's default, norm_by="dst", is over the children of a parent
+        return dgl.nn.functional.edge_softmax(self.graph, b, norm_by="src")
+
+    def sum_into_parents(
+        self, c: Tensor, u_hat: Tensor, node_function: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        graph = self.graph.local_var()
+        graph.edata["c"], graph.edata["u_hat"] = c, u_hat
+        graph.nodes["parent"].data["s"] = u_hat.new_zeros(graph.num_nodes("parent"), u_hat.shape[1])
+
+        def message(edges):
+            return {"m": edges.data["c"] * edges.data["u_hat"]}
+
+        def reduce(nodes):
+            return {"s": nodes.mailbox["m"].sum(dim=1)}
+
+        def apply(nodes):
+            return {"v": node_function(nodes.data["s"])}
+
+        if graph.num_edges():
+            graph.update_all(message, reduce)
+        graph.apply_nodes(apply, ntype="parent")
+        return graph.nodes["parent"].data["s"], graph.nodes["parent"].data["v"]
+
+    def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
+        graph = self.graph.local_var()
+        graph.edata["u_hat"], graph.nodes["parent"].data["v"] = u_hat, v
+        graph.apply_edges(
+            lambda edges: {"a": (edges.data["u_hat"] * edges.dst["v"]).sum(dim=-1, keepdim=True)}
+        )
+        return graph.edata["a"]
+
+    def expand_to_edges(self, v: Tensor) -> Tensor:
+        graph = self.graph.local_var()
+        graph.nodes["parent"].data["v"] = v
+        graph.apply_edges(lambda edges: {"v": edges.dst["v"]})
+        return graph.edata["v"]

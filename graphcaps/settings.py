@@ -1,0 +1,177 @@
+"""What a person asks of a training enters, every number of its recipe leaves."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Train a CapsNet, test it once, and keep everything in a run's folder."""
+
+    preset: Literal["auto", "paper", "small"] = "auto"
+    """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
+    a CUDA device, small elsewhere."""
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download), or a folder with four
+    IDX files of your own."""
+    data_dir: Path = Path("data")
+    """Where data sets are kept."""
+    run: Path | None = None
+    """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
+    resume: bool = False
+    """Go on with the run in --run from its last checkpoint."""
+    epochs: int | None = None
+    """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
+    than 400 steps."""
+    batch_size: int | None = None
+    """Images per step, over all processes. Default: the preset's (paper 128, small 100)."""
+    learning_rate: float | None = None
+    """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
+    times 0.96 every 2000 steps; small 0.003, one cycle)."""
+    routing: Literal["dynamic", "uniform"] = "dynamic"
+    """Routing by agreement, or the control without routing."""
+    iterations: int = 3
+    """Of dynamic routing."""
+    shift: int = 2
+    """Training images are moved by up to this many pixels."""
+    engine: Literal["auto", "udf", "builtin", "scatter"] = "auto"
+    """How messages are passed; changes speed, not results. See graphcaps info."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    amp: Literal["off", "bf16"] = "off"
+    """bf16: convolutions and decoder in bfloat16; votes and routing stay in float32."""
+    seed: int = 0
+    """Of the weights, the order of the images and their shifts."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints, besides the one after every epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too, into the run's folder."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset's net is trained: numbers that were asked for, or the preset's own."""
+
+    preset: str
+    epochs: int
+    batch_size: int  # over all processes
+    learning_rate: float
+    schedule: Literal["exponential", "one-cycle"]
+
+
+RECIPES = {
+    "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
+    "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
+}
+FEWEST_STEPS = 400  # a small data set is passed over more often
+MAY_CHANGE_ON_RESUME = ("run", "resume", "data_dir", "engine", "device", "tensorboard")
+
+
+def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, str]:
+    """The preset that is trained, and why.
+
+    >>> choose_preset(TrainSettings(), torch.device("cpu"))
+    ('small', 'there is no CUDA device, on which the paper's net would be trained')
+    """
+    if settings.preset != "auto":
+        return settings.preset, "it was asked for"
+    if device.type == "cuda":
+        return "paper", f"there is a CUDA device, {torch.cuda.get_device_name(device)}"
+    return "small", "there is no CUDA device, on which the paper's net would be trained"
+
+
+def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
+    """The preset's recipe with what was asked for in its place.
+
+    Args:
+        settings: what was asked for.
+        preset: a name in `RECIPES`.
+        images: number of training images.
+
+    Returns:
+        The recipe of this training.
+
+    Raises:
+        ValueError: numbers that no training can have.
+    """
+    recipe = RECIPES[preset]
+    batch_size = recipe.batch_size if settings.batch_size is None else settings.batch_size
+    if not 1 <= batch_size <= images:
+        raise ValueError(
+            f"expected a batch size from 1 to the {images} training images; got {batch_size}"
+        )
+    enough = max(recipe.epochs, math.ceil(FEWEST_STEPS / (images // batch_size)))
+    epochs = enough if settings.epochs is None else settings.epochs
+    rate = recipe.learning_rate if settings.learning_rate is None else settings.learning_rate
+    for name, number, least in (
+        ("epochs", epochs, 1),
+        ("iterations", settings.iterations, 1),
+        ("shift", settings.shift, 0),
+        ("checkpoint_every", settings.checkpoint_every, 1),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}; got {number}")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"the learning rate must be above 0; got {rate}")
+    return replace(recipe, epochs=epochs, batch_size=batch_size, learning_rate=rate)
+
+
+def resumed_settings(asked: TrainSettings, stored: dict[str, Any]) -> TrainSettings:
+    """The settings a run was started with, with what may change from one start to the next.
+
+    Args:
+        asked: what is asked for now.
+        stored: what the run's settings.json holds.
+
+    Returns:
+        The settings to go on with.
+
+    Raises:
+        ValueError: something is asked for that a run cannot change, or `stored` is foreign.
+    """
+    try:
+        values = stored["settings"]
+        started = TrainSettings(**{**values, "data_dir": Path(values["data_dir"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"the run's settings are not those of graphcaps: {error}") from None
+    changes = {}
+    for field in fields(TrainSettings):
+        new, old = getattr(asked, field.name), getattr(started, field.name)
+        if field.name in MAY_CHANGE_ON_RESUME:
+            changes[field.name] = old if new == field.default else new
+        elif new not in (field.default, old):
+            raise ValueError(
+                f"a run goes on with the settings it was started with: {field.name} is {old}, "
+                f"not {new}; leave it out, or start another run"
+            )
+    return replace(started, **changes)
+
+
+def as_json(settings: TrainSettings) -> dict[str, Any]:
+    """The settings as values that JSON has."""
+    values = {field.name: getattr(settings, field.name) for field in fields(TrainSettings)}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """The learning rate from step to step.
+
+    Args:
+        optimizer: whose rate is set.
+        recipe: which schedule, and for how long.
+        steps_per_epoch: number of steps.
+
+    Returns:
+        `exponential`: times 0.96 every 2000 steps, continuously, as in the authors' code.
+        `one-cycle`: up to the learning rate and down to nothing (Smith 2018).
+    """
+    if recipe.schedule == "one-cycle":
+        steps = recipe.epochs * steps_per_epoch
+        return OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1)
+    return LambdaLR(optimizer, lambda step: 0.96 ** (step / 2000))

@@ -1,0 +1,434 @@
+"""Settings enter, a trained and tested CapsNet in a run's folder leaves."""
+
+import importlib.metadata
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from graphcaps._dgl import dgl
+from graphcaps.checkpoints import RunFolder, load_model, save_model
+from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
+from graphcaps.evaluation import as_input, evaluate
+from graphcaps.layers import NonFinitePosesError
+from graphcaps.losses import capsnet_loss
+from graphcaps.model import CapsNet
+from graphcaps.passing import choose_engine
+from graphcaps.settings import (
+    Recipe,
+    TrainSettings,
+    as_json,
+    choose_preset,
+    make_recipe,
+    make_schedule,
+    resumed_settings,
+)
+from graphcaps.workers import Workers, joined_workers
+
+STEPS_PER_RECORD = 20
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train, select the best epoch on the hold-out, test once.
+
+    Args:
+        settings: what is asked for. Under torchrun every process calls this with the same.
+
+    Returns:
+        What result.json holds: test accuracy and errors, the best epoch, seconds, the folder.
+
+    Raises:
+        ValueError, OSError, RuntimeError: settings that cannot be met, with what to do.
+        TrainingDivergedError: a loss that is not finite; the last checkpoint is good.
+        KeyboardInterrupt: SIGINT or SIGTERM came; everything is saved.
+    """
+    with joined_workers(settings.device) as workers:
+        preset, why = choose_preset(settings, workers.device)
+        if settings.resume:
+            run = _run_to_resume(settings)
+            started = run.settings()
+            settings = resumed_settings(settings, started)
+            finished = run.result()
+            if finished is not None:
+                _say(workers, f"{run.path} is finished; nothing is left to do")
+                return finished
+            data = _load_data(settings, workers)
+            recipe, why = Recipe(**started["recipe"]), "the run goes on"
+        else:
+            run = workers.agree(_new_run(settings, preset))
+            data = _load_data(settings, workers)
+            recipe = make_recipe(settings, preset, len(data.train.labels))
+        trainer = Trainer(settings, recipe, data, workers, run)
+        if workers.leads and not settings.resume:
+            run.create(
+                {"settings": as_json(settings), "recipe": asdict(recipe), "versions": _versions()}
+            )
+        workers.wait()
+        _say(workers, f"Training the {recipe.preset} net: {why}.\n{trainer.describe()}")
+        return trainer.train()
+
+
+class Trainer:
+    """One run: its model, optimiser, schedule and position.
+
+    Args:
+        settings: what was asked for.
+        recipe: what that comes to.
+        data: the images; training ones are kept on the device.
+        workers: the processes that train together.
+        run: where everything is written.
+
+    Raises:
+        ValueError: data that no CapsNet can be trained on.
+        RuntimeError: an engine that cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        recipe: Recipe,
+        data: Dataset,
+        workers: Workers,
+        run: RunFolder,
+    ) -> None:
+        _check_data(data)
+        choose_engine(settings.engine, workers.device)
+        if recipe.batch_size % workers.size:
+            raise ValueError(
+                f"{workers.size} processes share every batch equally: expected a batch size "
+                f"that {workers.size} divides, got {recipe.batch_size}"
+            )
+        self.settings, self.recipe = settings, recipe
+        self.data, self.workers, self.run = data, workers, run
+        self.batch_size, self.epochs = recipe.batch_size, recipe.epochs
+        self.steps_per_epoch = len(data.train.labels) // self.batch_size
+        torch.manual_seed(settings.seed)
+        self.model = CapsNet.from_preset(
+            recipe.preset,
+            engine=settings.engine,
+            image_channels=data.train.images.shape[1],
+            image_size=data.train.images.shape[2],
+            classes=len(data.classes),
+            routing=settings.routing,
+            iterations=settings.iterations,
+        ).to(workers.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        self.schedule = make_schedule(self.optimizer, recipe, self.steps_per_epoch)
+        self.step = 0
+        self.seconds = 0.0
+        self.best_epoch, self.best_accuracy = 0, -1.0
+        self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss, correct
+        if settings.resume:
+            self._resume()
+        self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
+        self._images = data.train.images.to(workers.device)
+        self._labels = data.train.labels.to(workers.device)
+
+    def describe(self) -> str:
+        """What is trained on what, in two lines."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        engine = choose_engine(self.settings.engine, self.workers.device)
+        return (
+            f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
+            f"{len(self._labels):,} images of {self.data.name}, "
+            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size}.\n"
+            f"Everything goes to {self.run.path}"
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Go on from the present position to the end; see `graphcaps.training.train`."""
+        started = time.monotonic() - self.seconds
+        bar = tqdm(
+            total=self.epochs * self.steps_per_epoch * self.batch_size,
+            initial=self.step * self.batch_size,
+            unit=" images",
+            disable=not self.workers.leads,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        with bar, _tensorboard(self) as writer, _stop_signals() as stop:
+            for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+                bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
+                self._train_epoch(epoch, bar, writer, stop, started)
+                self.seconds = time.monotonic() - started
+                self._end_epoch(epoch, bar, writer)
+                if self._everyone_stops(stop):
+                    self._stop()
+        self.seconds = time.monotonic() - started
+        return self._test()
+
+    def _train_epoch(self, epoch: int, bar: tqdm, writer: Any, stop: list, started: float) -> None:
+        order, shifts = self._plan(epoch)
+        for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
+            chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen], bool(stop))
+            self.epoch_sums += torch.tensor([loss, correct])
+            self.step += 1
+            self.seconds = time.monotonic() - started
+            bar.update(self.batch_size)
+            seen = number + 1
+            bar.set_postfix(
+                loss=f"{self.epoch_sums[0] / seen:.4f}",
+                accuracy=f"{self.epoch_sums[1] / (seen * self.batch_size):.2%}",
+                refresh=False,
+            )
+            if self.step % STEPS_PER_RECORD == 0:
+                self._log(
+                    writer,
+                    "step",
+                    epoch=epoch + 1,
+                    loss=loss,
+                    accuracy=correct / self.batch_size,
+                    learning_rate=self._learning_rate(),
+                )
+            if seen < self.steps_per_epoch:  # the epoch's end has a checkpoint of its own
+                if stopping or self.step % self.settings.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if stopping:
+                    self._stop()
+
+    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order and the shifts of an epoch, from seed and number alone: nothing to save."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._labels), generator=generator)
+        shifts = draw_shifts(len(order), self.settings.shift, generator)
+        return order.to(self.workers.device), shifts.to(self.workers.device)
+
+    def _take_step(self, chosen: Tensor, shifts: Tensor, stop: bool) -> tuple[float, int, bool]:
+        """One step on a batch: its loss, how many it got right, whether anyone wants to stop."""
+        mine = slice(self.workers.rank, None, self.workers.size)
+        images = as_input(shift(self._images[chosen[mine]], shifts[mine]), self.model)
+        labels = self._labels[chosen[mine]]
+        self.optimizer.zero_grad()
+        try:
+            with torch.autocast(
+                self.workers.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"
+            ):
+                output = self.parallel(images, labels)
+            loss = capsnet_loss(output, images, labels)
+            correct = (output.lengths.argmax(dim=1) == labels).sum()
+        except NonFinitePosesError:
+            loss, correct = torch.full((), torch.nan), torch.zeros(())
+        seen = torch.stack([loss.detach(), correct, torch.tensor(stop).to(loss)]).double()
+        total_loss, total_correct, stopping = self.workers.total(seen).tolist()
+        if not math.isfinite(total_loss):
+            raise self._diverged("the loss")
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return total_loss / self.workers.size, int(total_correct), stopping > 0
+
+    def _end_epoch(self, epoch: int, bar: tqdm, writer: Any) -> None:
+        images = self.steps_per_epoch * self.batch_size
+        train_loss = float(self.epoch_sums[0]) / self.steps_per_epoch
+        train_accuracy = float(self.epoch_sums[1]) / images
+        self.epoch_sums.zero_()
+        if self.workers.leads:
+            score = evaluate(self.model, self.data.holdout)
+            best = score.accuracy > self.best_accuracy
+            if best:
+                self.best_epoch, self.best_accuracy = epoch + 1, score.accuracy
+                self._check_weights()
+                save_model(self.run.best, self.model)
+            self._log(
+                writer,
+                "epoch",
+                epoch=epoch + 1,
+                train_loss=train_loss,
+                train_accuracy=train_accuracy,
+                holdout_loss=score.loss,
+                holdout_accuracy=score.accuracy,
+            )
+            bar.write(
+                f"epoch {epoch + 1}/{self.epochs}: loss {train_loss:.4f}, accuracy "
+                f"{train_accuracy:.2%}, on the hold-out {score.accuracy:.2%}"
+                f"{' (best)' if best else ''}, {self.seconds:.0f} s",
+                file=sys.stdout,
+            )
+        self._save_checkpoint()
+
+    def _test(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.workers.leads:
+            best = load_model(self.run.best, engine=self.settings.engine)
+            score = evaluate(best.to(self.workers.device), self.data.test)
+            result = {
+                "dataset": self.data.name,
+                "preset": self.recipe.preset,
+                "test_accuracy": score.accuracy,
+                "test_errors": score.errors,
+                "test_images": score.images,
+                "test_loss": score.loss,
+                "best_epoch": self.best_epoch,
+                "holdout_accuracy": self.best_accuracy,
+                "epochs": self.epochs,
+                "seconds": round(self.seconds, 1),
+                "run": str(self.run.path),
+            }
+            self.run.finish(result)
+        return self.workers.agree(result)
+
+    def _save_checkpoint(self) -> None:
+        if self.workers.leads:
+            self._check_weights()
+            self.run.save_checkpoint(
+                self.step,
+                self.model,
+                {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "best_epoch": self.best_epoch,
+                    "best_accuracy": self.best_accuracy,
+                    "epoch_sums": self.epoch_sums,
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all(),
+                },
+            )
+        self.workers.wait()
+
+    def _resume(self) -> None:
+        checkpoint = self.run.last_checkpoint()
+        if checkpoint is not None:
+            saved = self.run.load_checkpoint(checkpoint, self.model)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
+            self.epoch_sums = saved["epoch_sums"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            torch.set_rng_state(saved["rng"])
+            if len(saved["cuda_rng"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        self.workers.wait()  # nobody writes before everybody has read
+        if self.workers.leads:
+            self.run.forget_metrics_after(self.step)
+
+    def _everyone_stops(self, stop: list) -> bool:
+        return self.workers.total(torch.tensor(float(bool(stop)))).item() > 0
+
+    def _stop(self) -> None:
+        raise KeyboardInterrupt(
+            f"stopped after {self.step} steps; everything is saved in {self.run.path}"
+        )
+
+    def _learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def _check_weights(self) -> None:
+        """A finite loss can still leave weights that are not; those must never be saved."""
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise self._diverged("a weight")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        checkpoint = self.run.last_checkpoint()
+        return TrainingDivergedError(
+            f"{what} is not finite at step {self.step + 1}, "
+            f"learning rate {self._learning_rate():.3g}. The last good checkpoint is "
+            f"{checkpoint or 'none, it came too early'}. Try a lower --learning-rate"
+        )
+
+    def _log(self, writer: Any, kind: str, **values: float) -> None:
+        if not self.workers.leads:
+            return
+        self.run.log({"kind": kind, "step": self.step, "seconds": self.seconds, **values})
+        if writer is not None:
+            for name, value in values.items():
+                writer.add_scalar(f"{kind}/{name}", value, self.step)
+
+
+def _run_to_resume(settings: TrainSettings) -> RunFolder:
+    if settings.run is None:
+        raise ValueError("--resume needs to know which run: add --run FOLDER")
+    return RunFolder(settings.run)
+
+
+def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
+    """A folder that is free: a run that cannot be written must not start."""
+    path = settings.run
+    if path is None:
+        name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = Path("runs") / name
+    run = RunFolder(path)
+    run.check_free()
+    return run
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "graphcaps": importlib.metadata.version("graphcaps"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dgl": dgl.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _load_data(settings: TrainSettings, workers: Workers) -> Dataset:
+    """The leader fetches what is missing, then everybody reads it."""
+    if workers.leads:
+        data = load_dataset(settings.dataset, settings.data_dir)
+    workers.wait()
+    return data if workers.leads else load_dataset(settings.dataset, settings.data_dir)
+
+
+def _check_data(data: Dataset) -> None:
+    shape = data.train.images.shape
+    if shape[2] != shape[3]:
+        raise ValueError(f"expected square images; {data.name} has {shape[2]} × {shape[3]} pixels")
+    for name, split in (("hold-out", data.holdout), ("test", data.test)):
+        if split.images.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"the {name} images of {data.name} are {list(split.images.shape[1:])}, "
+                f"the training images {list(shape[1:])}; they must be alike"
+            )
+
+
+def _say(workers: Workers, text: str) -> None:
+    if workers.leads:
+        print(text, flush=True)
+
+
+@contextmanager
+def _tensorboard(trainer: Trainer) -> Iterator[Any]:
+    if not (trainer.settings.tensorboard and trainer.workers.leads):
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = trainer.run.path / "tensorboard"
+    with SummaryWriter(str(folder), purge_step=trainer.step or None) as writer:
+        yield writer
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list]:
+    """A list that SIGINT or SIGTERM makes non-empty; a second one interrupts at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, signal.default_int_handler)
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,89 @@
+"""What torchrun says enters; this process's place among those that train together leaves."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that train one model together; one of one without torchrun."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints, evaluates and writes files."""
+        return self.rank == 0
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of a tensor over all workers."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def wait(self) -> None:
+        """Return when every worker has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, value: Any) -> Any:
+        """The leader's value, on every worker."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+
+@contextmanager
+def joined_workers(device: str = "auto") -> Iterator[Workers]:
+    """Join the other processes that torchrun started, and leave them at the end.
+
+    Args:
+        device: `"auto"` for CUDA where there is one and the CPU elsewhere, or torch's name.
+
+    Yields:
+        This process's place. With CUDA each process has the GPU of its local rank.
+
+    Raises:
+        ValueError: a device that torch does not know.
+        RuntimeError: a device that is not there.
+    """
+    chosen = _device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Workers(rank=0, size=1, device=chosen)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Workers(rank=dist.get_rank(), size=size, device=chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; try auto, cpu, cuda or cuda:1") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"device {name!r} is not there: {reason}. Use --device auto or cpu"
+        ) from None
+    return device
