@@ -18,8 +18,8 @@ from graphcaps.images import read_digit
 from graphcaps.model import CapsNet
 from graphcaps.passing import ENGINES, choose_engine
 from graphcaps.settings import TrainSettings
-from graphcaps.training import train
-from graphcaps.workers import joined_workers
+from graphcaps.training import TrainingInterrupt, train
+from graphcaps.workers import joined_workers, leads
 
 Engine = Literal["auto", "udf", "builtin", "scatter"]
 
@@ -83,17 +83,22 @@ def main() -> int:
                 _predict(command)
             case InfoSettings():
                 _info()
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+    except TrainingInterrupt as interrupt:
+        _complain(f"{interrupt}\nGo on with: {_program()} train --run {interrupt.run} --resume")
+        return 130
+    except KeyboardInterrupt:
+        _complain("interrupted")
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"graphcaps: {_message(error)}", file=sys.stderr)
+        _complain(_message(error))
         return 1
     return 0
 
 
 def _train(settings: TrainSettings) -> None:
     result = train(settings)
+    if not leads():
+        return
     print(
         f"Test accuracy {result['test_accuracy']:.2%} "
         f"({result['test_errors']} errors in {result['test_images']:,} images of "
@@ -150,6 +155,17 @@ def _load(run: Path, engine: str) -> CapsNet:
             "(graphcaps train makes one), or one with model.safetensors and model.json"
         )
     return load_model(folder, engine=engine)
+
+
+def _complain(message: str) -> None:
+    if leads():
+        print(f"graphcaps: {message}", file=sys.stderr)
+
+
+def _program() -> str:
+    """How this program was called, so that a hint can be pasted."""
+    called = sys.argv[0]
+    return "python -m graphcaps" if called.endswith("__main__.py") else called
 
 
 def _message(error: Exception) -> str:

@@ -76,8 +76,8 @@ MAY_CHANGE_ON_RESUME = ("run", "resume", "data_dir", "engine", "device", "tensor
 def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, str]:
     """The preset that is trained, and why.
 
-    >>> choose_preset(TrainSettings(), torch.device("cpu"))
-    ('small', 'there is no CUDA device, on which the paper's net would be trained')
+    >>> choose_preset(TrainSettings(preset="paper"), torch.device("cpu"))
+    ('paper', 'it was asked for')
     """
     if settings.preset != "auto":
         return settings.preset, "it was asked for"

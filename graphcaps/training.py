@@ -43,6 +43,14 @@ class TrainingDivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
+class TrainingInterrupt(KeyboardInterrupt):
+    """SIGINT or SIGTERM came, and everything is saved in the folder `run`."""
+
+    def __init__(self, step: int, run: Path) -> None:
+        super().__init__(f"stopped after {step} steps; everything is saved in {run}")
+        self.run = run
+
+
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Train, select the best epoch on the hold-out, test once.
 
@@ -55,7 +63,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         ValueError, OSError, RuntimeError: settings that cannot be met, with what to do.
         TrainingDivergedError: a loss that is not finite; the last checkpoint is good.
-        KeyboardInterrupt: SIGINT or SIGTERM came; everything is saved.
+        TrainingInterrupt: SIGINT or SIGTERM came; everything is saved.
     """
     with joined_workers(settings.device) as workers:
         preset, why = choose_preset(settings, workers.device)
@@ -168,15 +176,17 @@ class Trainer:
                 self.seconds = time.monotonic() - started
                 self._end_epoch(epoch, bar, writer)
                 if self._everyone_stops(stop):
-                    self._stop()
+                    raise TrainingInterrupt(self.step, self.run.path)
         self.seconds = time.monotonic() - started
         return self._test()
 
-    def _train_epoch(self, epoch: int, bar: tqdm, writer: Any, stop: list, started: float) -> None:
+    def _train_epoch(
+        self, epoch: int, bar: tqdm, writer: Any, stop: list[int], started: float
+    ) -> None:
         order, shifts = self._plan(epoch)
         for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
             chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen], bool(stop))
+            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen], stop)
             self.epoch_sums += torch.tensor([loss, correct])
             self.step += 1
             self.seconds = time.monotonic() - started
@@ -200,7 +210,7 @@ class Trainer:
                 if stopping or self.step % self.settings.checkpoint_every == 0:
                     self._save_checkpoint()
                 if stopping:
-                    self._stop()
+                    raise TrainingInterrupt(self.step, self.run.path)
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The order and the shifts of an epoch, from seed and number alone: nothing to save."""
@@ -209,7 +219,9 @@ class Trainer:
         shifts = draw_shifts(len(order), self.settings.shift, generator)
         return order.to(self.workers.device), shifts.to(self.workers.device)
 
-    def _take_step(self, chosen: Tensor, shifts: Tensor, stop: bool) -> tuple[float, int, bool]:
+    def _take_step(
+        self, chosen: Tensor, shifts: Tensor, stop: list[int]
+    ) -> tuple[float, int, bool]:
         """One step on a batch: its loss, how many it got right, whether anyone wants to stop."""
         mine = slice(self.workers.rank, None, self.workers.size)
         images = as_input(shift(self._images[chosen[mine]], shifts[mine]), self.model)
@@ -224,7 +236,7 @@ class Trainer:
             correct = (output.lengths.argmax(dim=1) == labels).sum()
         except NonFinitePosesError:
             loss, correct = torch.full((), torch.nan), torch.zeros(())
-        seen = torch.stack([loss.detach(), correct, torch.tensor(stop).to(loss)]).double()
+        seen = torch.stack([loss.detach(), correct, torch.tensor(len(stop)).to(loss)]).double()
         total_loss, total_correct, stopping = self.workers.total(seen).tolist()
         if not math.isfinite(total_loss):
             raise self._diverged("the loss")
@@ -319,13 +331,8 @@ class Trainer:
         if self.workers.leads:
             self.run.forget_metrics_after(self.step)
 
-    def _everyone_stops(self, stop: list) -> bool:
+    def _everyone_stops(self, stop: list[int]) -> bool:
         return self.workers.total(torch.tensor(float(bool(stop)))).item() > 0
-
-    def _stop(self) -> None:
-        raise KeyboardInterrupt(
-            f"stopped after {self.step} steps; everything is saved in {self.run.path}"
-        )
 
     def _learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
@@ -417,7 +424,7 @@ def _tensorboard(trainer: Trainer) -> Iterator[Any]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list]:
+def _stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM makes non-empty; a second one interrupts at once."""
     came: list[int] = []
 

@@ -43,6 +43,11 @@ class Workers:
         return values[0]
 
 
+def leads() -> bool:
+    """Whether this process is the leader, also before and after it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined_workers(device: str = "auto") -> Iterator[Workers]:
     """Join the other processes that torchrun started, and leave them at the end.

@@ -27,7 +27,9 @@ class UdfEngine:
     ) -> tuple[Tensor, Tensor]:
         graph = self.graph.local_var()
         graph.edata["c"], graph.edata["u_hat"] = c, u_hat
-        graph.nodes["parent"].data["s"] = u_hat.new_zeros(graph.num_nodes("parent"), u_hat.shape[1])
+        # for parents that no message reaches; a sum over no votes, so that gradients know of it
+        nothing = u_hat[:0].sum(dim=0)
+        graph.nodes["parent"].data["s"] = nothing.repeat(graph.num_nodes("parent"), 1)
 
         def message(edges):
             return {"m": edges.data["c"] * edges.data["u_hat"]}
@@ -38,20 +40,25 @@ class UdfEngine:
         def apply(nodes):
             return {"v": node_function(nodes.data["s"])}
 
-        if graph.num_edges():
+        if graph.num_edges():  # without edges DGL warns and does nothing
             graph.update_all(message, reduce)
         graph.apply_nodes(apply, ntype="parent")
         return graph.nodes["parent"].data["s"], graph.nodes["parent"].data["v"]
 
     def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
+        def agree(edges):
+            return {"a": (edges.data["u_hat"] * edges.dst["v"]).sum(dim=-1, keepdim=True)}
+
+        if not len(u_hat):
+            return u_hat.sum(dim=-1, keepdim=True)
         graph = self.graph.local_var()
         graph.edata["u_hat"], graph.nodes["parent"].data["v"] = u_hat, v
-        graph.apply_edges(
-            lambda edges: {"a": (edges.data["u_hat"] * edges.dst["v"]).sum(dim=-1, keepdim=True)}
-        )
+        graph.apply_edges(agree)
         return graph.edata["a"]
 
     def expand_to_edges(self, v: Tensor) -> Tensor:
+        if not self.graph.num_edges():
+            return v[:0]
         graph = self.graph.local_var()
         graph.nodes["parent"].data["v"] = v
         graph.apply_edges(lambda edges: {"v": edges.dst["v"]})

@@ -1,0 +1,145 @@
+"""An image file enters; a digit as MNIST has it leaves."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+# Grey levels between ink and paper; below it, what is seen is the texture of the paper.
+_LEAST_CONTRAST = 20
+
+_Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
+
+
+def read_digit(path: str | Path, size: int = 28) -> Tensor:
+    """Read an image of one digit and normalise it as MNIST's digits were.
+
+    The median of the outermost pixels is the paper; the ink is the side, darker or lighter, that
+    departs further from it. The digit's bounding box is scaled to 20 of 28 pixels, its aspect
+    ratio kept and its strongest ink at 255, and laid with its centre of mass in the centre, to
+    the nearest pixel (LeCun et al. 1998, section III.A). An image of `size` by `size` pixels that
+    is light on dark already is returned as it is. Transparent parts count as white, or as black
+    where the visible parts are mostly light.
+
+    Args:
+        path: An image that Pillow reads, such as PNG or JPEG, of any size and mode.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        uint8 [1, size, size], light on dark.
+
+    Raises:
+        ValueError: The file is no image, or no digit stands out in it.
+        OSError: The file is missing or may not be read.
+
+    Example:
+        >>> read_digit("seven.jpg").shape  # doctest: +SKIP
+        torch.Size([1, 28, 28])
+    """
+    grey = _read_grey(path)
+    smooth = _smooth(grey)
+    paper = np.median(_border(smooth))
+    dark_on_light = paper - smooth.min() > smooth.max() - paper
+    if dark_on_light:
+        grey = ImageOps.invert(grey)
+    _, box = _find_ink(grey, path)
+    if grey.size == (size, size) and not dark_on_light:
+        return torch.from_numpy(np.array(grey))[None]
+    # Looked at again near by, the paper is more even and a small digit is blurred less.
+    ink, box = _find_ink(grey.crop(_widen(box, grey.size)), path)
+    left, top, right, bottom = box
+    digit = _scale(ink[top:bottom, left:right], size * 20 // 28)
+    return torch.from_numpy(_centre(digit, size))[None]
+
+
+def _read_grey(path: str | Path) -> Image.Image:
+    """Read an image upright and in 256 levels of grey."""
+    with open(path, "rb") as file:
+        try:
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode[0] in "IF":  # Pillow cuts what is beyond 8 bits off at 255
+                return _stretch(np.asarray(image, np.float32))
+            image = image.convert("RGBA")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{path}: expected an image that Pillow reads, such as PNG or JPEG: {error}"
+            ) from error
+    grey, alpha = image.convert("L"), image.getchannel("A")
+    visible = np.asarray(alpha) > 0
+    mostly_light = visible.any() and np.asarray(grey)[visible].mean() > 127
+    return Image.composite(grey, Image.new("L", grey.size, 0 if mostly_light else 255), alpha)
+
+
+def _stretch(levels: NDArray[np.float32]) -> Image.Image:
+    span = max(float(np.ptp(levels)), 1e-9)
+    return Image.fromarray(((levels - levels.min()) * (255 / span)).round().astype(np.uint8))
+
+
+def _smooth(grey: Image.Image) -> NDArray[np.float32]:
+    """Blur so that grain and traces of JPEG do not pass for ink, nor thin pencil for paper."""
+    return np.asarray(grey.filter(ImageFilter.GaussianBlur(max(grey.size) / 200)), np.float32)
+
+
+def _border(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+
+
+def _find_ink(grey: Image.Image, path: str | Path) -> tuple[NDArray[np.float32], _Box]:
+    """Find what is lighter than the paper: how much lighter it is, and its bounding box."""
+    smooth = _smooth(grey)
+    paper = np.median(_border(smooth))
+    if smooth.max() - paper < _LEAST_CONTRAST:
+        raise ValueError(f"{path}: found no digit, expected one digit on plain paper")
+    threshold = _otsu((smooth - paper).clip(0))
+    rows, columns = np.nonzero(smooth - paper > threshold)
+    faint = smooth - paper < threshold / 2
+    ink = (np.asarray(grey, np.float32) - paper).clip(0)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    return np.where(faint, np.float32(0), ink), box
+
+
+def _widen(box: _Box, within: tuple[int, int]) -> _Box:
+    """Add a fifth of the longer side all around."""
+    left, top, right, bottom = box
+    margin = max(right - left, bottom - top) // 5
+    width, height = within
+    return (
+        max(left - margin, 0),
+        max(top - margin, 0),
+        min(right + margin, width),
+        min(bottom + margin, height),
+    )
+
+
+def _otsu(levels: NDArray[np.float32]) -> float:
+    """Otsu's threshold: the level that parts the pixels with the largest variance between parts."""
+    counts, edges = np.histogram(levels, bins=256)
+    below, sums = counts.cumsum(), (counts * (edges[:-1] + edges[1:]) / 2).cumsum()
+    above = below[-1] - below[:-1]
+    difference = sums[:-1] / below[:-1] - (sums[-1] - sums[:-1]) / above
+    return float(edges[1:][(below[:-1] * above * difference**2).argmax()])
+
+
+def _scale(digit: NDArray[np.float32], longest: int) -> NDArray[np.uint8]:
+    """Scale to `longest` pixels on the longer side, and the strongest ink to 255."""
+    height, width = digit.shape
+    factor = longest / max(height, width)
+    shape = max(1, round(width * factor)), max(1, round(height * factor))
+    scaled = Image.fromarray(digit).resize(shape, Image.Resampling.BILINEAR)
+    levels: NDArray[np.float32] = np.asarray(scaled, np.float32)
+    return (levels * (255 / float(levels.max()))).round().astype(np.uint8)
+
+
+def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Lay the digit on an empty square, its centre of mass as near to the centre as it fits."""
+    canvas = np.zeros((size, size), np.uint8)
+    corner = []
+    for axis, length in enumerate(digit.shape):
+        centre = np.average(np.arange(length), weights=digit.sum(1 - axis))
+        corner.append(int(np.clip(round(size / 2 - centre), 0, size - length)))
+    top, left = corner
+    canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    return canvas

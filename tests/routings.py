@@ -1,0 +1,91 @@
+"""What the tests of routing share: graphs, engines, algorithms, and their dense counterparts."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import graphcaps as gc
+from graphcaps import reference
+
+ENGINES = ("udf", "builtin", "scatter")
+ALGORITHMS = ("dynamic", "uniform")
+
+
+class Case(NamedTuple):
+    """A graph by its edges, and how much is routed on it."""
+
+    children: int
+    parents: int
+    edges: list[tuple[int, int]]
+    batch: int
+    dim: int
+    iterations: int
+
+    @property
+    def graph(self):
+        child, parent = zip(*self.edges, strict=True) if self.edges else ((), ())
+        return gc.routing_graph(child, parent, children=self.children, parents=self.parents)
+
+    @property
+    def mask(self) -> Tensor:
+        mask = torch.zeros(self.children, self.parents, dtype=torch.bool)
+        for i, j in self.edges:
+            mask[i, j] = True
+        return mask
+
+    def votes(self, dtype=torch.float64) -> Tensor:
+        """Random votes on the edges of the batch, `[B·E, D]`."""
+        return torch.randn(self.batch * len(self.edges), self.dim, dtype=torch.float64).to(dtype)
+
+    def dense(self, on_edges: Tensor) -> Tensor:
+        """Edge features as `[B, I, J, ·]`, zero where there is no edge."""
+        dense = on_edges.new_zeros(self.batch, self.children, self.parents, on_edges.shape[-1])
+        if self.edges:
+            child, parent = torch.tensor(self.edges).T
+            dense[:, child, parent] = on_edges.view(self.batch, len(self.edges), -1)
+        return dense
+
+
+@st.composite
+def cases(draw, most_nodes=6):
+    """Any simple bipartite graph: nodes without edges, edges in any order."""
+    children = draw(st.integers(1, most_nodes))
+    parents = draw(st.integers(1, most_nodes))
+    every_edge = [(i, j) for i in range(children) for j in range(parents)]
+    edges = draw(st.lists(st.sampled_from(every_edge), unique=True, max_size=len(every_edge)))
+    sizes = [draw(st.integers(1, most)) for most in (3, 4, 4)]
+    return Case(children, parents, edges, *sizes)
+
+
+def complete(children, parents, batch=2, dim=4, iterations=3) -> Case:
+    edges = [(i, j) for i in range(children) for j in range(parents)]
+    return Case(children, parents, edges, batch, dim, iterations)
+
+
+def route(case: Case, u_hat: Tensor, algorithm: str, engine: str, gradients="all"):
+    """Route on the graph: v `[B, J, D]` and c `[B·E, 1]`."""
+    passing = gc.bind(gc.batch_graph(case.graph, case.batch), engine)
+    if algorithm == "uniform":
+        *_, last = gc.uniform_routing(passing, u_hat)
+    else:
+        *_, last = gc.dynamic_routing(passing, u_hat, case.iterations, gradients)
+    return last.v.view(case.batch, case.parents, case.dim), last.c
+
+
+def route_densely(case: Case, u_hat: Tensor, algorithm: str, gradients="all"):
+    """The same by the reference, from votes on the edges: v `[B, J, D]` and c `[B·E, 1]`."""
+    dense = case.dense(u_hat)
+    if algorithm == "uniform":
+        mask = case.mask.to(u_hat.dtype)
+        c = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand(case.batch, -1, -1)
+        v = reference.squash(torch.einsum("bij,bijd->bjd", c, dense))
+    else:
+        v, c = reference.dynamic_routing(
+            dense, case.iterations, mask=case.mask, gradients=gradients
+        )
+    if not case.edges:
+        return v, c.new_zeros(0, 1)
+    child, parent = torch.tensor(case.edges).T
+    return v, c[:, child, parent].reshape(-1, 1)

@@ -1,0 +1,183 @@
+"""The program as a person uses it: from flags to the screen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from graphcaps import cli
+from graphcaps.data import load_dataset
+
+DIGITS = Path(__file__).parent / "digits"
+
+
+@pytest.fixture
+def graphcaps(monkeypatch, capsys):
+    """Run the program with these arguments: exit status, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["graphcaps", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A net trained by the program on the shipped digits, well enough to tell some."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, "-m", "graphcaps", "train", "--run", str(folder), "--device", "cpu"]
+    command += ["--dataset", str(DIGITS), "--epochs", "12", "--batch-size", "24"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_training_says_what_why_and_where(trained):
+    folder, out = trained
+    assert "Training the small net: there is no CUDA" in out
+    assert f"The run's files are in {folder}" in out
+    assert sorted(os.listdir(folder)) == [
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "result.json",
+        "settings.json",
+    ]
+
+
+def test_evaluating_a_run_repeats_its_test(trained, graphcaps):
+    folder, out = trained
+    said = next(line for line in out.splitlines() if line.startswith("Test accuracy"))
+    status, out, _ = graphcaps("evaluate", folder, "--device", "cpu")
+    assert status == 0
+    assert out.split(" of ")[0] == said.split(" of ")[0]
+    assert int(out.split("(")[1].split()[0]) < 30  # of 100; a net that learnt nothing has 90
+
+
+def test_a_net_on_300_digits_tells_most_of_the_others_from_image_files(
+    trained, graphcaps, tmp_path
+):
+    folder, _ = trained
+    data = load_dataset(str(DIGITS))
+    files = []
+    for number in range(30):
+        pixels = data.test.images[number, 0].numpy()
+        paper = 255 - np.kron(np.pad(pixels, 6), np.ones((7, 7), dtype=np.uint8))
+        files.append(tmp_path / f"{number}.{'png' if number % 2 else 'jpg'}")
+        Image.fromarray(paper).save(files[-1])
+    status, out, _ = graphcaps("predict", *files, "--run", folder)
+    assert status == 0
+    lines = out.splitlines()
+    assert len(lines) == 60
+    told = [int(line.rsplit(": ")[1]) for line in lines[::2]]
+    right = sum(a == b for a, b in zip(told, data.test.labels[:30].tolist(), strict=True))
+    assert right >= 20  # 3 by chance
+    lengths = [float(x.split(":")[1]) for x in lines[1].strip().split("  ")]
+    assert len(lengths) == 10
+    assert lengths.index(max(lengths)) == told[0]
+
+
+def test_info_says_which_engines_can_run(graphcaps):
+    status, out, _ = graphcaps("info")
+    assert status == 0
+    assert "engine auto is builtin" in out
+    for engine in ("udf", "builtin", "scatter"):
+        assert f"{engine:8} can run" in out
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("info",)])
+def test_help_is_there_for_every_command(command, graphcaps):
+    status, out, _ = graphcaps(*command, "--help")
+    assert status == 0
+    assert "usage: graphcaps" in out
+
+
+def test_python_m_graphcaps_is_the_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "graphcaps", "--help"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "usage: graphcaps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--dataset", "mnits"], "mnits"),
+        (["train", "--dataset", DIGITS, "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "--dataset", DIGITS, "--iterations", "0"], "iterations must be at least 1"),
+        (["train", "--dataset", DIGITS, "--device", "abacus"], "unknown device 'abacus'"),
+        (["train", "--dataset", DIGITS, "--device", "cuda:7"], "device 'cuda:7' is not there"),
+        (["train", "--resume"], "add --run FOLDER"),
+        (["train", "--resume", "--run", "nowhere"], "no run at nowhere"),
+        (["train", "--dataset", DIGITS, "--run", "."], "exists already"),
+        (["evaluate", "nowhere"], "no trained net at nowhere"),
+        (["predict", "digit.png", "--run", "nowhere"], "no trained net at nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_message(
+    arguments, said, graphcaps, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = graphcaps(*arguments)
+    assert status == 1
+    assert err.startswith("graphcaps: ")
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["train", "--engine", "dense"],
+        ["train", "--epochs", "many"],
+        ["train", "--no-such-flag"],
+        ["evaluate"],
+        ["predict"],
+    ],
+)
+def test_wrong_flags_are_refused_with_a_hint(arguments, graphcaps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = graphcaps(*arguments)
+    assert status == 2
+    assert "--help" in out + err
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a" * 9, b"\x89PNG\r\n\x1a\n"])
+def test_a_picture_that_is_none_is_named(content, trained, graphcaps, tmp_path):
+    path = tmp_path / "digit.png"
+    path.write_bytes(content)
+    status, _, err = graphcaps("predict", path, "--run", trained[0])
+    assert status == 1
+    assert str(path) in err
+
+
+def test_a_picture_that_is_not_there_is_named(trained, graphcaps, tmp_path):
+    status, _, err = graphcaps("predict", tmp_path / "digit.png", "--run", trained[0])
+    assert status == 1
+    assert "digit.png" in err
+    assert "No such file" in err
+
+
+def test_weights_cut_short_are_named(trained, graphcaps, tmp_path):
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((trained[0] / "best" / name).read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, err = graphcaps("evaluate", tmp_path, "--dataset", DIGITS)
+    assert status == 1
+    assert f"{weights} is truncated" in err

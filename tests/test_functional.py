@@ -1,0 +1,53 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps import reference
+from graphcaps.functional import multi_hot
+
+
+@pytest.mark.parametrize("length", [1e-6, 0.1, 1.0, 3.0, 1e4])
+def test_squash_keeps_the_direction_and_maps_the_length_to_l2_over_1_plus_l2(length):
+    direction = torch.tensor([2.0, -3.0, 6.0], dtype=torch.float64) / 7
+    squashed = gc.squash(length * direction)
+    assert_close(squashed, direction * length**2 / (1 + length**2))
+
+
+def test_squash_equals_the_one_of_the_reference():
+    s = torch.randn(5, 7, 3, dtype=torch.float64)
+    assert_close(gc.squash(s), reference.squash(s))
+
+
+@pytest.mark.parametrize("function", [gc.squash, gc.length, lambda s: gc.length(gc.squash(s))])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-20, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_squash_and_length_and_their_gradients_are_finite(function, value, dtype):
+    s = torch.full((2, 4), value, dtype=dtype, requires_grad=True)
+    result = function(s)
+    result.sum().backward()
+    assert result.isfinite().all()
+    assert s.grad.isfinite().all()
+    if value == 0:
+        assert result.eq(0).all()
+        assert s.grad.eq(0).all()
+
+
+def test_gradients_of_squash_are_those_of_finite_differences():
+    s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gc.squash, (s,))
+    assert torch.autograd.gradcheck(gc.length, (s,))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.tensor([3]), "labels from 0 to 2; got 3"),
+        (torch.tensor([-1]), "labels from 0 to 2; got -1"),
+        (torch.tensor([0.0]), "as integers"),
+        (torch.zeros(2, 4), r"in \[B, 3\]"),
+    ],
+)
+def test_labels_that_name_no_class_are_refused(labels, said):
+    with pytest.raises(ValueError, match=said):
+        multi_hot(labels, classes=3)

@@ -1,0 +1,236 @@
+"""Digits on papers of many kinds enter; what `read_digit` makes of them is compared with them."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from graphcaps.data import load_dataset
+from graphcaps.images import read_digit
+
+DIGITS = load_dataset(str(Path(__file__).parent / "digits")).test.images[:20, 0].numpy()
+WIDTH, HEIGHT = 280, 200
+
+
+def draw(digit: np.ndarray, scale: int = 6, left: int = 80, top: int = 12) -> np.ndarray:
+    """Amount of ink, 0 to 1, on a sheet where the digit is `scale` times as large."""
+    side = 28 * scale
+    large = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
+    sheet = np.zeros((HEIGHT, WIDTH))
+    sheet[top : top + side, left : left + side] = np.asarray(large) / 255
+    return sheet
+
+
+def mix(ink: np.ndarray, dark: tuple[int, ...], paper: tuple[int, ...]) -> Image.Image:
+    colours = np.array(paper) + ink[..., None] * (np.array(dark) - np.array(paper))
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+def photograph(ink: np.ndarray) -> Image.Image:
+    """Grey ink on paper that is darker to the right and grainy."""
+    grain = np.random.default_rng(0).normal(0, 10, ink.shape)
+    light = 220 - np.linspace(0, 30, WIDTH) - 130 * ink + grain
+    return Image.fromarray(light.clip(0, 255).round().astype(np.uint8))
+
+
+def black_on_white(ink: np.ndarray) -> Image.Image:
+    return mix(ink, (0, 0, 0), (255, 255, 255)).convert("L")
+
+
+def white_on_black(ink: np.ndarray) -> Image.Image:
+    return ImageOps.invert(black_on_white(ink))
+
+
+def see_through(ink: np.ndarray, colour: int) -> Image.Image:
+    """Ink of one grey on nothing."""
+    alpha = Image.fromarray((255 * ink).round().astype(np.uint8))
+    return Image.merge("LA", (Image.new("L", alpha.size, colour), alpha)).convert("RGBA")
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+SHEETS = {
+    "black on white": (lambda digit: black_on_white(draw(digit)), "png", {}),
+    "white on black": (lambda digit: white_on_black(draw(digit)), "png", {}),
+    "jpeg": (lambda digit: black_on_white(draw(digit)), "jpg", {"quality": 60}),
+    "blue on yellow": (
+        lambda digit: mix(draw(digit), (20, 30, 120), (240, 220, 170)),
+        "jpg",
+        {"quality": 60},
+    ),
+    "pencil": (lambda digit: mix(draw(digit), (120,) * 3, (170, 165, 160)), "jpg", {"quality": 60}),
+    "a photograph": (lambda digit: photograph(draw(digit)), "jpg", {"quality": 60}),
+    "small in a corner": (lambda digit: black_on_white(draw(digit, 2, 5, 140)), "png", {}),
+    "black on nothing": (lambda digit: see_through(draw(digit), 0), "png", {}),
+    "white on nothing": (lambda digit: see_through(draw(digit), 255), "png", {}),
+    "a palette": (lambda digit: black_on_white(draw(digit)).quantize(16), "gif", {}),
+    "black or white": (lambda digit: black_on_white(draw(digit)).convert("1"), "png", {}),
+    "dark on light, 28 x 28": (lambda digit: Image.fromarray(255 - digit), "png", {}),
+}
+
+
+@pytest.mark.parametrize("sheet, suffix, options", SHEETS.values(), ids=SHEETS.keys())
+def test_a_digit_drawn_on_any_paper_comes_back_as_it_was(tmp_path, sheet, suffix, options):
+    path = tmp_path / f"digit.{suffix}"
+    alike, alike_nearby = [], []
+    for digit in DIGITS:
+        sheet(digit).save(path, **options)
+        found = read_digit(path)[0].numpy()
+        alike.append(likeness(found, digit))
+        # Where the centre of mass lies half-way between two pixels, either is right.
+        moves = itertools.product((-1, 0, 1), repeat=2)
+        alike_nearby.append(max(likeness(np.roll(found, move, (0, 1)), digit) for move in moves))
+    assert np.mean(alike) > 0.9
+    assert min(alike_nearby) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA"])
+def test_a_digit_of_mnist_saved_as_png_comes_back_bit_for_bit(tmp_path, mode):
+    for digit in DIGITS:
+        Image.fromarray(digit).convert(mode).save(tmp_path / "digit.png")
+        found = read_digit(tmp_path / "digit.png")
+        assert found.dtype == torch.uint8 and found.shape == (1, 28, 28)
+        assert np.array_equal(found[0], digit)
+
+
+def test_black_on_white_and_white_on_black_are_read_alike(tmp_path):
+    black_on_white(draw(DIGITS[0])).save(tmp_path / "black.png")
+    white_on_black(draw(DIGITS[0])).save(tmp_path / "white.png")
+    assert torch.equal(read_digit(tmp_path / "black.png"), read_digit(tmp_path / "white.png"))
+
+
+def test_it_does_not_matter_where_on_the_sheet_a_digit_stands(tmp_path):
+    for name, left, top in [("here", 20, 20), ("there", 120, 60)]:
+        black_on_white(draw(DIGITS[1], 4, left, top)).save(tmp_path / f"{name}.png")
+    assert torch.equal(read_digit(tmp_path / "here.png"), read_digit(tmp_path / "there.png"))
+
+
+def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
+    upright = black_on_white(draw(DIGITS[2]))
+    upright.save(tmp_path / "upright.png")
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # the orientation: turn by 90 degrees clockwise to see it upright
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "turned.png", exif=sideways)
+    turned.save(tmp_path / "lying.png")
+    digit = read_digit(tmp_path / "upright.png")
+    assert torch.equal(read_digit(tmp_path / "turned.png"), digit)
+    assert not torch.equal(read_digit(tmp_path / "lying.png"), digit)
+
+
+@pytest.mark.parametrize("highest", [65535, 4095])
+def test_the_levels_beyond_8_bits_are_not_cut_off(tmp_path, highest):
+    ink = draw(DIGITS[3])
+    deep = Image.fromarray((highest * (1 - ink)).round().astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    assert Image.open(tmp_path / "deep.png").mode.startswith("I")
+    black_on_white(ink).save(tmp_path / "plain.png")
+    found, expected = (read_digit(tmp_path / f"{name}.png")[0] for name in ("deep", "plain"))
+    assert likeness(found.numpy(), expected.numpy()) > 0.99
+
+
+def draw_shape(path: Path, *boxes: tuple[int, int, int, int], grey: int = 0) -> Path:
+    """Rectangles on white paper: left, top, right and bottom, all within."""
+    sheet = Image.new("L", (WIDTH, HEIGHT), 255)
+    for box in boxes:
+        ImageDraw.Draw(sheet).rectangle(box, fill=grey)
+    sheet.save(path)
+    return path
+
+
+def test_the_longer_side_becomes_20_pixels_and_the_proportions_stay(tmp_path):
+    found = read_digit(draw_shape(tmp_path / "bar.png", (30, 50, 69, 149)))[0]
+    rows, columns = (found > 127).nonzero().unbind(1)
+    # 40 by 100 pixels at a fifth are 8 by 20, and 20 is the longest side in MNIST.
+    assert (int(rows.min()), int(rows.max())) == (4, 23)
+    assert (int(columns.min()), int(columns.max())) == (10, 17)
+
+
+def test_the_centre_of_mass_comes_to_the_centre(tmp_path):
+    corner = draw_shape(tmp_path / "corner.png", (50, 20, 79, 179), (50, 150, 209, 179))
+    found = read_digit(corner)[0].double()
+    place = torch.arange(28.0, dtype=torch.float64)
+    for axis in (0, 1):
+        centre = (found.sum(1 - axis) * place).sum() / found.sum()
+        # MNIST's own centres of mass lie between 13.5 and 14.5 on both axes.
+        assert 13.5 <= centre <= 14.5
+
+
+def test_a_shape_whose_centre_of_mass_is_far_out_stays_within_the_image(tmp_path):
+    lopsided = draw_shape(tmp_path / "flag.png", (20, 20, 259, 31), (20, 20, 60, 179))
+    found = read_digit(lopsided)[0]
+    columns = (found > 0).any(0).nonzero()
+    assert int(columns.max() - columns.min()) + 1 == 20
+
+
+def test_faint_ink_is_scaled_to_255_and_paper_to_0(tmp_path):
+    photograph(draw(DIGITS[4])).save(tmp_path / "faint.jpg", quality=60)
+    found = read_digit(tmp_path / "faint.jpg")[0]
+    assert found.max() == 255
+    outermost = torch.cat([found[:3].flatten(), found[-3:].flatten(), found[:, :3].flatten()])
+    assert outermost.max() == 0
+
+
+def test_thin_pencil_on_a_large_sheet_is_found(tmp_path):
+    sheet = Image.new("L", (1000, 800), 230)
+    ImageDraw.Draw(sheet).line([(300, 200), (400, 200), (350, 400)], fill=150, width=4)
+    grain = np.random.default_rng(0).normal(0, 5, (800, 1000))
+    Image.fromarray((sheet + grain).round().astype(np.uint8)).save(tmp_path / "seven.png")
+    found = read_digit(tmp_path / "seven.png")[0] > 40
+    assert int(found.any(1).sum()) in (19, 20)
+    assert int(found.any(0).sum()) in (9, 10, 11)  # half as wide as high
+
+
+def test_another_size_is_filled_in_the_same_proportion(tmp_path):
+    found = read_digit(draw_shape(tmp_path / "bar.png", (30, 50, 69, 149)), size=56)
+    assert found.shape == (1, 56, 56)
+    rows = (found[0] > 127).any(1).nonzero()
+    assert int(rows.max() - rows.min()) + 1 == 40
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        read_digit(tmp_path / "nowhere.png")
+
+
+def test_a_file_that_is_no_image_is_named_with_what_is_expected(tmp_path):
+    (tmp_path / "digit.png").write_text("a seven")
+    with pytest.raises(ValueError, match=r"digit\.png: expected an image .* PNG or JPEG"):
+        read_digit(tmp_path / "digit.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif"])
+def test_an_image_that_is_cut_short_is_named(tmp_path, suffix):
+    path = tmp_path / f"digit.{suffix}"
+    photograph(draw(DIGITS[0])).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ValueError, match=rf"digit\.{suffix}: expected an image"):
+        read_digit(path)
+
+
+def grainy_paper() -> Image.Image:
+    grain = np.random.default_rng(0).normal(200, 8, (HEIGHT, WIDTH))
+    return Image.fromarray(grain.round().astype(np.uint8))
+
+
+EMPTY = {
+    "white": Image.new("L", (WIDTH, HEIGHT), 255),
+    "black": Image.new("L", (28, 28), 0),
+    "grainy": grainy_paper(),
+    "see-through": Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 0)),
+    "one pixel": Image.new("L", (1, 1), 7),
+    "16 bit": Image.fromarray(np.full((HEIGHT, WIDTH), 40000, np.uint16)),
+    "half black": Image.fromarray(np.repeat([[0] * 150 + [255] * 130], HEIGHT, 0).astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize("sheet", EMPTY.values(), ids=EMPTY.keys())
+def test_a_sheet_without_a_digit_is_refused(tmp_path, sheet):
+    sheet.save(tmp_path / "empty.png")
+    with pytest.raises(ValueError, match=r"empty\.png: found no digit"):
+        read_digit(tmp_path / "empty.png")

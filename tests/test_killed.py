@@ -1,0 +1,91 @@
+"""The program as a process: killed at random moments, it goes on to the very same weights."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graphcaps.checkpoints import RunFolder, load_model
+
+DIGITS = Path(__file__).parent / "digits"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(run, *flags):
+    command = [sys.executable, "-m", "graphcaps", "train", "--run", str(run), "--device", "cpu"]
+    return subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+    )
+
+
+def fresh(run):
+    recipe = ["--dataset", str(DIGITS), "--epochs", "3", "--batch-size", "24"]
+    return start(run, *recipe, "--checkpoint-every", "1")
+
+
+def steps_saved(run):
+    checkpoint = RunFolder(run).last_checkpoint()
+    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+
+
+def wait_for(run, step, process):
+    while steps_saved(run) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    process = fresh(run)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "The run's files are in" in out
+    return run
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_weights_of_an_unbroken_one(
+    unbroken, tmp_path
+):
+    run = tmp_path / "run"
+    moments = random.Random(7)
+    process = fresh(run)
+    for step in (4, 14, 27):  # of 36, with a checkpoint after each: a kill often meets a write
+        wait_for(run, step, process)
+        time.sleep(moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert steps_saved(run) >= step
+        load_model(RunFolder(run).last_checkpoint())
+        process = start(run, "--resume")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for folder in ("best", "checkpoints/step-00000036"):
+        here, there = (r / folder / "model.safetensors" for r in (run, unbroken))
+        assert here.read_bytes() == there.read_bytes()
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_shows_no_traceback(unbroken, tmp_path):
+    run = tmp_path / "run"
+    process = fresh(run)
+    wait_for(run, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"train --run {run} --resume" in err
+    process = start(run, "--resume")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "Test accuracy" in out
+    here, there = (r / "best" / "model.safetensors" for r in (run, unbroken))
+    assert here.read_bytes() == there.read_bytes()

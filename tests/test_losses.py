@@ -1,0 +1,61 @@
+"""Losses against numbers worked out on paper from the formulas."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graphcaps as gc
+
+
+def test_the_margin_loss_is_squared_summed_over_classes_and_averaged_over_images():
+    lengths = torch.tensor([[0.5, 0.3, 0.05], [0.95, 0.2, 0.1]])
+    labels = torch.tensor([0, 1])
+    first = 0.4**2 + 0.5 * 0.2**2  # 0.9 − 0.5; 0.3 − 0.1; 0.05 is below 0.1
+    second = 0.5 * 0.85**2 + 0.7**2  # 0.95 − 0.1; 0.9 − 0.2; 0.1 is at the margin
+    assert_close(gc.margin_loss(lengths, labels), torch.tensor((first + second) / 2))
+
+
+def test_the_margin_loss_takes_several_digits_in_one_image():
+    lengths = torch.tensor([[0.5, 0.3, 0.05]])
+    several = torch.tensor([[1, 1, 0]])
+    assert_close(gc.margin_loss(lengths, several), torch.tensor(0.4**2 + 0.6**2))
+    one = torch.tensor([[0, 0, 1]])
+    assert_close(gc.margin_loss(lengths, one), gc.margin_loss(lengths, torch.tensor([2])))
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert_close(gc.margin_loss(lengths, nothing), torch.tensor(0.5 * (0.4**2 + 0.2**2)))
+
+
+def test_margins_and_weight_can_be_chosen():
+    loss = gc.margin_loss(
+        torch.tensor([[0.5, 0.5]]), torch.tensor([0]), present=0.7, absent=0.2, down_weight=0.25
+    )
+    assert_close(loss, torch.tensor(0.2**2 + 0.25 * 0.3**2))
+
+
+def test_the_reconstruction_loss_sums_over_pixels_and_averages_over_images():
+    images = torch.zeros(2, 1, 28, 28)
+    drawn = torch.zeros(2, 1, 28, 28)
+    drawn[0] = 0.5
+    assert_close(gc.reconstruction_loss(drawn, images), torch.tensor(784 * 0.25 / 2))
+
+
+def test_the_loss_weighs_reconstruction_by_0_0005_of_the_sum_which_is_0_392_of_the_mean():
+    images, labels = torch.rand(3, 1, 28, 28), torch.tensor([1, 2, 0])
+    output = gc.CapsNetOutput(torch.rand(3, 3, 4), torch.rand(3, 3), torch.rand(3, 1, 28, 28))
+    mean_square = (output.reconstruction - images).square().mean()
+    expected = gc.margin_loss(output.lengths, labels) + 0.392 * mean_square
+    assert_close(gc.capsnet_loss(output, images, labels), expected)
+    without = output._replace(reconstruction=None)
+    expected = gc.margin_loss(output.lengths, labels)
+    assert_close(gc.capsnet_loss(without, images, labels), expected)
+
+
+def test_a_reconstruction_of_another_shape_is_refused_not_broadcast():
+    with pytest.raises(ValueError, match="expected a reconstruction of the images' shape"):
+        gc.reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.zeros(2, 784))
+
+
+def test_lengths_of_zero_have_finite_gradients_in_the_loss():
+    v = torch.zeros(2, 3, 4, requires_grad=True)
+    gc.margin_loss(gc.length(v), torch.tensor([0, 1])).backward()
+    assert v.grad.isfinite().all()

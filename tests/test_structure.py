@@ -1,0 +1,91 @@
+"""What the repository promises about its own shape."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import graphcaps
+
+PACKAGE = Path(graphcaps.__file__).parent
+
+# A file imports only from those above it: the flow from image to training, read downwards.
+ORDER = [
+    "_dgl",
+    "functional",
+    "graph",
+    "reference",
+    "votes",
+    "passing",
+    "routing",
+    "layers",
+    "decoder",
+    "model",
+    "losses",
+    "data",
+    "images",
+    "settings",
+    "evaluation",
+    "checkpoints",
+    "workers",
+    "training",
+    "cli",
+    "__main__",
+]
+
+
+def modules():
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts != ("__init__",):
+            yield path, parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: import by full name"
+            names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (n.split(".")[1] for n in names if n.startswith("graphcaps."))
+
+
+def test_imports_run_downwards_only():
+    for path, module in modules():
+        assert module in ORDER, f"where does {path.name} stand in the order?"
+        for imported in imports(path):
+            if imported in ORDER and imported != module:
+                assert ORDER.index(imported) < ORDER.index(module), f"{path} imports {imported}"
+
+
+def test_the_reference_shares_nothing_with_the_library():
+    assert list(imports(PACKAGE / "reference.py")) == []
+
+
+def test_dgl_is_imported_in_one_place():
+    for path, module in modules():
+        if module == "_dgl":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(n.split(".")[0] == "dgl" for n in names), path
+
+
+def test_routing_needs_none_of_what_training_needs():
+    program = """
+import sys
+for name in ("torchvision", "safetensors", "tyro", "tqdm.auto", "PIL", "mlxtend", "tensorboard"):
+    sys.modules[name] = None
+import torch
+import graphcaps as gc
+layer = gc.CapsuleLayer(gc.complete_graph(children=6, parents=3), child_dim=8, parent_dim=16)
+assert layer(torch.rand(2, 6, 8)).shape == (2, 3, 16)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

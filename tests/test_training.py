@@ -1,0 +1,315 @@
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graphcaps import training
+from graphcaps.checkpoints import RunFolder, load_model
+from graphcaps.data import load_dataset
+from graphcaps.evaluation import Score, evaluate
+from graphcaps.settings import (
+    RECIPES,
+    Recipe,
+    TrainSettings,
+    as_json,
+    choose_preset,
+    make_recipe,
+    make_schedule,
+    resumed_settings,
+)
+from graphcaps.training import Trainer, TrainingDivergedError, train
+from graphcaps.workers import Workers
+
+DIGITS = Path(__file__).parent / "digits"
+CPU = Workers(rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(run, **changes):
+    asked = TrainSettings(dataset=str(DIGITS), run=run, epochs=2, batch_size=49, device="cpu")
+    return replace(asked, **changes)
+
+
+def trainer(run, **changes):
+    asked = settings(run, **changes)
+    data = load_dataset(asked.dataset)
+    recipe = make_recipe(asked, "small", len(data.train.labels))
+    run_folder = RunFolder(run)
+    run_folder.create({})
+    return Trainer(asked, recipe, data, CPU, run_folder)
+
+
+def weights(run):
+    return RunFolder(run).last_checkpoint().joinpath("model.safetensors").read_bytes()
+
+
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C while a step is taken."""
+    take_step = Trainer._take_step
+
+    def interrupted(self, *args):
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_take_step", interrupted)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 7])  # of 6 in an epoch: first, middle, last, second's
+def test_a_resumed_run_ends_with_the_very_weights_of_one_never_stopped(
+    step, tmp_path, monkeypatch, capsys
+):
+    unbroken = train(settings(tmp_path / "unbroken"))
+    with monkeypatch.context() as patch:
+        interrupt_at(step, patch)
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after {step + 1} steps"):
+            train(settings(tmp_path / "stopped"))
+    torch.rand(7)  # whatever happens in between
+    resumed = train(TrainSettings(run=tmp_path / "stopped", resume=True))
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "unbroken")
+    timeless = {"seconds", "run"}
+    assert {k: v for k, v in resumed.items() if k not in timeless} == {
+        k: v for k, v in unbroken.items() if k not in timeless
+    }
+    logs = [RunFolder(tmp_path / name).metrics() for name in ("unbroken", "stopped")]
+    for record in logs[0] + logs[1]:
+        del record["seconds"]
+    assert logs[0] == logs[1]
+
+
+def test_metrics_that_a_killed_run_wrote_after_its_checkpoint_are_written_anew(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    for step in (1, 2, 3):
+        run.log({"kind": "step", "step": step})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')  # killed while writing
+    run.forget_metrics_after(2)
+    assert [record["step"] for record in run.metrics()] == [1, 2]
+
+
+def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(tmp_path):
+    here = trainer(tmp_path / "run")
+    (first, shifts), (again, _), (second, _) = here._plan(0), here._plan(0), here._plan(1)
+    assert sorted(first.tolist()) == list(range(294))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert set(shifts.flatten().tolist()) == {-2, -1, 0, 1, 2}
+
+
+def test_a_step_sees_the_planned_images_shifted(tmp_path, monkeypatch):
+    here = trainer(tmp_path / "run")
+    seen = []
+    monkeypatch.setattr(
+        here, "parallel", lambda images, labels: seen.append((images, labels)) or here.model(images)
+    )
+    order, shifts = here._plan(0)
+    here._take_step(order[:5], shifts[:5], [])
+    images, labels = seen[0]
+    assert torch.equal(labels, here.data.train.labels[order[:5]])
+    for image, number, (down, right) in zip(images, order[:5], shifts[:5].tolist(), strict=True):
+        pixels = here.data.train.images[number].float() / 255
+        expected = torch.zeros(1, 32, 32)
+        expected[:, 2 + down : 30 + down, 2 + right : 30 + right] = pixels
+        assert torch.equal(image, expected[:, 2:30, 2:30])
+
+
+def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.75, 0.25])
+    evaluated, saved = [], []
+
+    def scripted(model, split, **_):
+        evaluated.append(len(split.labels))
+        if len(split.labels) == 26:  # the hold-out
+            saved.append(model.capsules.weight.detach().clone())
+            return Score(images=100, errors=round(100 * (1 - next(accuracies))), loss=1.0)
+        assert torch.equal(model.capsules.weight, saved[1])
+        return evaluate(model, split)
+
+    monkeypatch.setattr(training, "evaluate", scripted)
+    result = train(settings(tmp_path / "run", epochs=3))
+    assert evaluated == [26, 26, 26, 100]
+    assert (result["best_epoch"], result["holdout_accuracy"]) == (2, 0.75)
+    assert torch.equal(load_model(tmp_path / "run" / "best").capsules.weight, saved[1])
+
+
+def test_training_reduces_the_loss(tmp_path):
+    train(settings(tmp_path / "run", epochs=8))
+    epochs = [r for r in RunFolder(tmp_path / "run").metrics() if r["kind"] == "epoch"]
+    assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
+    assert epochs[-1]["holdout_accuracy"] > 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_last_good_checkpoint(
+    tmp_path, monkeypatch
+):
+    loss = training.capsnet_loss
+    calls = []
+
+    def spoiled(*args):
+        calls.append(1)
+        return loss(*args) * (torch.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(training, "capsnet_loss", spoiled)
+    with pytest.raises(TrainingDivergedError) as caught:
+        train(settings(tmp_path / "run", checkpoint_every=2, learning_rate=0.002))
+    said = str(caught.value)
+    assert "the loss is not finite at step 5" in said
+    assert "learning rate 0.00" in said
+    assert str(tmp_path / "run" / "checkpoints" / "step-00000004") in said
+
+
+def test_a_rate_far_too_high_diverges_and_never_saves_what_is_not_finite(tmp_path):
+    with pytest.raises(TrainingDivergedError, match="is not finite at step"):
+        train(settings(tmp_path / "run", checkpoint_every=1, learning_rate=1e30))
+    checkpoint = RunFolder(tmp_path / "run").last_checkpoint()
+    if checkpoint is not None:
+        model = load_model(checkpoint)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    here = trainer(tmp_path / "run")
+    here._save_checkpoint()
+    with torch.no_grad():
+        here.model.capsules.weight[0, 0, 0] = torch.inf
+    here.step = 1
+    with pytest.raises(TrainingDivergedError, match="a weight is not finite"):
+        here._save_checkpoint()
+    assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000000"
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "uniform"])
+@pytest.mark.parametrize("engine", ["udf", "builtin", "scatter"])
+def test_every_engine_and_routing_trains(engine, routing, tmp_path):
+    result = train(settings(tmp_path / "run", epochs=1, engine=engine, routing=routing))
+    assert result["test_images"] == 100
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path):
+    plain, amp = trainer(tmp_path / "plain"), trainer(tmp_path / "amp", amp="bf16")
+    order, shifts = plain._plan(0)
+    for here in (plain, amp):
+        here._take_step(order[:49], shifts[:49], [])
+    here, there = (t.model.capsules.weight.grad for t in (plain, amp))
+    assert not torch.equal(here, there)
+    assert_close(there, here, rtol=0.05, atol=0.05 * float(here.abs().max()))
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings(tmp_path / "run", tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    logged = [r for r in RunFolder(tmp_path / "run").metrics() if r["kind"] == "epoch"]
+    shown = events.Scalars("epoch/train_loss")
+    assert [event.step for event in shown] == [record["step"] for record in logged]
+    assert_close([event.value for event in shown], [record["train_loss"] for record in logged])
+
+
+def test_the_papers_rate_decays_by_0_96_every_2000_steps():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = make_schedule(optimizer, RECIPES["paper"], steps_per_epoch=429)
+    rates = []
+    for _ in range(4001):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert_close([rates[0], rates[2000], rates[4000]], [1e-3, 0.96e-3, 0.96**2 * 1e-3])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_one_cycle_goes_up_to_the_rate_and_down_to_nothing(steps):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    recipe = Recipe("small", epochs=1, batch_size=1, learning_rate=0.1, schedule="one-cycle")
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert len(rates) == steps
+    assert max(rates) <= 0.1 + 1e-12
+    if steps == 50:
+        assert max(rates) > 0.099
+        assert rates[0] < 0.01
+        assert rates[-1] < 0.001
+
+
+def test_auto_trains_the_papers_net_on_cuda_and_the_small_one_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert choose_preset(TrainSettings(), torch.device("cuda"))[0] == "paper"
+    preset, why = choose_preset(TrainSettings(), torch.device("cpu"))
+    assert preset == "small"
+    assert "no CUDA" in why
+    assert choose_preset(TrainSettings(preset="paper"), torch.device("cpu"))[0] == "paper"
+
+
+def test_small_data_sets_are_passed_over_until_400_steps_unless_epochs_are_given():
+    assert make_recipe(TrainSettings(), "small", 55_000).epochs == 4
+    assert make_recipe(TrainSettings(), "small", 4_000).epochs == 10
+    assert make_recipe(TrainSettings(epochs=3), "small", 4_000).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(epochs=0), "epochs must be at least 1; got 0"),
+        (dict(batch_size=0), "batch size from 1 to the 294"),
+        (dict(batch_size=295), "batch size from 1 to the 294"),
+        (dict(iterations=0), "iterations must be at least 1"),
+        (dict(shift=-1), "shift must be at least 0"),
+        (dict(learning_rate=0.0), "above 0"),
+        (dict(learning_rate=float("nan")), "above 0"),
+        (dict(device="gpu"), "unknown device 'gpu'"),
+        (dict(dataset="mnits"), "mnist, fashion-mnist"),
+        (dict(resume=True), "no run at"),
+        (dict(resume=True, run=None), "add --run FOLDER"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said, tmp_path):
+    asked = replace(settings(tmp_path / "run"), **changes)
+    with pytest.raises((ValueError, OSError, RuntimeError), match=said):
+        train(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_exists_is_not_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError, match="exists already; add --resume"):
+        train(settings(tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_resumed_run_cannot_change_its_settings(tmp_path):
+    started = replace(settings(tmp_path / "run"), epochs=5, seed=3)
+    stored = json.loads(json.dumps({"settings": as_json(started)}))
+    asked = TrainSettings(run=tmp_path / "moved", resume=True, engine="udf")
+    resumed = resumed_settings(asked, stored)
+    assert resumed == replace(started, run=tmp_path / "moved", resume=True, engine="udf")
+    with pytest.raises(ValueError, match="epochs is 5, not 6"):
+        resumed_settings(replace(asked, epochs=6), stored)
+    with pytest.raises(ValueError, match="not those of graphcaps"):
+        resumed_settings(asked, {"settings": {"data_dir": "data", "colour": "blue"}})
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    first = train(settings(tmp_path / "run", epochs=1))
+    before = weights(tmp_path / "run")
+    again = train(TrainSettings(run=tmp_path / "run", resume=True))
+    assert again == first
+    assert weights(tmp_path / "run") == before
+    assert "nothing is left to do" in capsys.readouterr().out
