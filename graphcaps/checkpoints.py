@@ -181,7 +181,7 @@ class RunFolder:
         if self.path.exists():
             raise FileExistsError(
                 f"{self.path} exists already; add --resume to go on with that run, "
-                "or choose another folder with --run"
+                "or choose another folder with --run-dir"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ Engine = Literal["auto", "udf", "builtin", "scatter"]
 class EvaluateSettings:
     """Count the errors of a trained net on test images."""
 
-    run: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Path]
     """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
     dataset: str | None = None
     """As for train. Default: the one the run was trained on."""
@@ -46,7 +46,7 @@ class PredictSettings:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """PNG or JPEG files of any size, dark on light or light on dark, one digit each."""
-    run: Path
+    run_dir: Path
     """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
     engine: Engine = "auto"
     """How messages are passed."""
@@ -84,7 +84,7 @@ def main() -> int:
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
-        _complain(f"{interrupt}\nGo on with: {_program()} train --run {interrupt.run} --resume")
+        _complain(f"{interrupt}\nGo on with: {_program()} train --run-dir {interrupt.run} --resume")
         return 130
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -109,8 +109,8 @@ def _train(settings: TrainSettings) -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    model = _load(settings.run, settings.engine)
-    dataset = settings.dataset or RunFolder(settings.run).settings()["settings"]["dataset"]
+    model = _load(settings.run_dir, settings.engine)
+    dataset = settings.dataset or RunFolder(settings.run_dir).settings()["settings"]["dataset"]
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, settings.data_dir)
         score = evaluate(model.to(workers.device), data.test)
@@ -122,7 +122,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
 
 @torch.no_grad()
 def _predict(settings: PredictSettings) -> None:
-    model = _load(settings.run, settings.engine).eval()
+    model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
         lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]

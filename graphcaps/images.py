@@ -1,5 +1,6 @@
 """An image file enters; a digit as MNIST has it leaves."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,9 @@ def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     corner = []
     for axis, length in enumerate(digit.shape):
         centre = np.average(np.arange(length), weights=digit.sum(1 - axis))
-        corner.append(int(np.clip(round(size / 2 - centre), 0, size - length)))
+        # So that it comes to lie in [13.5, 14.5) of 28, which is where all of MNIST's lie.
+        start = math.ceil(size / 2 - 0.5 - centre)
+        corner.append(min(max(start, 0), size - length))
     top, left = corner
     canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
     return canvas

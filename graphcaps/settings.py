@@ -22,10 +22,10 @@ class TrainSettings:
     IDX files of your own."""
     data_dir: Path = Path("data")
     """Where data sets are kept."""
-    run: Path | None = None
+    run_dir: Path | None = None
     """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
     resume: bool = False
-    """Go on with the run in --run from its last checkpoint."""
+    """Go on with the run in --run-dir from its last checkpoint."""
     epochs: int | None = None
     """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
     than 400 steps."""
@@ -70,7 +70,7 @@ RECIPES = {
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
 }
 FEWEST_STEPS = 400  # a small data set is passed over more often
-MAY_CHANGE_ON_RESUME = ("run", "resume", "data_dir", "engine", "device", "tensorboard")
+MAY_CHANGE_ON_RESUME = ("run_dir", "resume", "data_dir", "engine", "device", "tensorboard")
 
 
 def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, str]:

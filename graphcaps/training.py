@@ -360,14 +360,14 @@ class Trainer:
 
 
 def _run_to_resume(settings: TrainSettings) -> RunFolder:
-    if settings.run is None:
-        raise ValueError("--resume needs to know which run: add --run FOLDER")
-    return RunFolder(settings.run)
+    if settings.run_dir is None:
+        raise ValueError("--resume needs to know which run: add --run-dir FOLDER")
+    return RunFolder(settings.run_dir)
 
 
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
     """A folder that is free: a run that cannot be written must not start."""
-    path = settings.run
+    path = settings.run_dir
     if path is None:
         name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = Path("runs") / name

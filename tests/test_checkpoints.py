@@ -112,7 +112,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(tmp_path, monke
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"could not write .*No space left.*saved before is untouched"):
+    with pytest.raises(
+        OSError, match=r"could not write .*No space left.*saved before is untouched"
+    ):
         run.save_checkpoint(2, model, {"step": 2})
     monkeypatch.undo()
     assert run.last_checkpoint() == first

@@ -37,7 +37,16 @@ def graphcaps(monkeypatch, capsys):
 def trained(tmp_path_factory):
     """A net trained by the program on the shipped digits, well enough to tell some."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    command = [sys.executable, "-m", "graphcaps", "train", "--run", str(folder), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "graphcaps",
+        "train",
+        "--run-dir",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     command += ["--dataset", str(DIGITS), "--epochs", "12", "--batch-size", "24"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -77,7 +86,7 @@ def test_a_net_on_300_digits_tells_most_of_the_others_from_image_files(
         paper = 255 - np.kron(np.pad(pixels, 6), np.ones((7, 7), dtype=np.uint8))
         files.append(tmp_path / f"{number}.{'png' if number % 2 else 'jpg'}")
         Image.fromarray(paper).save(files[-1])
-    status, out, _ = graphcaps("predict", *files, "--run", folder)
+    status, out, _ = graphcaps("predict", *files, "--run-dir", folder)
     assert status == 0
     lines = out.splitlines()
     assert len(lines) == 60
@@ -120,11 +129,11 @@ def test_python_m_graphcaps_is_the_program():
         (["train", "--dataset", DIGITS, "--iterations", "0"], "iterations must be at least 1"),
         (["train", "--dataset", DIGITS, "--device", "abacus"], "unknown device 'abacus'"),
         (["train", "--dataset", DIGITS, "--device", "cuda:7"], "device 'cuda:7' is not there"),
-        (["train", "--resume"], "add --run FOLDER"),
-        (["train", "--resume", "--run", "nowhere"], "no run at nowhere"),
-        (["train", "--dataset", DIGITS, "--run", "."], "exists already"),
+        (["train", "--resume"], "add --run-dir FOLDER"),
+        (["train", "--resume", "--run-dir", "nowhere"], "no run at nowhere"),
+        (["train", "--dataset", DIGITS, "--run-dir", "."], "exists already"),
         (["evaluate", "nowhere"], "no trained net at nowhere"),
-        (["predict", "digit.png", "--run", "nowhere"], "no trained net at nowhere"),
+        (["predict", "digit.png", "--run-dir", "nowhere"], "no trained net at nowhere"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_message(
@@ -161,13 +170,13 @@ def test_wrong_flags_are_refused_with_a_hint(arguments, graphcaps, tmp_path, mon
 def test_a_picture_that_is_none_is_named(content, trained, graphcaps, tmp_path):
     path = tmp_path / "digit.png"
     path.write_bytes(content)
-    status, _, err = graphcaps("predict", path, "--run", trained[0])
+    status, _, err = graphcaps("predict", path, "--run-dir", trained[0])
     assert status == 1
     assert str(path) in err
 
 
 def test_a_picture_that_is_not_there_is_named(trained, graphcaps, tmp_path):
-    status, _, err = graphcaps("predict", tmp_path / "digit.png", "--run", trained[0])
+    status, _, err = graphcaps("predict", tmp_path / "digit.png", "--run-dir", trained[0])
     assert status == 1
     assert "digit.png" in err
     assert "No such file" in err

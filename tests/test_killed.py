@@ -17,7 +17,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(run, *flags):
-    command = [sys.executable, "-m", "graphcaps", "train", "--run", str(run), "--device", "cpu"]
+    command = [sys.executable, "-m", "graphcaps", "train", "--run-dir", str(run), "--device", "cpu"]
     return subprocess.Popen(
         [*command, *flags],
         stdout=subprocess.PIPE,
@@ -82,7 +82,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_shows_no_traceback(unbroken, tmp_pa
     _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert f"train --run {run} --resume" in err
+    assert f"train --run-dir {run} --resume" in err
     process = start(run, "--resume")
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -38,7 +38,7 @@ def one_thread():
 
 
 def settings(run, **changes):
-    asked = TrainSettings(dataset=str(DIGITS), run=run, epochs=2, batch_size=49, device="cpu")
+    asked = TrainSettings(dataset=str(DIGITS), run_dir=run, epochs=2, batch_size=49, device="cpu")
     return replace(asked, **changes)
 
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_one_never_stopped(
         with pytest.raises(KeyboardInterrupt, match=f"stopped after {step + 1} steps"):
             train(settings(tmp_path / "stopped"))
     torch.rand(7)  # whatever happens in between
-    resumed = train(TrainSettings(run=tmp_path / "stopped", resume=True))
+    resumed = train(TrainSettings(run_dir=tmp_path / "stopped", resume=True))
     assert weights(tmp_path / "stopped") == weights(tmp_path / "unbroken")
     timeless = {"seconds", "run"}
     assert {k: v for k, v in resumed.items() if k not in timeless} == {
@@ -277,7 +277,7 @@ def test_small_data_sets_are_passed_over_until_400_steps_unless_epochs_are_given
         (dict(device="gpu"), "unknown device 'gpu'"),
         (dict(dataset="mnits"), "mnist, fashion-mnist"),
         (dict(resume=True), "no run at"),
-        (dict(resume=True, run=None), "add --run FOLDER"),
+        (dict(resume=True, run_dir=None), "add --run-dir FOLDER"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said, tmp_path):
@@ -297,9 +297,9 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path):
 def test_a_resumed_run_cannot_change_its_settings(tmp_path):
     started = replace(settings(tmp_path / "run"), epochs=5, seed=3)
     stored = json.loads(json.dumps({"settings": as_json(started)}))
-    asked = TrainSettings(run=tmp_path / "moved", resume=True, engine="udf")
+    asked = TrainSettings(run_dir=tmp_path / "moved", resume=True, engine="udf")
     resumed = resumed_settings(asked, stored)
-    assert resumed == replace(started, run=tmp_path / "moved", resume=True, engine="udf")
+    assert resumed == replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
     with pytest.raises(ValueError, match="epochs is 5, not 6"):
         resumed_settings(replace(asked, epochs=6), stored)
     with pytest.raises(ValueError, match="not those of graphcaps"):
@@ -309,7 +309,7 @@ def test_a_resumed_run_cannot_change_its_settings(tmp_path):
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     first = train(settings(tmp_path / "run", epochs=1))
     before = weights(tmp_path / "run")
-    again = train(TrainSettings(run=tmp_path / "run", resume=True))
+    again = train(TrainSettings(run_dir=tmp_path / "run", resume=True))
     assert again == first
     assert weights(tmp_path / "run") == before
     assert "nothing is left to do" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_two_processes_train_one_run_as_one_process_does(tmp_path):
     flags = ["--dataset", DIGITS, "--epochs", 1, "--batch-size", 48, "--device", "cpu"]
     for count, name in ((1, "one"), (2, "two")):
         run = tmp_path / name
-        launched = ["graphcaps", "train", "--run", run, *flags]
+        launched = ["graphcaps", "train", "--run-dir", run, *flags]
         done = processes(count, "-m", *launched)
         assert done.stdout.count("The run's files are in") == 1
     logs = [RunFolder(tmp_path / name).metrics() for name in ("one", "two")]

@@ -39,7 +39,7 @@ class ScatterEngine:
         return s, node_function(s)
 
     def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
-        return (u_hat * self.expand_to_edges(v)).sum(dim=-1, keepdim=True)
+        return torch.einsum("ed,ed->e", u_hat, self.expand_to_edges(v)).unsqueeze(-1)
 
     def expand_to_edges(self, v: Tensor) -> Tensor:
         return v.index_select(0, self.parent)

@@ -32,10 +32,11 @@ class UdfEngine:
         graph.nodes["parent"].data["s"] = nothing.repeat(graph.num_nodes("parent"), 1)
 
         def message(edges):
-            return {"m": edges.data["c"] * edges.data["u_hat"]}
+            return {"c": edges.data["c"].squeeze(-1), "u_hat": edges.data["u_hat"]}
 
-        def reduce(nodes):
-            return {"s": nodes.mailbox["m"].sum(dim=1)}
+        def reduce(nodes):  # c · û summed in one product: a mailbox of c · û costs a pass more
+            c, u_hat = nodes.mailbox["c"], nodes.mailbox["u_hat"]
+            return {"s": torch.einsum("ji,jid->jd", c, u_hat)}
 
         def apply(nodes):
             return {"v": node_function(nodes.data["s"])}
@@ -47,7 +48,8 @@ class UdfEngine:
 
     def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
         def agree(edges):
-            return {"a": (edges.data["u_hat"] * edges.dst["v"]).sum(dim=-1, keepdim=True)}
+            agreement = torch.einsum("ed,ed->e", edges.data["u_hat"], edges.dst["v"])
+            return {"a": agreement.unsqueeze(-1)}
 
         if not len(u_hat):
             return u_hat.sum(dim=-1, keepdim=True)
