@@ -122,15 +122,15 @@ def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
     return replace(recipe, epochs=epochs, batch_size=batch_size, learning_rate=rate)
 
 
-def resumed_settings(asked: TrainSettings, stored: dict[str, Any]) -> TrainSettings:
-    """The settings a run was started with, with what may change from one start to the next.
+def resume_settings(asked: TrainSettings, stored: dict[str, Any]) -> tuple[TrainSettings, Recipe]:
+    """What a run was started with, and what may change from one start to the next.
 
     Args:
         asked: what is asked for now.
         stored: what the run's settings.json holds.
 
     Returns:
-        The settings to go on with.
+        The settings to go on with, and the run's recipe.
 
     Raises:
         ValueError: something is asked for that a run cannot change, or `stored` is foreign.
@@ -138,6 +138,7 @@ def resumed_settings(asked: TrainSettings, stored: dict[str, Any]) -> TrainSetti
     try:
         values = stored["settings"]
         started = TrainSettings(**{**values, "data_dir": Path(values["data_dir"])})
+        recipe = Recipe(**stored["recipe"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"the run's settings are not those of graphcaps: {error}") from None
     changes = {}
@@ -150,7 +151,7 @@ def resumed_settings(asked: TrainSettings, stored: dict[str, Any]) -> TrainSetti
                 f"a run goes on with the settings it was started with: {field.name} is {old}, "
                 f"not {new}; leave it out, or start another run"
             )
-    return replace(started, **changes)
+    return replace(started, **changes), recipe
 
 
 def as_json(settings: TrainSettings) -> dict[str, Any]:

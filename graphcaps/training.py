@@ -32,7 +32,7 @@ from graphcaps.settings import (
     choose_preset,
     make_recipe,
     make_schedule,
-    resumed_settings,
+    resume_settings,
 )
 from graphcaps.workers import Workers, joined_workers
 
@@ -69,14 +69,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         preset, why = choose_preset(settings, workers.device)
         if settings.resume:
             run = _run_to_resume(settings)
-            started = run.settings()
-            settings = resumed_settings(settings, started)
+            settings, recipe = resume_settings(settings, run.settings())
+            why = "the run goes on"
             finished = run.result()
             if finished is not None:
                 _say(workers, f"{run.path} is finished; nothing is left to do")
                 return finished
             data = _load_data(settings, workers)
-            recipe, why = Recipe(**started["recipe"]), "the run goes on"
         else:
             run = workers.agree(_new_run(settings, preset))
             data = _load_data(settings, workers)
@@ -138,9 +137,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
         self.schedule = make_schedule(self.optimizer, recipe, self.steps_per_epoch)
         self.step = 0
-        self.seconds = 0.0
         self.best_epoch, self.best_accuracy = 0, -1.0
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss, correct
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._signals: list[int] = []
+        self._writer: Any = None
         if settings.resume:
             self._resume()
         self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
@@ -158,9 +159,14 @@ class Trainer:
             f"Everything goes to {self.run.path}"
         )
 
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, in all its starts."""
+        return self._seconds_before + time.monotonic() - self._started
+
     def train(self) -> dict[str, Any]:
         """Go on from the present position to the end; see `graphcaps.training.train`."""
-        started = time.monotonic() - self.seconds
+        self._started = time.monotonic()
         bar = tqdm(
             total=self.epochs * self.steps_per_epoch * self.batch_size,
             initial=self.step * self.batch_size,
@@ -169,27 +175,20 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        with bar, _tensorboard(self) as writer, _stop_signals() as stop:
+        with bar, self._tensorboard(), _noting_signals(self._signals):
             for epoch in range(self.step // self.steps_per_epoch, self.epochs):
                 bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
-                self._train_epoch(epoch, bar, writer, stop, started)
-                self.seconds = time.monotonic() - started
-                self._end_epoch(epoch, bar, writer)
-                if self._everyone_stops(stop):
-                    raise TrainingInterrupt(self.step, self.run.path)
-        self.seconds = time.monotonic() - started
+                self._train_epoch(epoch, bar)
+                self._end_epoch(epoch, bar)
         return self._test()
 
-    def _train_epoch(
-        self, epoch: int, bar: tqdm, writer: Any, stop: list[int], started: float
-    ) -> None:
+    def _train_epoch(self, epoch: int, bar: tqdm) -> None:
         order, shifts = self._plan(epoch)
         for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
             chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen], stop)
-            self.epoch_sums += torch.tensor([loss, correct])
+            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen])
+            self.epoch_sums += torch.tensor([loss, correct], dtype=torch.float64)
             self.step += 1
-            self.seconds = time.monotonic() - started
             bar.update(self.batch_size)
             seen = number + 1
             bar.set_postfix(
@@ -199,7 +198,6 @@ class Trainer:
             )
             if self.step % STEPS_PER_RECORD == 0:
                 self._log(
-                    writer,
                     "step",
                     epoch=epoch + 1,
                     loss=loss,
@@ -219,9 +217,7 @@ class Trainer:
         shifts = draw_shifts(len(order), self.settings.shift, generator)
         return order.to(self.workers.device), shifts.to(self.workers.device)
 
-    def _take_step(
-        self, chosen: Tensor, shifts: Tensor, stop: list[int]
-    ) -> tuple[float, int, bool]:
+    def _take_step(self, chosen: Tensor, shifts: Tensor) -> tuple[float, int, bool]:
         """One step on a batch: its loss, how many it got right, whether anyone wants to stop."""
         mine = slice(self.workers.rank, None, self.workers.size)
         images = as_input(shift(self._images[chosen[mine]], shifts[mine]), self.model)
@@ -236,29 +232,29 @@ class Trainer:
             correct = (output.lengths.argmax(dim=1) == labels).sum()
         except NonFinitePosesError:
             loss, correct = torch.full((), torch.nan), torch.zeros(())
-        seen = torch.stack([loss.detach(), correct, torch.tensor(len(stop)).to(loss)]).double()
-        total_loss, total_correct, stopping = self.workers.total(seen).tolist()
+        mine_to_sum = [loss.detach(), correct, torch.tensor(len(self._signals)).to(loss)]
+        sums = self.workers.total(torch.stack(mine_to_sum).double())
+        total_loss, total_correct, signals = sums.tolist()
         if not math.isfinite(total_loss):
             raise self._diverged("the loss")
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        return total_loss / self.workers.size, int(total_correct), stopping > 0
+        return total_loss / self.workers.size, int(total_correct), signals > 0
 
-    def _end_epoch(self, epoch: int, bar: tqdm, writer: Any) -> None:
+    def _end_epoch(self, epoch: int, bar: tqdm) -> None:
         images = self.steps_per_epoch * self.batch_size
         train_loss = float(self.epoch_sums[0]) / self.steps_per_epoch
         train_accuracy = float(self.epoch_sums[1]) / images
         self.epoch_sums.zero_()
         if self.workers.leads:
+            self._check_weights()
             score = evaluate(self.model, self.data.holdout)
             best = score.accuracy > self.best_accuracy
             if best:
                 self.best_epoch, self.best_accuracy = epoch + 1, score.accuracy
-                self._check_weights()
                 save_model(self.run.best, self.model)
             self._log(
-                writer,
                 "epoch",
                 epoch=epoch + 1,
                 train_loss=train_loss,
@@ -273,6 +269,8 @@ class Trainer:
                 file=sys.stdout,
             )
         self._save_checkpoint()
+        if self.workers.total(torch.tensor(float(len(self._signals)))).item():
+            raise TrainingInterrupt(self.step, self.run.path)
 
     def _test(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -319,7 +317,7 @@ class Trainer:
         checkpoint = self.run.last_checkpoint()
         if checkpoint is not None:
             saved = self.run.load_checkpoint(checkpoint, self.model)
-            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.step, self._seconds_before = saved["step"], saved["seconds"]
             self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
             self.epoch_sums = saved["epoch_sums"]
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -330,9 +328,6 @@ class Trainer:
         self.workers.wait()  # nobody writes before everybody has read
         if self.workers.leads:
             self.run.forget_metrics_after(self.step)
-
-    def _everyone_stops(self, stop: list[int]) -> bool:
-        return self.workers.total(torch.tensor(float(bool(stop)))).item() > 0
 
     def _learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
@@ -350,13 +345,24 @@ class Trainer:
             f"{checkpoint or 'none, it came too early'}. Try a lower --learning-rate"
         )
 
-    def _log(self, writer: Any, kind: str, **values: float) -> None:
+    def _log(self, kind: str, **values: float) -> None:
         if not self.workers.leads:
             return
         self.run.log({"kind": kind, "step": self.step, "seconds": self.seconds, **values})
-        if writer is not None:
+        if self._writer is not None:
             for name, value in values.items():
-                writer.add_scalar(f"{kind}/{name}", value, self.step)
+                self._writer.add_scalar(f"{kind}/{name}", value, self.step)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        if not (self.settings.tensorboard and self.workers.leads):
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(self.run.path / "tensorboard")
+        with SummaryWriter(folder, purge_step=self.step or None) as self._writer:
+            yield
 
 
 def _run_to_resume(settings: TrainSettings) -> RunFolder:
@@ -412,21 +418,8 @@ def _say(workers: Workers, text: str) -> None:
 
 
 @contextmanager
-def _tensorboard(trainer: Trainer) -> Iterator[Any]:
-    if not (trainer.settings.tensorboard and trainer.workers.leads):
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = trainer.run.path / "tensorboard"
-    with SummaryWriter(str(folder), purge_step=trainer.step or None) as writer:
-        yield writer
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM makes non-empty; a second one interrupts at once."""
-    came: list[int] = []
+def _noting_signals(came: list[int]) -> Iterator[None]:
+    """Put SIGINT and SIGTERM on a list as they come; the second of a kind interrupts at once."""
 
     def note(number: int, frame: object) -> None:
         came.append(number)
@@ -435,7 +428,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

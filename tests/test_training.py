@@ -1,7 +1,7 @@
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from graphcaps.settings import (
     choose_preset,
     make_recipe,
     make_schedule,
-    resumed_settings,
+    resume_settings,
 )
 from graphcaps.training import Trainer, TrainingDivergedError, train
 from graphcaps.workers import Workers
@@ -116,7 +116,7 @@ def test_a_step_sees_the_planned_images_shifted(tmp_path, monkeypatch):
         here, "parallel", lambda images, labels: seen.append((images, labels)) or here.model(images)
     )
     order, shifts = here._plan(0)
-    here._take_step(order[:5], shifts[:5], [])
+    here._take_step(order[:5], shifts[:5])
     images, labels = seen[0]
     assert torch.equal(labels, here.data.train.labels[order[:5]])
     for image, number, (down, right) in zip(images, order[:5], shifts[:5].tolist(), strict=True):
@@ -202,7 +202,7 @@ def test_bfloat16_trains_close_to_float32(tmp_path):
     plain, amp = trainer(tmp_path / "plain"), trainer(tmp_path / "amp", amp="bf16")
     order, shifts = plain._plan(0)
     for here in (plain, amp):
-        here._take_step(order[:49], shifts[:49], [])
+        here._take_step(order[:49], shifts[:49])
     here, there = (t.model.capsules.weight.grad for t in (plain, amp))
     assert not torch.equal(here, there)
     assert_close(there, here, rtol=0.05, atol=0.05 * float(here.abs().max()))
@@ -296,14 +296,15 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path):
 
 def test_a_resumed_run_cannot_change_its_settings(tmp_path):
     started = replace(settings(tmp_path / "run"), epochs=5, seed=3)
-    stored = json.loads(json.dumps({"settings": as_json(started)}))
+    recipe = make_recipe(started, "small", 294)
+    stored = json.loads(json.dumps({"settings": as_json(started), "recipe": asdict(recipe)}))
     asked = TrainSettings(run_dir=tmp_path / "moved", resume=True, engine="udf")
-    resumed = resumed_settings(asked, stored)
-    assert resumed == replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
+    resumed = replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
+    assert resume_settings(asked, stored) == (resumed, recipe)
     with pytest.raises(ValueError, match="epochs is 5, not 6"):
-        resumed_settings(replace(asked, epochs=6), stored)
+        resume_settings(replace(asked, epochs=6), stored)
     with pytest.raises(ValueError, match="not those of graphcaps"):
-        resumed_settings(asked, {"settings": {"data_dir": "data", "colour": "blue"}})
+        resume_settings(asked, stored | {"settings": {"data_dir": "data", "colour": "blue"}})
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
