@@ -17,8 +17,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,33 +25,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from graphcaps.files import UNFINISHED, flush_folder, naming, write_whole
 from graphcaps.model import CapsNet, CapsNetConfig
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "model.json", "training.pt"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that whoever reads it, at whatever moment, finds the old or the new one.
-
-    Args:
-        path: the file; its folder exists.
-        content: all of it.
-
-    Raises:
-        OSError: a full disk, no permission; what was there is untouched, nothing is left over.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with _naming(path):
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        _flush_folder(path.parent)
 
 
 def save_model(folder: Path, model: CapsNet) -> None:
@@ -66,7 +41,7 @@ def save_model(folder: Path, model: CapsNet) -> None:
     Raises:
         OSError: as `write_whole`.
     """
-    with _naming(folder):
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     write_whole(folder / CONFIG, _json(asdict(model.config)))
@@ -172,7 +147,7 @@ class RunFolder:
             OSError: no permission, a full disk.
         """
         self.check_free()
-        with _naming(self.path):
+        with naming(self.path):
             self.path.mkdir(parents=True)
         write_whole(self.path / "settings.json", _json(settings))
 
@@ -218,15 +193,14 @@ class RunFolder:
         final = self._checkpoints / f"step-{step:08d}"
         if final.exists():  # interrupted, resumed and interrupted again before the next step
             return final
-        unfinished = self._checkpoints / ".unfinished"
+        unfinished = self._checkpoints / f".{final.name}{UNFINISHED}"
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             save_model(unfinished, model)
             buffer = io.BytesIO()
             torch.save(training, buffer)
             write_whole(unfinished / TRAINING, buffer.getvalue())
             os.replace(unfinished, final)
-            _flush_folder(self._checkpoints)
+            flush_folder(self._checkpoints)
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -252,7 +226,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
-        with _naming(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+        with naming(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -262,8 +236,13 @@ class RunFolder:
         lines = self._metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the records that a resumed run will write again."""
+    def forget_after(self, step: int) -> None:
+        """Drop the records that a resumed run will write again, and what a kill left half-done."""
+        for left in sorted(self.path.rglob(f".*{UNFINISHED}"), reverse=True):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         kept = [record for record in self.metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_whole(self._metrics, text.encode())
@@ -280,25 +259,3 @@ class RunFolder:
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A write that fails does not always say where; and what is there stays."""
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"could not write {path}: {error.strerror}; what was saved before is untouched",
-        ) from error

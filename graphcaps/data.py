@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import logging
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from graphcaps.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +326,7 @@ def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
                 failures += f"\n  {place}: {error}"
                 continue
             for file in wanted:
-                _write(raw / file, content[file])
+                write_whole(raw / file, content[file])
             return
     raise ConnectionError(
         f"{name} could not be fetched. Tried:{failures}\n"
@@ -338,22 +339,6 @@ def _check(file: str, content: bytes, md5: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise ValueError(f"{file} came with MD5 {found}, expected {md5}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that stands under its name only when whole, even if the process is killed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        # A failed write does not say which file it was.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _fetch_from_mirrors(kind: Any, staging: Path) -> dict[str, bytes]:

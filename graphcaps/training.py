@@ -155,7 +155,7 @@ class Trainer:
         return (
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "
-            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size}.\n"
+            f"{self.epochs} × {self.steps_per_epoch} steps of {self.batch_size} images.\n"
             f"Everything goes to {self.run.path}"
         )
 
@@ -316,18 +316,26 @@ class Trainer:
     def _resume(self) -> None:
         checkpoint = self.run.last_checkpoint()
         if checkpoint is not None:
-            saved = self.run.load_checkpoint(checkpoint, self.model)
-            self.step, self._seconds_before = saved["step"], saved["seconds"]
-            self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
-            self.epoch_sums = saved["epoch_sums"]
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-            torch.set_rng_state(saved["rng"])
-            if len(saved["cuda_rng"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            try:
+                self._restore(self.run.load_checkpoint(checkpoint, self.model))
+            except KeyError as error:
+                raise ValueError(
+                    f"{checkpoint} was not written by this version of graphcaps: "
+                    f"it lacks {error}; its weights can still be evaluated"
+                ) from None
         self.workers.wait()  # nobody writes before everybody has read
         if self.workers.leads:
-            self.run.forget_metrics_after(self.step)
+            self.run.forget_after(self.step)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.step, self._seconds_before = saved["step"], saved["seconds"]
+        self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
+        self.epoch_sums = saved["epoch_sums"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        torch.set_rng_state(saved["rng"])
+        if len(saved["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
 
     def _learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])

@@ -24,6 +24,7 @@ import torch
 from torchvision import datasets
 
 from graphcaps import data
+from graphcaps.files import write_whole
 
 DIGITS = Path(__file__).parent / "digits"
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -416,8 +417,8 @@ def test_a_file_gets_its_name_only_once_it_is_on_the_disk(tmp_path, monkeypatch)
         synced.append((os.fstat(descriptor).st_size, path.exists()))
 
     monkeypatch.setattr(os, "fsync", sync)
-    data._write(path, b"12345")
-    assert synced == [(5, False)]
+    write_whole(path, b"12345")
+    assert synced[0] == (5, False)
     assert path.read_bytes() == b"12345" and list(tmp_path.iterdir()) == [path]
 
 

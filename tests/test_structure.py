@@ -22,6 +22,7 @@ ORDER = [
     "decoder",
     "model",
     "losses",
+    "files",
     "data",
     "images",
     "settings",

@@ -89,15 +89,19 @@ def test_a_resumed_run_ends_with_the_very_weights_of_one_never_stopped(
     assert logs[0] == logs[1]
 
 
-def test_metrics_that_a_killed_run_wrote_after_its_checkpoint_are_written_anew(tmp_path):
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_forgotten(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create({})
     for step in (1, 2, 3):
         run.log({"kind": "step", "step": step})
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')  # killed while writing
-    run.forget_metrics_after(2)
+    (tmp_path / "run" / "best").mkdir()
+    (tmp_path / "run" / "best" / ".model.safetensors.77.unfinished").touch()
+    (tmp_path / "run" / "checkpoints" / ".step-00000003.unfinished").mkdir(parents=True)
+    run.forget_after(2)
     assert [record["step"] for record in run.metrics()] == [1, 2]
+    assert not list((tmp_path / "run").rglob("*unfinished"))
 
 
 def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(tmp_path):
@@ -305,6 +309,17 @@ def test_a_resumed_run_cannot_change_its_settings(tmp_path):
         resume_settings(replace(asked, epochs=6), stored)
     with pytest.raises(ValueError, match="not those of graphcaps"):
         resume_settings(asked, stored | {"settings": {"data_dir": "data", "colour": "blue"}})
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path / "run"))
+    checkpoint = RunFolder(tmp_path / "run").last_checkpoint()
+    torch.save({"step": 4}, checkpoint / "training.pt")
+    with pytest.raises(ValueError, match=r"step-00000004 was not written by this version.*lacks"):
+        train(TrainSettings(run_dir=tmp_path / "run", resume=True))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
