@@ -1,6 +1,5 @@
 """Settings enter, a trained and tested CapsNet in a run's folder leaves."""
 
-import importlib.metadata
 import math
 import platform
 import signal
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from graphcaps import __version__
 from graphcaps._dgl import dgl
 from graphcaps.checkpoints import RunFolder, load_model, save_model
 from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
@@ -392,7 +392,7 @@ def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
 
 def _versions() -> dict[str, str]:
     return {
-        "graphcaps": importlib.metadata.version("graphcaps"),
+        "graphcaps": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dgl": dgl.__version__,

@@ -181,6 +181,13 @@ def test_a_layer_that_has_run_survives_copy_pickle_and_save(copied, engine):
     assert torch.equal(layer(u), expected)
 
 
+def test_a_layer_that_has_run_is_saved_without_its_batched_graphs():
+    layer = small_layer()
+    fresh = len(pickle.dumps(layer))
+    layer(torch.randn(50, 6, 4))
+    assert len(pickle.dumps(layer)) == fresh
+
+
 def test_weights_are_drawn_with_a_deviation_of_a_tenth():
     weight = gc.CapsuleLayer(gc.complete_graph(100, 10), 8, 16).weight
     assert abs(weight.std().item() - 0.1) < 0.001
