@@ -1,7 +1,20 @@
-"""`python -m graphcaps` is `graphcaps`."""
+"""The program's door: `graphcaps` and `python -m graphcaps`."""
 
 import sys
 
-from graphcaps.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the program; say what is missing where only the library is installed."""
+    try:
+        from graphcaps import cli
+    except ModuleNotFoundError as error:
+        print(
+            f'graphcaps: the program needs {error.name}: pip install "graphcaps[train]"',
+            file=sys.stderr,
+        )
+        return 1
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

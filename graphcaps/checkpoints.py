@@ -12,11 +12,13 @@ Every file and folder is written under another name, flushed to the disk and the
 its own name it is whole or not there.
 """
 
+import fcntl
 import io
 import json
 import os
-import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from graphcaps.files import UNFINISHED, flush_folder, naming, write_whole
+from graphcaps.files import UNFINISHED, flush_folder, named_in_errors, write_whole
 from graphcaps.model import CapsNet, CapsNetConfig
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "model.json", "training.pt"
@@ -41,7 +43,7 @@ def save_model(folder: Path, model: CapsNet) -> None:
     Raises:
         OSError: as `write_whole`.
     """
-    with naming(folder):
+    with named_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     write_whole(folder / CONFIG, _json(asdict(model.config)))
@@ -69,9 +71,14 @@ def load_model(folder: Path, *, engine: str = "auto") -> CapsNet:
             f"{folder / CONFIG} is not the configuration of a CapsNet: "
             f"expected the fields {sorted(known)}, got {sorted(settings)}"
         )
-    hidden = settings["decoder_hidden"]
-    settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
-    model = CapsNet(CapsNetConfig(**settings), engine=engine)
+    try:
+        hidden = settings["decoder_hidden"]
+        settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
+        model = CapsNet(CapsNetConfig(**settings), engine=engine)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration of a CapsNet: {error}"
+        ) from None
     load_weights(folder / WEIGHTS, model)
     return model
 
@@ -147,17 +154,31 @@ class RunFolder:
             OSError: no permission, a full disk.
         """
         self.check_free()
-        with naming(self.path):
-            self.path.mkdir(parents=True)
+        with named_in_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "settings.json", _json(settings))
 
     def check_free(self) -> None:
-        """Raise FileExistsError where there is something already."""
-        if self.path.exists():
+        """Raise FileExistsError where there is something already; an empty folder is nothing."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(
                 f"{self.path} exists already; add --resume to go on with that run, "
                 "or choose another folder with --run-dir"
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder.
+
+        Raises:
+            RuntimeError: one does so already.
+        """
+        with (self.path / "settings.json").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another process is training in {self.path}") from None
+            yield
 
     def settings(self) -> dict[str, Any]:
         """What the run was started with.
@@ -191,8 +212,14 @@ class RunFolder:
             OSError: a full disk, no permission; the checkpoint before is still there.
         """
         final = self._checkpoints / f"step-{step:08d}"
-        if final.exists():  # interrupted, resumed and interrupted again before the next step
-            return final
+        if not final.exists():  # it does if a run is interrupted again before its next step
+            self._write_checkpoint(final, model, training)
+        for other in self._checkpoints.glob("step-*"):
+            if other.name < final.name:
+                shutil.rmtree(other)
+        return final
+
+    def _write_checkpoint(self, final: Path, model: CapsNet, training: dict[str, Any]) -> None:
         unfinished = self._checkpoints / f".{final.name}{UNFINISHED}"
         try:
             save_model(unfinished, model)
@@ -204,10 +231,6 @@ class RunFolder:
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        for other in self._checkpoints.glob("step-*"):
-            if other != final:
-                shutil.rmtree(other)
-        return final
 
     def load_checkpoint(self, checkpoint: Path, model: CapsNet) -> dict[str, Any]:
         """Put a checkpoint's weights into `model`; returns its `training`.
@@ -218,7 +241,7 @@ class RunFolder:
         load_weights(checkpoint / WEIGHTS, model)
         try:
             return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, FileNotFoundError) as error:
+        except Exception as error:  # what torch raises for damaged bytes is anything
             raise ValueError(
                 f"{checkpoint / TRAINING} is missing, truncated or not a checkpoint; "
                 f"the weights beside it can still be evaluated: {error}"
@@ -226,15 +249,23 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
-        with naming(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+        with named_in_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, without a last line that a kill cut short."""
+        """The records of metrics.jsonl, up to one that a kill or a power cut damaged."""
+        records: list[dict[str, Any]] = []
         if not self._metrics.is_file():
-            return []
-        lines = self._metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+            return records
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                records.append({"step": record["step"], **record})
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break
+        return records
 
     def forget_after(self, step: int) -> None:
         """Drop the records that a resumed run will write again, and what a kill left half-done."""

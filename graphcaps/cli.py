@@ -1,6 +1,9 @@
 """Flags enter, calls of the library leave; `graphcaps --help` shows them."""
 
+import logging
+import os
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +34,9 @@ class EvaluateSettings:
     run_dir: tyro.conf.Positional[Path]
     """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
     dataset: str | None = None
-    """As for train. Default: the one the run was trained on."""
-    data_dir: Path = Path("data")
-    """Where data sets are kept."""
+    """As for train. Default: the one that the run was trained on."""
+    data_dir: Path | None = None
+    """Where data sets are kept. Default: where the run had them."""
     engine: Engine = "auto"
     """How messages are passed."""
     device: str = "auto"
@@ -73,6 +76,8 @@ def main() -> int:
         description="Capsule networks routed by message passing on DGL graphs.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("graphcaps").setLevel(logging.INFO)  # what is fetched, and from where
     try:
         match command:
             case TrainSettings():
@@ -84,7 +89,8 @@ def main() -> int:
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
-        _complain(f"{interrupt}\nGo on with: {_program()} train --run-dir {interrupt.run} --resume")
+        run = shlex.quote(str(interrupt.run))
+        _complain(f"{interrupt}\nGo on with: {_program()} train --run-dir {run} --resume")
         return 130
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -110,9 +116,12 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset = settings.dataset or RunFolder(settings.run_dir).settings()["settings"]["dataset"]
+    dataset, data_dir = settings.dataset, settings.data_dir
+    if dataset is None:
+        dataset, kept = _data_of(settings.run_dir)
+        data_dir = data_dir or kept
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, settings.data_dir)
+        data = load_dataset(dataset, data_dir or TrainSettings.data_dir)
         score = evaluate(model.to(workers.device), data.test)
     print(
         f"Test accuracy {score.accuracy:.2%} "
@@ -122,6 +131,8 @@ def _evaluate(settings: EvaluateSettings) -> None:
 
 @torch.no_grad()
 def _predict(settings: PredictSettings) -> None:
+    if not settings.images:
+        raise ValueError("expected image files to look at; got none; see graphcaps predict --help")
     model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
@@ -157,9 +168,18 @@ def _load(run: Path, engine: str) -> CapsNet:
     return load_model(folder, engine=engine)
 
 
+def _data_of(run: Path) -> tuple[str, Path]:
+    """The data set that a run was trained on, and its folder."""
+    try:
+        started = RunFolder(run).settings()["settings"]
+        return started["dataset"], Path(started["data_dir"])
+    except (FileNotFoundError, KeyError, TypeError):
+        raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
+
+
 def _complain(message: str) -> None:
-    if leads():
-        print(f"graphcaps: {message}", file=sys.stderr)
+    who = f"graphcaps[{os.environ['RANK']}]" if "RANK" in os.environ else "graphcaps"
+    print(f"{who}: {message}", file=sys.stderr)
 
 
 def _program() -> str:

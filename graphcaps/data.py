@@ -277,13 +277,13 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
     source = _SOURCES[name]
     kind = getattr(datasets, source.torchvision_class)
     raw = folder / source.torchvision_class / "raw"
-    legacy = raw.parent / "processed" / "training.pt"
-    if legacy.exists():
-        raise ValueError(
-            f"remove {legacy.parent}: torchvision would read this copy, which an old version of it "
-            "left, in place of the files whose checksums are known"
-        )
     try:
+        legacy = raw.parent / "processed" / "training.pt"
+        if legacy.exists():
+            raise ValueError(
+                f"remove {legacy.parent}: torchvision would read this copy, which an old version "
+                "of it left, in place of the files whose checksums are known"
+            )
         broken = [file for file, md5 in source.md5.items() if not check_integrity(raw / file, md5)]
         for path in (raw / file for file in broken if (raw / file).exists()):
             logger.warning("%s is broken or cut short; it is removed and fetched again", path)

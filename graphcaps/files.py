@@ -1,5 +1,6 @@
 """Bytes enter, a file leaves that is whole or not there, whatever happens in between."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: a full disk, no permission; what was there is untouched, nothing is left over.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
-    with naming(path):
+    with named_in_errors(path):
         try:
             with unfinished.open("wb") as file:
                 file.write(content)
@@ -44,7 +45,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def named_in_errors(path: Path) -> Iterator[None]:
     """Let an OSError say which file could not be written; the system often does not."""
     try:
         yield
@@ -52,4 +53,6 @@ def naming(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = f"could not be written ({error.strerror}); what was there before is untouched"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += "; free some space and try again (a run: with --resume)"
         raise type(error)(error.errno, reason, str(path)) from error

@@ -8,8 +8,7 @@ from torch import Tensor
 def length(v: Tensor) -> Tensor:
     """Euclidean length of every capsule, the probability that its entity is there.
 
-    At the zero vector the length is 0 and its gradient is 0, not NaN: torch defines the
-    subgradient of `vector_norm` so.
+    At the zero vector the length is 0, and so are its gradient and second derivative, not NaN.
 
     Args:
         v: capsules, `[..., D]`.
@@ -20,7 +19,10 @@ def length(v: Tensor) -> Tensor:
     >>> length(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([5., 0.])
     """
-    return torch.linalg.vector_norm(v, dim=-1)
+    square = v.square().sum(dim=-1)
+    # sqrt has no derivative at 0, and where() alone would multiply it by 0 into NaN
+    positive = square > 0
+    return torch.where(positive, square, 1).sqrt() * positive
 
 
 def squash(s: Tensor) -> Tensor:
@@ -42,11 +44,12 @@ def squash(s: Tensor) -> Tensor:
     return s * (norm / (1 + norm.square()))
 
 
-def multi_hot(labels: Tensor, classes: int) -> Tensor:
+def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
     """Labels as 0 and 1 for every class, which is what losses and the decoder's mask work with.
 
     Args:
         labels: the class of each sample, integers `[B]`, or already 0 and 1, `[B, classes]`.
+        batch: number of samples, B.
         classes: number of classes.
 
     Returns:
@@ -56,22 +59,18 @@ def multi_hot(labels: Tensor, classes: int) -> Tensor:
         ValueError: another shape, class numbers that are not integers, or (on the CPU, where
             looking is free) a class number outside `0 … classes − 1`.
 
-    >>> multi_hot(torch.tensor([2, 0]), classes=3)
+    >>> multi_hot(torch.tensor([2, 0]), batch=2, classes=3)
     tensor([[0, 0, 1],
             [1, 0, 0]])
     """
-    if labels.dim() == 2 and labels.shape[1] == classes:
+    if labels.shape == (batch, classes):
         return labels
-    if labels.dim() != 1 or labels.is_floating_point():
+    if labels.shape != (batch,) or labels.is_floating_point():
         raise ValueError(
-            f"expected labels as integers [B] or as 0 and 1 in [B, {classes}]; "
+            f"expected labels as integers [{batch}] or as 0 and 1 in [{batch}, {classes}]; "
             f"got {labels.dtype} {list(labels.shape)}"
         )
-    if (
-        labels.device.type == "cpu"
-        and len(labels)
-        and not 0 <= labels.min() <= labels.max() < classes
-    ):
+    if labels.device.type == "cpu" and batch and not 0 <= labels.min() <= labels.max() < classes:
         raise ValueError(
             f"expected labels from 0 to {classes - 1}; "
             f"got {int(labels.min())} to {int(labels.max())}"

@@ -129,16 +129,8 @@ def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
     return batched
 
 
-def check_routing_graph(graph: object, kinds: int | None = None) -> None:
-    """Say what is wrong with a graph that somebody else may have made.
-
-    Args:
-        graph: anything.
-        kinds: number of matrices there are, M; not checked if not given.
-
-    Raises:
-        ValueError: not a DGL graph `child -votes-> parent` in int32 with a usable `weight_index`.
-    """
+def check_structure(graph: object) -> None:
+    """Raise ValueError for anything but a DGL graph `child -votes-> parent` in int32."""
     if not isinstance(graph, dgl.DGLGraph):
         raise ValueError(f"expected a DGL graph from routing_graph; got {type(graph).__name__}")
     if graph.canonical_etypes != [VOTES]:
@@ -148,6 +140,10 @@ def check_routing_graph(graph: object, kinds: int | None = None) -> None:
         )
     if graph.idtype != torch.int32:
         raise ValueError(f"expected a graph in int32; got {graph.idtype}; use graph.int()")
+
+
+def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
+    """Raise ValueError for edges that do not say with which of `kinds` matrices they vote."""
     index = graph.edata.get("weight_index")
     if index is None:
         raise ValueError("the graph's edges lack the feature weight_index; see routing_graph")

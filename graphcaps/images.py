@@ -35,10 +35,6 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
     Raises:
         ValueError: The file is no image, or no digit stands out in it.
         OSError: The file is missing or may not be read.
-
-    Example:
-        >>> read_digit("seven.jpg").shape  # doctest: +SKIP
-        torch.Size([1, 28, 28])
     """
     grey = _read_grey(path)
     smooth = _smooth(grey)

@@ -1,6 +1,5 @@
 """Feature maps enter, poses leave; poses enter, capsules routed to their parents leave."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from graphcaps._dgl import dgl
 from graphcaps.functional import squash
-from graphcaps.graph import batch_graph, check_routing_graph, is_complete
+from graphcaps.graph import batch_graph, check_structure, check_weight_index, is_complete
 from graphcaps.passing import ENGINES, MessagePassing, bind
 from graphcaps.routing import Iteration, dynamic_routing, uniform_routing
 from graphcaps.votes import votes_along_edges, votes_on_complete_graph
@@ -53,6 +52,12 @@ class PrimaryCapsules(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, number in (
+            ("in_channels", in_channels),
+            ("capsule_maps", capsule_maps),
+            ("capsule_dim", capsule_dim),
+        ):
+            _check_at_least_1(name, number)
         self.capsule_maps = capsule_maps
         self.capsule_dim = capsule_dim
         self.conv = nn.Conv2d(
@@ -65,7 +70,28 @@ class PrimaryCapsules(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Args: features, `[B, in_channels, H, W]`. Returns: poses, `[B, I, K]`."""
+        """Group the channels at every position into poses.
+
+        Args:
+            features: `[B, in_channels, H, W]`.
+
+        Returns:
+            Poses, `[B, I, K]`.
+
+        Raises:
+            ValueError: features of another shape, or smaller than the kernel.
+        """
+        channels, kernel = self.conv.in_channels, self.conv.kernel_size
+        if (
+            features.dim() != 4
+            or features.shape[1] != channels
+            or features.shape[2] < kernel[0]
+            or features.shape[3] < kernel[1]
+        ):
+            raise ValueError(
+                f"expected features of shape [batch, {channels}, at least {kernel[0]}, "
+                f"at least {kernel[1]}]; got {list(features.shape)}"
+            )
         # under autocast the convolution may be in bfloat16; capsules stay in the weights' dtype
         maps = self.conv(features).to(self.conv.weight.dtype)
         poses = maps.unflatten(1, (self.capsule_maps, self.capsule_dim))  # [B, maps, K, H, W]
@@ -117,14 +143,14 @@ class CapsuleLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_routing_graph(graph)
+        check_structure(graph)
+        check_weight_index(graph)
         for name, number in (
             ("child_dim", child_dim),
             ("parent_dim", parent_dim),
             ("iterations", iterations),
         ):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; got {number}")
+            _check_at_least_1(name, number)
         for name, value, choices in (
             ("routing", routing, ROUTINGS),
             ("gradients", gradients, ("all", "last")),
@@ -138,7 +164,7 @@ class CapsuleLayer(nn.Module):
         self.gradients: Literal["all", "last"] = gradients
         self.engine = engine
         self._complete = is_complete(graph)
-        self._bound: OrderedDict[tuple, MessagePassing] = OrderedDict()
+        self._bound: dict[tuple, MessagePassing] = {}
         child, _ = graph.edges()
         weight_index = graph.edata["weight_index"]
         kinds = int(weight_index.max()) + 1 if graph.num_edges() else 0
@@ -174,7 +200,8 @@ class CapsuleLayer(nn.Module):
             RuntimeError: an engine that cannot run on the device of `u`.
         """
         if graph is not None:
-            check_routing_graph(graph, kinds=len(self.weight))
+            check_structure(graph)
+            check_weight_index(graph, kinds=len(self.weight))
         self._check_poses(u, graph)
         with torch.autocast(u.device.type, enabled=False):
             if graph is None:
@@ -199,18 +226,23 @@ class CapsuleLayer(nn.Module):
         return v
 
     def _iterations(self, passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
-        if self.routing == "uniform":
-            return uniform_routing(passing, u_hat)
-        return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
+        match self.routing:
+            case "dynamic":
+                return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
+            case "uniform":
+                return uniform_routing(passing, u_hat)
+            case other:
+                raise ValueError(f"unknown routing {other!r}; choose one of {', '.join(ROUTINGS)}")
 
     def _passing(self, batch_size: int, device: torch.device) -> MessagePassing:
         key = (batch_size, device, self.engine)
-        if key not in self._bound:
-            self._bound[key] = bind(batch_graph(self.graph, batch_size), self.engine, device)
-            while len(self._bound) > BATCH_SIZES_KEPT:
-                self._bound.popitem(last=False)
-        self._bound.move_to_end(key)
-        return self._bound[key]
+        passing = self._bound.pop(key, None)
+        if passing is None:
+            passing = bind(batch_graph(self.graph, batch_size), self.engine, device)
+        self._bound[key] = passing  # the last used stands last
+        for oldest in list(self._bound)[:-BATCH_SIZES_KEPT]:
+            self._bound.pop(oldest, None)
+        return passing
 
     def _check_poses(self, u: Tensor, graph: dgl.DGLGraph | None) -> None:
         child_dim = self.weight.shape[1]
@@ -241,7 +273,7 @@ class CapsuleLayer(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": OrderedDict()}  # rebuilt on demand
+        return {**self.__dict__, "_bound": {}}  # rebuilt on demand
 
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""
@@ -250,3 +282,8 @@ class CapsuleLayer(nn.Module):
             f"edges={self.graph.num_edges()}, weight={list(self.weight.shape)}, "
             f"routing={self.routing!r}, iterations={self.iterations}, engine={self.engine!r}"
         )
+
+
+def _check_at_least_1(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1; got {number}")

@@ -33,16 +33,18 @@ def margin_loss(
         The loss, a scalar.
 
     Raises:
-        ValueError: labels that do not fit, as `multi_hot`.
+        ValueError: lengths of another rank; labels that do not fit, as `multi_hot`.
 
     >>> import torch
     >>> margin_loss(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1]))
     tensor(0.4800)
     """
-    present_class = multi_hot(labels, lengths.shape[1]).to(lengths.dtype)
+    if lengths.dim() != 2:
+        raise ValueError(f"expected lengths of shape [batch, classes]; got {list(lengths.shape)}")
+    present_class = multi_hot(labels, *lengths.shape).to(lengths.dtype)
     loss = present_class * (present - lengths).clamp(min=0).square()
     loss = loss + down_weight * (1 - present_class) * (lengths - absent).clamp(min=0).square()
-    return loss.sum(dim=1).mean()
+    return _mean_over_batch(loss)
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -57,13 +59,17 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes that differ.
+
+    >>> import torch
+    >>> reconstruction_loss(torch.full((2, 1, 28, 28), 0.5), torch.zeros(2, 1, 28, 28))
+    tensor(196.)
     """
     if reconstruction.shape != images.shape:
         raise ValueError(
             f"expected a reconstruction of the images' shape {list(images.shape)}; "
             f"got {list(reconstruction.shape)}"
         )
-    return (reconstruction - images).square().flatten(1).sum(dim=1).mean()
+    return _mean_over_batch((reconstruction - images).square())
 
 
 def capsnet_loss(
@@ -83,8 +89,22 @@ def capsnet_loss(
 
     Returns:
         The loss, a scalar.
+
+    Raises:
+        ValueError: as `margin_loss` and `reconstruction_loss`.
+
+    >>> import torch
+    >>> from graphcaps import CapsNet
+    >>> images, labels = torch.rand(2, 1, 28, 28), torch.tensor([3, 7])
+    >>> capsnet_loss(CapsNet.from_preset("small")(images, labels), images, labels).shape
+    torch.Size([])
     """
     loss = margin_loss(output.lengths, labels)
     if output.reconstruction is None:
         return loss
     return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)
+
+
+def _mean_over_batch(loss: Tensor) -> Tensor:
+    """Sum over all but the batch; an empty batch costs nothing."""
+    return loss.sum() / max(len(loss), 1)

@@ -105,6 +105,10 @@ class CapsNet(nn.Module):
 
         Raises:
             ValueError: an unknown preset.
+
+        >>> model = CapsNet.from_preset("paper", classes=5)
+        >>> model.config.classes
+        5
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
@@ -122,7 +126,8 @@ class CapsNet(nn.Module):
             Poses, lengths and reconstruction.
 
         Raises:
-            ValueError: images of another shape, dtype or device than the model's.
+            ValueError: images of another shape, dtype or device than the model's, or labels
+                that do not fit them.
         """
         self._check_images(images)
         poses = self.capsules(self.primary(self.conv(images)))
@@ -130,7 +135,7 @@ class CapsNet(nn.Module):
         if self.decoder is None:
             return CapsNetOutput(poses, lengths, None)
         chosen = lengths.argmax(dim=1) if labels is None else labels
-        mask = multi_hot(chosen, self.config.classes)
+        mask = multi_hot(chosen, len(images), self.config.classes)
         return CapsNetOutput(poses, lengths, self.decoder(poses, mask))
 
     @property

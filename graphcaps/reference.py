@@ -16,6 +16,9 @@ def squash(s: Tensor) -> Tensor:
 
     Returns:
         Squashed vectors, `[..., D]`.
+
+    >>> squash(torch.tensor([0.0, 3.0]))
+    tensor([0.0000, 0.9000])
     """
     square = s.square().sum(dim=-1, keepdim=True)
     # sqrt has no derivative at 0; the ones put there are multiplied by s = 0
@@ -32,6 +35,9 @@ def votes(u: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         Votes, `[B, I, J, D]`.
+
+    >>> votes(torch.rand(2, 6, 8), torch.rand(6, 3, 8, 16)).shape
+    torch.Size([2, 6, 3, 16])
     """
     return torch.einsum("bik,ijkd->bijd", u, weight)
 
@@ -56,10 +62,15 @@ def dynamic_routing(
         The parents' outputs v, `[B, J, D]`, and the last coupling c, `[B, I, J]`, which sums to
         1 over the parents of each child that has any.
 
+    Raises:
+        ValueError: iterations below 1.
+
     >>> v, c = dynamic_routing(torch.randn(2, 6, 3, 4), iterations=3)
     >>> v.shape, c.shape
     (torch.Size([2, 3, 4]), torch.Size([2, 6, 3]))
     """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1; got {iterations}")
     batch, children, parents, _ = u_hat.shape
     edge = u_hat.new_ones(children, parents, dtype=torch.bool) if mask is None else mask
     b = u_hat.new_zeros(batch, children, parents)

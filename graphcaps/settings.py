@@ -9,6 +9,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from graphcaps.data import DATASETS
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -25,7 +27,8 @@ class TrainSettings:
     run_dir: Path | None = None
     """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
     resume: bool = False
-    """Go on with the run in --run-dir from its last checkpoint."""
+    """Go on with the run in --run-dir from its last checkpoint, with the settings it was started
+    with; data-dir, engine, device and tensorboard may be given anew."""
     epochs: int | None = None
     """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
     than 400 steps."""
@@ -69,6 +72,7 @@ RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
 }
+LARGEST_SEED = 2**32 - 1
 FEWEST_STEPS = 400  # a small data set is passed over more often
 MAY_CHANGE_ON_RESUME = ("run_dir", "resume", "data_dir", "engine", "device", "tensorboard")
 
@@ -83,7 +87,7 @@ def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, s
         return settings.preset, "it was asked for"
     if device.type == "cuda":
         return "paper", f"there is a CUDA device, {torch.cuda.get_device_name(device)}"
-    return "small", "there is no CUDA device, on which the paper's net would be trained"
+    return "small", f"the paper's net is for CUDA, and this is trained on {device}"
 
 
 def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
@@ -111,12 +115,15 @@ def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
     rate = recipe.learning_rate if settings.learning_rate is None else settings.learning_rate
     for name, number, least in (
         ("epochs", epochs, 1),
+        ("seed", settings.seed, 0),
         ("iterations", settings.iterations, 1),
         ("shift", settings.shift, 0),
         ("checkpoint_every", settings.checkpoint_every, 1),
     ):
         if number < least:
             raise ValueError(f"{name} must be at least {least}; got {number}")
+    if settings.seed > LARGEST_SEED:
+        raise ValueError(f"the seed must be at most {LARGEST_SEED}; got {settings.seed}")
     if not 0 < rate < math.inf:
         raise ValueError(f"the learning rate must be above 0; got {rate}")
     return replace(recipe, epochs=epochs, batch_size=batch_size, learning_rate=rate)
@@ -141,6 +148,8 @@ def resume_settings(asked: TrainSettings, stored: dict[str, Any]) -> tuple[Train
         recipe = Recipe(**stored["recipe"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"the run's settings are not those of graphcaps: {error}") from None
+    if asked.dataset != TrainSettings.dataset:
+        asked = replace(asked, dataset=with_absolute_paths(asked).dataset)
     changes = {}
     for field in fields(TrainSettings):
         new, old = getattr(asked, field.name), getattr(started, field.name)
@@ -151,7 +160,16 @@ def resume_settings(asked: TrainSettings, stored: dict[str, Any]) -> tuple[Train
                 f"a run goes on with the settings it was started with: {field.name} is {old}, "
                 f"not {new}; leave it out, or start another run"
             )
-    return replace(started, **changes), recipe
+    return with_absolute_paths(replace(started, **changes)), recipe
+
+
+def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
+    """The same settings, still right when the run is resumed from another folder."""
+    folder = Path(settings.dataset)
+    dataset = settings.dataset
+    if dataset not in DATASETS and folder.is_dir():
+        dataset = str(folder.resolve())
+    return replace(settings, dataset=dataset, data_dir=settings.data_dir.resolve())
 
 
 def as_json(settings: TrainSettings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from graphcaps.settings import (
     make_recipe,
     make_schedule,
     resume_settings,
+    with_absolute_paths,
 )
 from graphcaps.workers import Workers, joined_workers
 
@@ -44,10 +45,11 @@ class TrainingDivergedError(RuntimeError):
 
 
 class TrainingInterrupt(KeyboardInterrupt):
-    """SIGINT or SIGTERM came, and everything is saved in the folder `run`."""
+    """SIGINT or SIGTERM came; the run in the folder `run` can go on from `checkpoint`."""
 
-    def __init__(self, step: int, run: Path) -> None:
-        super().__init__(f"stopped after {step} steps; everything is saved in {run}")
+    def __init__(self, checkpoint: Path | None, run: Path) -> None:
+        saved = "nothing is saved yet" if checkpoint is None else f"saved as {checkpoint}"
+        super().__init__(f"stopped; {saved}")
         self.run = run
 
 
@@ -65,29 +67,34 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         TrainingDivergedError: a loss that is not finite; the last checkpoint is good.
         TrainingInterrupt: SIGINT or SIGTERM came; everything is saved.
     """
+    if settings.resume:
+        return _resume(settings)
+    settings = with_absolute_paths(settings)
     with joined_workers(settings.device) as workers:
         preset, why = choose_preset(settings, workers.device)
-        if settings.resume:
-            run = _run_to_resume(settings)
-            settings, recipe = resume_settings(settings, run.settings())
-            why = "the run goes on"
-            finished = run.result()
-            if finished is not None:
-                _say(workers, f"{run.path} is finished; nothing is left to do")
-                return finished
-            data = _load_data(settings, workers)
-        else:
-            run = workers.agree(_new_run(settings, preset))
-            data = _load_data(settings, workers)
-            recipe = make_recipe(settings, preset, len(data.train.labels))
+        run = workers.agree(_new_run(settings, preset))
+        data = _load_data(settings, workers)
+        recipe = make_recipe(settings, preset, len(data.train.labels))
         trainer = Trainer(settings, recipe, data, workers, run)
-        if workers.leads and not settings.resume:
+        if workers.leads:
             run.create(
                 {"settings": as_json(settings), "recipe": asdict(recipe), "versions": _versions()}
             )
-        workers.wait()
-        _say(workers, f"Training the {recipe.preset} net: {why}.\n{trainer.describe()}")
-        return trainer.train()
+        return trainer.train(f"Training the {preset} net: {why}.")
+
+
+def _resume(asked: TrainSettings) -> dict[str, Any]:
+    if asked.run_dir is None:
+        raise ValueError("--resume needs to know which run: add --run-dir FOLDER")
+    run = RunFolder(asked.run_dir)
+    settings, recipe = resume_settings(asked, run.settings())
+    with joined_workers(settings.device) as workers:
+        finished = run.result()
+        if finished is not None:
+            _say(workers, f"{run.path} is finished; nothing is left to do")
+            return finished
+        trainer = Trainer(settings, recipe, _load_data(settings, workers), workers, run)
+        return trainer.train(trainer.resume())
 
 
 class Trainer:
@@ -142,9 +149,11 @@ class Trainer:
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._signals: list[int] = []
         self._writer: Any = None
-        if settings.resume:
-            self._resume()
-        self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
+        self.parallel = (
+            DistributedDataParallel(self.model, broadcast_buffers=False)
+            if workers.size > 1
+            else self.model
+        )
         self._images = data.train.images.to(workers.device)
         self._labels = data.train.labels.to(workers.device)
 
@@ -164,8 +173,41 @@ class Trainer:
         """Time spent on this run, in all its starts."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def train(self) -> dict[str, Any]:
-        """Go on from the present position to the end; see `graphcaps.training.train`."""
+    def resume(self) -> str:
+        """Go to the position of the run's last checkpoint; returns a sentence that says so.
+
+        Raises:
+            ValueError: a checkpoint that is broken or foreign.
+        """
+        checkpoint = self.run.last_checkpoint()
+        if checkpoint is not None:
+            try:
+                self._restore(self.run.load_checkpoint(checkpoint, self.model))
+            except KeyError as error:
+                raise ValueError(
+                    f"{checkpoint} was not written by this version of graphcaps: "
+                    f"it lacks {error}; its weights can still be evaluated"
+                ) from None
+        return f"Going on with the {self.recipe.preset} net after {self.step} steps."
+
+    def train(self, why: str) -> dict[str, Any]:
+        """Go on from the present position to the end, then test.
+
+        Args:
+            why: a sentence on what is trained, printed first.
+
+        Returns, Raises:
+            As `graphcaps.training.train`.
+        """
+        self.workers.wait()  # nobody writes before everybody has read
+        if not self.workers.leads:
+            return self._train_and_test()
+        with self.run.locked():
+            self.run.forget_after(self.step)
+            print(f"{why}\n{self.describe()}", flush=True)
+            return self._train_and_test()
+
+    def _train_and_test(self) -> dict[str, Any]:
         self._started = time.monotonic()
         bar = tqdm(
             total=self.epochs * self.steps_per_epoch * self.batch_size,
@@ -175,12 +217,15 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        with bar, self._tensorboard(), _noting_signals(self._signals):
-            for epoch in range(self.step // self.steps_per_epoch, self.epochs):
-                bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
-                self._train_epoch(epoch, bar)
-                self._end_epoch(epoch, bar)
-        return self._test()
+        try:
+            with bar, self._tensorboard(), _noting_signals(self._signals):
+                for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+                    bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
+                    self._train_epoch(epoch, bar)
+                    self._end_epoch(epoch, bar)
+            return self._test()
+        except KeyboardInterrupt:
+            raise TrainingInterrupt(self.run.last_checkpoint(), self.run.path) from None
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
         order, shifts = self._plan(epoch)
@@ -208,7 +253,7 @@ class Trainer:
                 if stopping or self.step % self.settings.checkpoint_every == 0:
                     self._save_checkpoint()
                 if stopping:
-                    raise TrainingInterrupt(self.step, self.run.path)
+                    raise KeyboardInterrupt
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The order and the shifts of an epoch, from seed and number alone: nothing to save."""
@@ -236,7 +281,7 @@ class Trainer:
         sums = self.workers.total(torch.stack(mine_to_sum).double())
         total_loss, total_correct, signals = sums.tolist()
         if not math.isfinite(total_loss):
-            raise self._diverged("the loss")
+            raise self._diverged("the loss", self.step + 1)
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
@@ -249,7 +294,10 @@ class Trainer:
         self.epoch_sums.zero_()
         if self.workers.leads:
             self._check_weights()
-            score = evaluate(self.model, self.data.holdout)
+            try:
+                score = evaluate(self.model, self.data.holdout)
+            except NonFinitePosesError:
+                raise self._diverged("a pose", self.step) from None
             best = score.accuracy > self.best_accuracy
             if best:
                 self.best_epoch, self.best_accuracy = epoch + 1, score.accuracy
@@ -270,7 +318,7 @@ class Trainer:
             )
         self._save_checkpoint()
         if self.workers.total(torch.tensor(float(len(self._signals)))).item():
-            raise TrainingInterrupt(self.step, self.run.path)
+            raise KeyboardInterrupt
 
     def _test(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -308,24 +356,10 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
                     "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all(),
+                    "cuda_rng": self._cuda_rng(),
                 },
             )
         self.workers.wait()
-
-    def _resume(self) -> None:
-        checkpoint = self.run.last_checkpoint()
-        if checkpoint is not None:
-            try:
-                self._restore(self.run.load_checkpoint(checkpoint, self.model))
-            except KeyError as error:
-                raise ValueError(
-                    f"{checkpoint} was not written by this version of graphcaps: "
-                    f"it lacks {error}; its weights can still be evaluated"
-                ) from None
-        self.workers.wait()  # nobody writes before everybody has read
-        if self.workers.leads:
-            self.run.forget_after(self.step)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step, self._seconds_before = saved["step"], saved["seconds"]
@@ -334,8 +368,12 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["rng"])
-        if len(saved["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        if saved["cuda_rng"] is not None and self.workers.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.workers.device)
+
+    def _cuda_rng(self) -> Tensor | None:
+        device = self.workers.device
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def _learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
@@ -343,12 +381,12 @@ class Trainer:
     def _check_weights(self) -> None:
         """A finite loss can still leave weights that are not; those must never be saved."""
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise self._diverged("a weight")
+            raise self._diverged("a weight", self.step)
 
-    def _diverged(self, what: str) -> TrainingDivergedError:
+    def _diverged(self, what: str, step: int) -> TrainingDivergedError:
         checkpoint = self.run.last_checkpoint()
         return TrainingDivergedError(
-            f"{what} is not finite at step {self.step + 1}, "
+            f"{what} is not finite at step {step}, "
             f"learning rate {self._learning_rate():.3g}. The last good checkpoint is "
             f"{checkpoint or 'none, it came too early'}. Try a lower --learning-rate"
         )
@@ -371,12 +409,6 @@ class Trainer:
         folder = str(self.run.path / "tensorboard")
         with SummaryWriter(folder, purge_step=self.step or None) as self._writer:
             yield
-
-
-def _run_to_resume(settings: TrainSettings) -> RunFolder:
-    if settings.run_dir is None:
-        raise ValueError("--resume needs to know which run: add --run-dir FOLDER")
-    return RunFolder(settings.run_dir)
 
 
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:

@@ -25,7 +25,8 @@ class Workers:
         return self.rank == 0
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum of a tensor over all workers."""
+        """The sum of a tensor over all workers, on the device they train on."""
+        numbers = numbers.to(self.device)  # NCCL knows no other
         if self.size > 1:
             dist.all_reduce(numbers)
         return numbers
@@ -70,7 +71,9 @@ def joined_workers(device: str = "auto") -> Iterator[Workers]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Workers(rank=dist.get_rank(), size=size, device=chosen)
     finally:
@@ -81,9 +84,11 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device: torch.device | None = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; try auto, cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type == "meta":
+        raise ValueError(f"unknown device {name!r}; try auto, cpu, cuda or cuda:1")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -2,7 +2,7 @@
 
     python scripts/train_mnist.py --epochs 30
 
-`graphcaps train` does the same with checkpoints, resuming, several processes and a run's folder.
+`graphcaps train --preset paper` has checkpoints, resuming, several processes and a run's folder.
 """
 
 from typing import Literal

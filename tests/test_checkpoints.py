@@ -1,14 +1,20 @@
+import contextlib
 import errno
 import json
 import os
+import random
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import graphcaps as gc
 from graphcaps import checkpoints
-from graphcaps.checkpoints import RunFolder, load_model, save_model, write_whole
+from graphcaps.checkpoints import RunFolder, load_model, save_model
+from graphcaps.files import write_whole
+
+CONFIG_WITH_WORDS = json.dumps(asdict(gc.CapsNetConfig()) | {"classes": "ten"})
 
 
 def tiny(**changes):
@@ -66,7 +72,7 @@ def test_a_foreign_file_is_named(saved):
         load_model(saved)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', "GIF89a"])
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', "GIF89a", CONFIG_WITH_WORDS])
 def test_a_foreign_configuration_is_named(saved, content):
     (saved / "model.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.json"):
@@ -85,6 +91,23 @@ def test_weights_of_another_model_are_refused_and_change_nothing(saved):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.json"):
         load_model(tmp_path)
+
+
+def test_a_training_state_with_damaged_bytes_is_named_or_loads(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    state = run.save_checkpoint(1, tiny(), {"step": 1}) / "training.pt"
+    content, damaging = state.read_bytes(), random.Random(0)
+    model, loaded = tiny(), 0
+    for _ in range(100):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[damaging.randrange(len(damaged))] = damaging.randrange(256)
+        state.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            run.load_checkpoint(state.parent, model)
+            loaded += 1
+    assert loaded < 50
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a" * 50, None])
@@ -159,16 +182,61 @@ def checkpoint_and_die(run, model, fatal):
 
 
 def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
-    run = RunFolder(tmp_path / "run")
-    run.create({})
     model, other = tiny(), tiny()
-    run.save_checkpoint(1, model, {"step": 1})
     found, fatal = [], 1
-    while checkpoint_and_die(run, model, fatal):
+    while True:
+        run = RunFolder(tmp_path / f"run{fatal}")
+        run.create({})
+        run.save_checkpoint(1, model, {"step": 1})
+        killed = checkpoint_and_die(run, model, fatal)
         found.append(run.load_checkpoint(run.last_checkpoint(), other)["step"])
         assert torch.equal(other.capsules.weight, model.capsules.weight)
+        # what the killed one left is no hindrance to going on, and is cleared
+        run.forget_after(found[-1])
+        for step in (2, 3):
+            run.save_checkpoint(step, model, {"step": step})
+            assert os.listdir(run.path / "checkpoints") == [f"step-{step:08d}"]
+        if not killed:
+            break
         fatal += 1
     assert found == sorted(found)
-    assert set(found) == {1, 2}
-    run.save_checkpoint(3, model, {"step": 3})  # what the killed ones left is no hindrance
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
+    assert found.count(1) > 5  # three files, each flushed, renamed and flushed again
+    assert found.count(2) > 2  # after the renaming: its flush, the removal of the old, the end
+
+
+def test_a_checkpoint_of_a_later_step_is_never_removed(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    for step in (9, 4):
+        run.save_checkpoint(step, tiny(), {"step": step})
+    assert run.last_checkpoint().name == "step-00000009"
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    with run.locked(), pytest.raises(RuntimeError, match="another process is training in"):
+        RunFolder(tmp_path / "run").locked().__enter__()
+    with run.locked():  # free again
+        pass
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 40, b'{"kind": "st', b'{"kind": "step"}\n', b"\xff\xfe\n"]
+)
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(damage, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    for step in (1, 2, 3):
+        run.log({"kind": "step", "step": step})
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    run.forget_after(2)
+    run.log({"kind": "step", "step": 3})
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3]
+
+
+def test_an_empty_folder_is_free_for_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").create({"settings": {}})
+    assert RunFolder(tmp_path / "run").settings() == {"settings": {}}

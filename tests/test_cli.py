@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
 
 def test_training_says_what_why_and_where(trained):
     folder, out = trained
-    assert "Training the small net: there is no CUDA" in out
+    assert "Training the small net: the paper's net is for CUDA" in out
     assert f"The run's files are in {folder}" in out
     assert sorted(os.listdir(folder)) == [
         "best",
@@ -131,7 +131,8 @@ def test_python_m_graphcaps_is_the_program():
         (["train", "--dataset", DIGITS, "--device", "cuda:7"], "device 'cuda:7' is not there"),
         (["train", "--resume"], "add --run-dir FOLDER"),
         (["train", "--resume", "--run-dir", "nowhere"], "no run at nowhere"),
-        (["train", "--dataset", DIGITS, "--run-dir", "."], "exists already"),
+        (["train", "--dataset", DIGITS, "--run-dir", DIGITS], "exists already"),
+        (["predict", "--run-dir", "nowhere"], "got none"),
         (["evaluate", "nowhere"], "no trained net at nowhere"),
         (["predict", "digit.png", "--run-dir", "nowhere"], "no trained net at nowhere"),
     ],
@@ -164,6 +165,23 @@ def test_wrong_flags_are_refused_with_a_hint(arguments, graphcaps, tmp_path, mon
     status, out, err = graphcaps(*arguments)
     assert status == 2
     assert "--help" in out + err
+
+
+def test_weights_without_a_run_are_evaluated_on_the_data_that_is_named(trained, graphcaps):
+    status, _, err = graphcaps("evaluate", trained[0] / "best")
+    assert status == 1
+    assert "add --dataset" in err
+    status, out, _ = graphcaps("evaluate", trained[0] / "best", "--dataset", DIGITS)
+    assert status == 0
+    assert "errors in 100 images" in out
+
+
+def test_a_program_without_its_packages_says_what_to_install():
+    program = "import sys; sys.modules['tyro'] = None; from graphcaps.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.stderr == 'graphcaps: the program needs tyro: pip install "graphcaps[train]"\n'
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a" * 9, b"\x89PNG\r\n\x1a\n"])

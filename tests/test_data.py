@@ -448,6 +448,22 @@ def test_a_disk_that_is_full_while_fetching_is_told_and_no_other_place_is_asked(
     assert raw(tmp_path / "data") == {} and not (tmp_path / "asked").exists()
 
 
+def test_a_folder_that_this_user_may_not_open_is_named_with_what_to_do(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    folder.chmod(0)
+    as_root = os.geteuid() == 0  # who may open everything
+    if as_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match=f"--data-dir.*{tmp_path}"):
+            data.load_dataset("mnist", folder)
+    finally:
+        if as_root:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
 def test_a_folder_without_permission_is_named_with_what_to_do(tmp_path, mnist, monkeypatch):
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -45,9 +45,25 @@ def test_gradients_of_squash_are_those_of_finite_differences():
         (torch.tensor([3]), "labels from 0 to 2; got 3"),
         (torch.tensor([-1]), "labels from 0 to 2; got -1"),
         (torch.tensor([0.0]), "as integers"),
-        (torch.zeros(2, 4), r"in \[B, 3\]"),
+        (torch.zeros(2, 4), r"in \[2, 3\]"),
     ],
 )
 def test_labels_that_name_no_class_are_refused(labels, said):
     with pytest.raises(ValueError, match=said):
-        multi_hot(labels, classes=3)
+        multi_hot(labels, batch=len(labels), classes=3)
+
+
+def test_one_label_for_many_samples_is_refused_not_broadcast():
+    for labels in (torch.tensor([1]), torch.tensor([[0, 1, 0]])):
+        with pytest.raises(ValueError, match=r"integers \[4\]"):
+            multi_hot(labels, batch=4, classes=3)
+
+
+@pytest.mark.parametrize("function", [gc.squash, gc.length])
+def test_second_derivatives_are_those_of_finite_differences_and_finite_at_zero(function):
+    s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(function, (s,))
+    zero = torch.zeros(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(zero).sum(), zero, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), zero)
+    assert second.isfinite().all()

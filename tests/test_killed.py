@@ -59,7 +59,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_weights_of_an_unbroken_on
     run = tmp_path / "run"
     moments = random.Random(7)
     process = fresh(run)
-    for step in (4, 14, 27):  # of 36, with a checkpoint after each: a kill often meets a write
+    for step in (4, 14, 27):  # of 36, with a checkpoint after each
         wait_for(run, step, process)
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
@@ -82,6 +82,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_shows_no_traceback(unbroken, tmp_pa
     _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert "saved as" in err
     assert f"train --run-dir {run} --resume" in err
     process = start(run, "--resume")
     out, err = process.communicate()

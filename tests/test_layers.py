@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -247,6 +248,45 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
 def test_choices_that_do_not_exist_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         small_layer(**changes)
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        (torch.zeros(1, 20, 20), "at least 9"),
+        (torch.zeros(1, 3, 20, 20), r"\[batch, 2,"),
+        (torch.zeros(1, 2, 8, 20), "at least 9"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(features, said):
+    with pytest.raises(ValueError, match=said):
+        gc.PrimaryCapsules(2, capsule_maps=2, capsule_dim=4)(features)
+
+
+def test_primary_capsules_of_no_size_are_refused():
+    with pytest.raises(ValueError, match="capsule_maps must be at least 1"):
+        gc.PrimaryCapsules(2, capsule_maps=0, capsule_dim=4)
+
+
+def test_a_layer_serves_several_threads_with_many_batch_sizes():
+    layer = small_layer()
+    poses = {size: torch.randn(size, 6, 4) for size in range(1, 9)}
+    expected = {size: layer(u) for size, u in poses.items()}
+
+    def serve(size):
+        return all(
+            torch.allclose(layer(poses[s]), expected[s]) for s in (size, 9 - size) for _ in range(9)
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(serve, poses))
+
+
+def test_a_routing_that_does_not_exist_is_refused_also_later():
+    layer = small_layer()
+    layer.routing = "em"
+    with pytest.raises(ValueError, match="unknown routing 'em'"):
+        layer(torch.zeros(1, 6, 4))
 
 
 @pytest.mark.parametrize("engine", ["udf", "builtin"])

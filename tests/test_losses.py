@@ -50,6 +50,20 @@ def test_the_loss_weighs_reconstruction_by_0_0005_of_the_sum_which_is_0_392_of_t
     assert_close(gc.capsnet_loss(without, images, labels), expected)
 
 
+def test_an_empty_batch_costs_nothing():
+    lengths = torch.zeros(0, 3, requires_grad=True)
+    images = torch.zeros(0, 1, 28, 28)
+    labels = torch.zeros(0, dtype=torch.int64)
+    loss = gc.capsnet_loss(gc.CapsNetOutput(lengths, lengths, images), images, labels)
+    assert loss == 0
+    loss.backward()
+
+
+def test_lengths_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"\[batch, classes\]; got \[3\]"):
+        gc.margin_loss(torch.zeros(3), torch.tensor([0, 1, 2]))
+
+
 def test_a_reconstruction_of_another_shape_is_refused_not_broadcast():
     with pytest.raises(ValueError, match="expected a reconstruction of the images' shape"):
         gc.reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.zeros(2, 784))

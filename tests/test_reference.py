@@ -57,3 +57,8 @@ def test_the_reference_is_finite_at_zero_votes():
     v.sum().backward()
     assert v.eq(0).all()
     assert u_hat.grad.isfinite().all()
+
+
+def test_the_reference_refuses_to_route_without_an_iteration():
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        reference.dynamic_routing(torch.zeros(1, 3, 2, 4), iterations=0)

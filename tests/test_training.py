@@ -21,6 +21,7 @@ from graphcaps.settings import (
     make_recipe,
     make_schedule,
     resume_settings,
+    with_absolute_paths,
 )
 from graphcaps.training import Trainer, TrainingDivergedError, train
 from graphcaps.workers import Workers
@@ -74,7 +75,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_one_never_stopped(
     unbroken = train(settings(tmp_path / "unbroken"))
     with monkeypatch.context() as patch:
         interrupt_at(step, patch)
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after {step + 1} steps"):
+        with pytest.raises(KeyboardInterrupt, match=f"stopped; saved as .*step-{step + 1:08d}"):
             train(settings(tmp_path / "stopped"))
     torch.rand(7)  # whatever happens in between
     resumed = train(TrainSettings(run_dir=tmp_path / "stopped", resume=True))
@@ -106,11 +107,45 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_forgotten(tmp_path):
 
 def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(tmp_path):
     here = trainer(tmp_path / "run")
-    (first, shifts), (again, _), (second, _) = here._plan(0), here._plan(0), here._plan(1)
+    (first, shifts), (again, _), (second, moved) = here._plan(0), here._plan(0), here._plan(1)
     assert sorted(first.tolist()) == list(range(294))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert set(shifts.flatten().tolist()) == {-2, -1, 0, 1, 2}
+    assert not torch.equal(shifts, moved)
+
+
+def test_the_seed_draws_weights_order_and_shifts(tmp_path):
+    one, same, other = (trainer(tmp_path / str(n), seed=s) for n, s in enumerate((1, 1, 2)))
+    for get in (
+        lambda t: t.model.capsules.weight,
+        lambda t: t._plan(0)[0],
+        lambda t: t._plan(0)[1],
+    ):
+        assert torch.equal(get(one), get(same))
+        assert not torch.equal(get(one), get(other))
+
+
+def test_a_resumed_run_goes_on_with_the_random_numbers_of_the_stopped_one(tmp_path):
+    stopped = trainer(tmp_path / "run")
+    torch.rand(3)
+    stopped._save_checkpoint()
+    expected = torch.rand(5)
+    resumed = Trainer(stopped.settings, stopped.recipe, stopped.data, CPU, stopped.run)
+    resumed.resume()
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_the_rate_of_each_step_is_the_schedules(tmp_path):
+    here = trainer(tmp_path / "run", learning_rate=0.002)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    schedule = make_schedule(optimizer, here.recipe, here.steps_per_epoch)
+    order, shifts = here._plan(0)
+    for _ in range(3):
+        assert here.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+        here._take_step(order[:5], shifts[:5])
+        optimizer.step()
+        schedule.step()
 
 
 def test_a_step_sees_the_planned_images_shifted(tmp_path, monkeypatch):
@@ -258,7 +293,7 @@ def test_auto_trains_the_papers_net_on_cuda_and_the_small_one_elsewhere(monkeypa
     assert choose_preset(TrainSettings(), torch.device("cuda"))[0] == "paper"
     preset, why = choose_preset(TrainSettings(), torch.device("cpu"))
     assert preset == "small"
-    assert "no CUDA" in why
+    assert "for CUDA" in why
     assert choose_preset(TrainSettings(preset="paper"), torch.device("cpu"))[0] == "paper"
 
 
@@ -276,6 +311,9 @@ def test_small_data_sets_are_passed_over_until_400_steps_unless_epochs_are_given
         (dict(batch_size=295), "batch size from 1 to the 294"),
         (dict(iterations=0), "iterations must be at least 1"),
         (dict(shift=-1), "shift must be at least 0"),
+        (dict(seed=-1), "seed must be at least 0"),
+        (dict(seed=2**64), "seed must be at most"),
+        (dict(device="meta"), "unknown device 'meta'"),
         (dict(learning_rate=0.0), "above 0"),
         (dict(learning_rate=float("nan")), "above 0"),
         (dict(device="gpu"), "unknown device 'gpu'"),
@@ -293,9 +331,10 @@ def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said
 
 def test_a_run_that_exists_is_not_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "diary.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists already; add --resume"):
         train(settings(tmp_path / "run"))
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
 
 
 def test_a_resumed_run_cannot_change_its_settings(tmp_path):
@@ -303,12 +342,32 @@ def test_a_resumed_run_cannot_change_its_settings(tmp_path):
     recipe = make_recipe(started, "small", 294)
     stored = json.loads(json.dumps({"settings": as_json(started), "recipe": asdict(recipe)}))
     asked = TrainSettings(run_dir=tmp_path / "moved", resume=True, engine="udf")
-    resumed = replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
+    resumed = with_absolute_paths(
+        replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
+    )
     assert resume_settings(asked, stored) == (resumed, recipe)
     with pytest.raises(ValueError, match="epochs is 5, not 6"):
         resume_settings(replace(asked, epochs=6), stored)
     with pytest.raises(ValueError, match="not those of graphcaps"):
         resume_settings(asked, stored | {"settings": {"data_dir": "data", "colour": "blue"}})
+
+
+def test_a_run_resumes_from_another_working_folder_on_the_device_it_was_started_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").symlink_to(DIGITS)
+    asked = settings(tmp_path / "run", dataset="digits", data_dir=Path("here"))
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    stored = RunFolder(tmp_path / "run").settings()
+    resumed, _ = resume_settings(TrainSettings(run_dir=tmp_path / "run", resume=True), stored)
+    assert (resumed.device, resumed.data_dir) == ("cpu", tmp_path / "here")
+    assert train(resumed)["test_images"] == 100
 
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path, monkeypatch):

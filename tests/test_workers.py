@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from graphcaps.checkpoints import RunFolder, load_model
+from graphcaps.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
 
@@ -40,19 +43,26 @@ with joined_workers("cpu") as workers:
 """
 
 
-def processes(count, *command):
-    launcher = [sys.executable]
-    if count > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launcher(count):
+    if count == 1:
+        return [sys.executable]
+    flags = ["--standalone", f"--nproc-per-node={count}"]
+    return [sys.executable, "-m", "torch.distributed.run", *flags]
+
+
+def processes(count, *command, fails=False):
     done = subprocess.run(
-        [*launcher, *map(str, command)],
+        [*launcher(count), *map(str, command)],
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         timeout=200,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode != 0) == fails, done.stderr
     return done
 
 
@@ -71,6 +81,41 @@ def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     for got in (first, second):
         assert got["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert got["correct"] == one["correct"]
+
+
+def test_sums_are_taken_on_the_device_that_trains(monkeypatch):
+    """NCCL takes no tensor of the CPU."""
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: summed.append(x.device.type))
+    Workers(rank=0, size=2, device=torch.device("meta")).total(torch.zeros(3))
+    assert summed == ["meta"]
+
+
+def test_every_process_says_what_is_wrong_with_it(tmp_path):
+    command = ["-m", "graphcaps", "train", "--run-dir", tmp_path / "run", "--dataset", DIGITS]
+    done = processes(2, *command, "--batch-size", 49, "--device", "cpu", fails=True)
+    assert "graphcaps[0]: 2 processes share every batch equally" in done.stderr
+    assert "graphcaps[1]: 2 processes share every batch equally" in done.stderr
+
+
+def test_two_interrupted_processes_go_on_as_if_never_stopped(tmp_path):
+    flags = ["--epochs", 2, "--batch-size", 48, "--device", "cpu", "--checkpoint-every", 1]
+    train = ["-m", "graphcaps", "train", "--dataset", DIGITS, *flags]
+    processes(2, *train, "--run-dir", tmp_path / "unbroken")
+    stopped = RunFolder(tmp_path / "stopped")
+    command = [str(part) for part in (*launcher(2), *train, "--run-dir", stopped.path)]
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    while stopped.last_checkpoint() is None:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert stopped.result() is None
+    processes(2, "-m", "graphcaps", "train", "--run-dir", stopped.path, "--resume")
+    for name, tensor in load_model(tmp_path / "unbroken" / "best").state_dict().items():
+        assert_close(load_model(stopped.best).state_dict()[name], tensor)
 
 
 def test_two_processes_train_one_run_as_one_process_does(tmp_path):

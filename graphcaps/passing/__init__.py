@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcaps._dgl import dgl
+from graphcaps.graph import check_structure
 from graphcaps.passing.builtin import BuiltinEngine
 from graphcaps.passing.scatter import ScatterEngine
 from graphcaps.passing.udf import UdfEngine
@@ -19,6 +20,8 @@ from graphcaps.passing.udf import UdfEngine
 
 class MessagePassing(Protocol):
     """The four verbs, on one batched graph."""
+
+    edges: int  # B·E
 
     def __init__(self, graph: dgl.DGLGraph, device: torch.device) -> None:
         """Hold what the verbs need of `graph` on `device`."""
@@ -96,7 +99,13 @@ def bind(
         The four verbs on this graph.
 
     Raises:
-        ValueError, RuntimeError: as `choose_engine`.
+        ValueError: a graph of another kind; an unknown engine.
+        RuntimeError: an engine that cannot run on the device.
+
+    >>> from graphcaps import complete_graph
+    >>> bind(complete_graph(children=6, parents=3), "udf").edges
+    18
     """
+    check_structure(graph)
     device = torch.device(device)
     return ENGINES[choose_engine(engine, device)](graph, device)

@@ -13,6 +13,7 @@ class BuiltinEngine:
 
     def __init__(self, graph: dgl.DGLGraph, device: torch.device) -> None:
         self.graph = graph.to(device)
+        self.edges = graph.num_edges()
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ class ScatterEngine:
         child, parent = graph.edges()
         self.child = child.to(device, torch.int64)
         self.parent = parent.to(device, torch.int64)
+        self.edges = graph.num_edges()
         self.children = graph.num_nodes("child")
         self.parents = graph.num_nodes("parent")
 

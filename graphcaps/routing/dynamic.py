@@ -7,7 +7,7 @@ from torch import Tensor
 
 from graphcaps.functional import squash
 from graphcaps.passing import MessagePassing
-from graphcaps.routing.iteration import Iteration
+from graphcaps.routing.iteration import Iteration, check_votes
 
 
 def dynamic_routing(
@@ -28,12 +28,21 @@ def dynamic_routing(
     Yields:
         The R iterations; v of the last is the result.
 
+    Raises:
+        ValueError: not one vote per edge, iterations below 1, another word for `gradients`; when
+            the first iteration is asked for.
+
     >>> import torch, graphcaps as gc
     >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
     >>> *_, last = dynamic_routing(passing, torch.randn(18, 4), iterations=3)
     >>> last.v.shape
     torch.Size([3, 4])
     """
+    check_votes(passing, u_hat)
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1; got {iterations}")
+    if gradients not in ("all", "last"):
+        raise ValueError(f"unknown gradients {gradients!r}; choose all or last")
     b = u_hat.new_zeros(len(u_hat), 1)
     for iteration in range(1, iterations + 1):
         last = iteration == iterations

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from graphcaps.functional import squash
 from graphcaps.passing import MessagePassing
-from graphcaps.routing.iteration import Iteration
+from graphcaps.routing.iteration import Iteration, check_votes
 
 
 def uniform_routing(passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
@@ -18,7 +18,17 @@ def uniform_routing(passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteratio
 
     Yields:
         One iteration, the result.
+
+    Raises:
+        ValueError: not one vote per edge; when the iteration is asked for.
+
+    >>> import torch, graphcaps as gc
+    >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
+    >>> (only,) = uniform_routing(passing, torch.randn(18, 4))
+    >>> only.c[0]
+    tensor([0.3333])
     """
+    check_votes(passing, u_hat)
     b = u_hat.new_zeros(len(u_hat), 1)
     c = passing.softmax_over_parents(b)
     s, v = passing.sum_into_parents(c, u_hat, node_function=squash)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps.data import Split
+from graphcaps.evaluation import Score, as_input, evaluate
+
+
+class Scripted(gc.CapsNet):
+    """Takes the class from the first pixel, and notes how it was called."""
+
+    def __init__(self):
+        super().__init__(gc.CapsNetConfig(conv_channels=1, capsule_maps=1, decoder_hidden=(2,)))
+        self.calls = []
+
+    def forward(self, images, labels=None):
+        self.calls.append((len(images), labels, self.training))
+        told = (images[:, 0, 0, 0] * 255).round().long()
+        lengths = nn.functional.one_hot(told, 10).to(images)
+        return gc.CapsNetOutput(lengths.unsqueeze(-1), lengths, None)
+
+
+@pytest.fixture
+def split():
+    """Five images; the net errs on the last."""
+    images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor([3, 1, 4, 1, 5])
+    return Split(images, torch.tensor([3, 1, 4, 1, 9]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 100])
+def test_errors_and_loss_are_those_of_all_images_whatever_the_batches(split, batch_size):
+    score = evaluate(Scripted(), split, batch_size=batch_size)
+    assert (score.images, score.errors, score.accuracy) == (5, 1, 0.8)
+    wrong = 0.9**2 + 0.5 * 0.9**2  # the right capsule has length 0, another one 1
+    assert_close(score.loss, wrong / 5, rtol=1e-6, atol=0.0)
+
+
+def test_evaluation_never_tells_the_net_the_labels(split):
+    model = Scripted()
+    evaluate(model, split, batch_size=2)
+    assert [labels for _, labels, _ in model.calls] == [None, None, None]
+
+
+def test_evaluation_is_in_evaluation_mode_and_leaves_the_mode_as_it_was(split):
+    model = Scripted()
+    for mode in (True, False):
+        model.train(mode)
+        evaluate(model, split)
+        assert not model.calls[-1][2]
+        assert model.training == mode
+
+
+def test_pixels_become_numbers_from_0_to_1_in_the_models_dtype():
+    model = Scripted().double()
+    expected = torch.tensor([0, 0.2, 1], dtype=torch.float64)
+    assert_close(as_input(torch.tensor([0, 51, 255], dtype=torch.uint8), model), expected)
+
+
+def test_nothing_to_evaluate_on_is_refused(split):
+    with pytest.raises(ValueError, match="at least one image"):
+        evaluate(Scripted(), Split(split.images[:0], split.labels[:0]))
+
+
+def test_accuracy_is_the_share_of_images_without_error():
+    assert Score(images=8, errors=2, loss=0.0).accuracy == 0.75
