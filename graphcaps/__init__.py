@@ -8,7 +8,7 @@ from graphcaps.layers import CapsuleLayer, PrimaryCapsules
 from graphcaps.losses import capsnet_loss, margin_loss, reconstruction_loss
 from graphcaps.model import CapsNet, CapsNetConfig, CapsNetOutput
 from graphcaps.passing import bind
-from graphcaps.routing import dynamic_routing, uniform_routing
+from graphcaps.routing import Iteration, Trace, dynamic_routing, uniform_routing
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,9 @@ __all__ = [
     "CapsNetOutput",
     "CapsuleLayer",
     "Decoder",
+    "Iteration",
     "PrimaryCapsules",
+    "Trace",
     "batch_graph",
     "bind",
     "capsnet_loss",

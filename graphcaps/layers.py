@@ -10,7 +10,7 @@ from graphcaps._dgl import dgl
 from graphcaps.functional import squash
 from graphcaps.graph import batch_graph, check_structure, check_weight_index, is_complete
 from graphcaps.passing import ENGINES, MessagePassing, bind
-from graphcaps.routing import Iteration, dynamic_routing, uniform_routing
+from graphcaps.routing import Iteration, Trace, dynamic_routing, uniform_routing
 from graphcaps.votes import votes_along_edges, votes_on_complete_graph
 
 ROUTINGS = ("dynamic", "uniform")
@@ -182,7 +182,9 @@ class CapsuleLayer(nn.Module):
         """Draw `weight` anew from N(0, 0.1²)."""
         nn.init.normal_(self.weight, std=0.1)
 
-    def forward(self, u: Tensor, graph: dgl.DGLGraph | None = None) -> Tensor:
+    def forward(
+        self, u: Tensor, graph: dgl.DGLGraph | None = None, *, return_trace: bool = False
+    ) -> Tensor | tuple[Tensor, Trace]:
         """Route poses to the parents.
 
         Args:
@@ -190,9 +192,10 @@ class CapsuleLayer(nn.Module):
                 children, `[I, K]`.
             graph: another graph for this one call, whose `weight_index` points into `weight`:
                 for ragged batches, made by `dgl.batch` from graphs of any sizes.
+            return_trace: give what every iteration computed, too.
 
         Returns:
-            Parents, `[B, J, D]`; with `graph`, `[J, D]`.
+            Parents, `[B, J, D]`; with `graph`, `[J, D]`. With `return_trace`, these and a `Trace`.
 
         Raises:
             ValueError: poses that do not fit graph and weight in shape, dtype or device, or (on
@@ -203,27 +206,32 @@ class CapsuleLayer(nn.Module):
             check_structure(graph)
             check_weight_index(graph, kinds=len(self.weight))
         self._check_poses(u, graph)
+        structure, samples = (self.graph, len(u)) if graph is None else (graph, 1)
         with torch.autocast(u.device.type, enabled=False):
             if graph is None:
-                return self._routed(self._passing(len(u), u.device), self._votes(u)).unflatten(
-                    0, (len(u), self.graph.num_nodes("parent"))
-                )
-            child, _ = graph.edges()
-            index = graph.edata["weight_index"].to(u.device)
-            u_hat = votes_along_edges(
-                u.unsqueeze(0), self.weight, child.to(u.device, torch.int64), index
-            )
-            return self._routed(bind(graph, self.engine, u.device), u_hat)
+                passing, u_hat = self._passing(samples, u.device), self._votes(u)
+            else:
+                passing, u_hat = bind(graph, self.engine, u.device), self._votes_on(graph, u)
+            kept = []
+            for iteration in self._iterations(passing, u_hat):
+                v = iteration.v
+                if return_trace:
+                    kept.append(iteration)
+        if graph is None:
+            v = v.unflatten(0, (samples, structure.num_nodes("parent")))
+        return (v, Trace.of(structure, samples, u_hat, kept)) if return_trace else v
 
     def _votes(self, u: Tensor) -> Tensor:
         if self._complete:
             return votes_on_complete_graph(u, self.weight)
         return votes_along_edges(u, self.weight, self._child, self._weight_index)
 
-    def _routed(self, passing: MessagePassing, u_hat: Tensor) -> Tensor:
-        for iteration in self._iterations(passing, u_hat):
-            v = iteration.v
-        return v
+    def _votes_on(self, graph: dgl.DGLGraph, u: Tensor) -> Tensor:
+        child, _ = graph.edges()
+        index = graph.edata["weight_index"].to(u.device)
+        return votes_along_edges(
+            u.unsqueeze(0), self.weight, child.to(u.device, torch.int64), index
+        )
 
     def _iterations(self, passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
         match self.routing:

@@ -9,6 +9,7 @@ from graphcaps.decoder import Decoder
 from graphcaps.functional import length, multi_hot
 from graphcaps.graph import complete_graph
 from graphcaps.layers import CapsuleLayer, PrimaryCapsules
+from graphcaps.routing import Trace
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,39 @@ class CapsNet(nn.Module):
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
         return cls(replace(PRESETS[preset], **changes), engine=engine)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_trace: bool = False
+    ) -> CapsNetOutput | tuple[CapsNetOutput, Trace]:
         """Route images to class capsules and draw them again.
 
         Args:
             images: in 0…1, `[B, C, H, W]`.
             labels: which capsules are drawn: in training the true classes, `[B]` or 0 and 1 in
                 `[B, J]`; without labels, in evaluation, the longest capsule.
+            return_trace: give what every iteration of the routing computed, too.
 
         Returns:
-            Poses, lengths and reconstruction.
+            Poses, lengths and reconstruction; with `return_trace`, these and a `Trace`.
 
         Raises:
             ValueError: images of another shape, dtype or device than the model's, or labels
                 that do not fit them.
         """
         self._check_images(images)
-        poses = self.capsules(self.primary(self.conv(images)))
+        u = self.primary(self.conv(images))
+        if return_trace:
+            poses, trace = self.capsules(u, return_trace=True)
+        else:
+            poses, trace = self.capsules(u), None
         lengths = length(poses)
-        if self.decoder is None:
-            return CapsNetOutput(poses, lengths, None)
-        chosen = lengths.argmax(dim=1) if labels is None else labels
-        mask = multi_hot(chosen, len(images), self.config.classes)
-        return CapsNetOutput(poses, lengths, self.decoder(poses, mask))
+        reconstruction = None
+        if self.decoder is not None:
+            chosen = lengths.argmax(dim=1) if labels is None else labels
+            reconstruction = self.decoder(
+                poses, multi_hot(chosen, len(images), self.config.classes)
+            )
+        output = CapsNetOutput(poses, lengths, reconstruction)
+        return output if trace is None else (output, trace)
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:

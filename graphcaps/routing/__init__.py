@@ -6,6 +6,7 @@ Each algorithm is written once, over the four verbs of `graphcaps.passing`, and 
 
 from graphcaps.routing.dynamic import dynamic_routing
 from graphcaps.routing.iteration import Iteration
+from graphcaps.routing.trace import Trace
 from graphcaps.routing.uniform import uniform_routing
 
-__all__ = ["Iteration", "dynamic_routing", "uniform_routing"]
+__all__ = ["Iteration", "Trace", "dynamic_routing", "uniform_routing"]

@@ -1,0 +1,158 @@
+"""The iterations of one routing enter; what there is to see in them leaves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx
+import torch
+from torch import Tensor
+
+from graphcaps._dgl import dgl
+from graphcaps.routing.iteration import Iteration
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What routing did on the edges and parents of a graph, iteration by iteration.
+
+    Iterations are numbered from 0 to R − 1. Gradients flow through all of it, so that a loss may
+    use it; take the trace under `torch.no_grad()` to look only. A ragged batch is one sample, its
+    graph the whole batch; `dgl.unbatch` parts what `graph` gives.
+
+    Attributes:
+        structure: the graph of one sample.
+        u_hat: votes, `[B, E, D]`.
+        b: logits that each iteration started from, `[R, B, E]`.
+        c: coupling, `[R, B, E]`.
+        s: weighted sums, `[R, B, J, D]`.
+        v: outputs, `[R, B, J, D]`.
+
+    >>> import graphcaps as gc
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), child_dim=4, parent_dim=5, iterations=2)
+    >>> v, trace = layer(torch.rand(7, 6, 4), return_trace=True)
+    >>> trace.c.shape, trace.entropy().shape
+    (torch.Size([2, 7, 18]), torch.Size([2, 7, 6]))
+    >>> trace.graph(sample=0, iteration=1).edata["c"].shape
+    torch.Size([18, 1])
+    """
+
+    structure: dgl.DGLGraph
+    u_hat: Tensor
+    b: Tensor
+    c: Tensor
+    s: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(
+        cls, structure: dgl.DGLGraph, samples: int, u_hat: Tensor, iterations: Sequence[Iteration]
+    ) -> "Trace":
+        """Arrange what an algorithm yielded on a batch by sample.
+
+        Args:
+            structure: the graph of one sample.
+            samples: number of samples in the batch, B.
+            u_hat: votes of the batch, `[B·E, D]`.
+            iterations: all that the algorithm yielded.
+        """
+        edges, parents = structure.num_edges(), structure.num_nodes("parent")
+        dim = u_hat.shape[1]
+        b, c, s, v = (torch.stack(features) for features in zip(*iterations, strict=True))
+        rounds = len(iterations)
+        return cls(
+            structure=structure,
+            u_hat=u_hat.view(samples, edges, dim),
+            b=b.view(rounds, samples, edges),
+            c=c.view(rounds, samples, edges),
+            s=s.view(rounds, samples, parents, dim),
+            v=v.view(rounds, samples, parents, dim),
+        )
+
+    def entropy(self) -> Tensor:
+        """How undecided each child is, `−Σ_j c_ij ln c_ij` in nats.
+
+        Returns:
+            `[R, B, I]`, from 0 (all to one parent) to ln of the child's number of parents.
+        """
+        rounds, samples, _ = self.c.shape
+        nothing = self.c.new_zeros(rounds, samples, self.structure.num_nodes("child"))
+        return nothing.index_add(2, self._child, torch.special.entr(self.c))
+
+    def effective_parents(self) -> Tensor:
+        """How many parents each child votes for in effect, `exp(entropy)`, `[R, B, I]`."""
+        return self.entropy().exp()
+
+    def agreement(self) -> Tensor:
+        """How well each vote agrees with its parent's output, `û_ij · v_j`, `[R, B, E]`."""
+        return (self.u_hat * self.v[:, :, self._parent]).sum(dim=-1)
+
+    def strongest_parent(self) -> Tensor:
+        """The parent that each child couples to most: the parse tree.
+
+        Returns:
+            Numbers of parents, int64 `[R, B, I]`; the lowest of equals, −1 without parents.
+        """
+        rounds, samples, edges = self.c.shape
+        none = self.structure.num_nodes("parent")
+        child = self._child.expand(rounds, samples, edges)
+        size = (rounds, samples, self.structure.num_nodes("child"))
+        most = self.c.new_zeros(size).scatter_reduce(2, child, self.c, "amax", include_self=False)
+        candidate = torch.where(self.c == most.gather(2, child), self._parent, none)
+        lowest = candidate.new_full(size, none).scatter_reduce(2, child, candidate, "amin")
+        return torch.where(lowest == none, -1, lowest)
+
+    def graph(self, sample: int, iteration: int) -> dgl.DGLGraph:
+        """One sample at one iteration as a DGL graph, for whatever DGL can do with it.
+
+        Args:
+            sample: from 0 to B − 1.
+            iteration: from 0 to R − 1.
+
+        Returns:
+            A new graph with edge features `b`, `c` `[E, 1]` and `u_hat` `[E, D]`, and parent
+            features `s`, `v` `[J, D]`.
+        """
+        graph = self.structure.local_var().to(self.c.device)
+        graph.edata["b"] = self.b[iteration, sample].unsqueeze(-1)
+        graph.edata["c"] = self.c[iteration, sample].unsqueeze(-1)
+        graph.edata["u_hat"] = self.u_hat[sample]
+        graph.nodes["parent"].data["s"] = self.s[iteration, sample]
+        graph.nodes["parent"].data["v"] = self.v[iteration, sample]
+        return graph
+
+    def networkx(self, sample: int, iteration: int) -> networkx.MultiGraph:
+        """One sample at one iteration as a bipartite networkx graph, ready to be drawn.
+
+        Args:
+            sample: from 0 to B − 1.
+            iteration: from 0 to R − 1.
+
+        Returns:
+            Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a
+            position `pos` (x from 0 to 1, y 0 or 1); parents have `length` |v_j|; edges have the
+            coupling as `weight`.
+        """
+        drawn = networkx.MultiGraph()
+        lengths = self.v[iteration, sample].norm(dim=-1).tolist()
+        for side, kind in enumerate(("child", "parent")):
+            count = self.structure.num_nodes(kind)
+            for number in range(count):
+                drawn.add_node((kind, number), bipartite=side, pos=((number + 0.5) / count, side))
+        for number, length in enumerate(lengths):
+            drawn.nodes["parent", number]["length"] = length
+        for i, j, c in zip(
+            self._child.tolist(),
+            self._parent.tolist(),
+            self.c[iteration, sample].tolist(),
+            strict=True,
+        ):
+            drawn.add_edge(("child", i), ("parent", j), weight=c)
+        return drawn
+
+    @property
+    def _child(self) -> Tensor:
+        return self.structure.edges()[0].to(self.c.device, torch.int64)
+
+    @property
+    def _parent(self) -> Tensor:
+        return self.structure.edges()[1].to(self.c.device, torch.int64)
