@@ -149,11 +149,7 @@ class Trainer:
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._signals: list[int] = []
         self._writer: Any = None
-        self.parallel = (
-            DistributedDataParallel(self.model, broadcast_buffers=False)
-            if workers.size > 1
-            else self.model
-        )
+        self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
         self._images = data.train.images.to(workers.device)
         self._labels = data.train.labels.to(workers.device)
 

@@ -76,6 +76,7 @@ def joined_workers(device: str = "auto") -> Iterator[Workers]:
         dist.init_process_group("gloo")
     try:
         yield Workers(rank=dist.get_rank(), size=size, device=chosen)
+        dist.barrier()  # nobody leaves while another is still being told something
     finally:
         dist.destroy_process_group()
 
