@@ -268,6 +268,7 @@ def test_the_papers_rate_decays_by_0_96_every_2000_steps():
         optimizer.step()
         schedule.step()
     assert_close([rates[0], rates[2000], rates[4000]], [1e-3, 0.96e-3, 0.96**2 * 1e-3])
+    assert_close(rates[1000], 0.96**0.5 * 1e-3)  # without steps, as in the authors' code
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50])
