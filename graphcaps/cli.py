@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -20,11 +20,9 @@ from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CapsNet
 from graphcaps.passing import ENGINES, choose_engine
-from graphcaps.settings import TrainSettings
+from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
 from graphcaps.workers import joined_workers, leads
-
-Engine = Literal["auto", "udf", "builtin", "scatter"]
 
 
 @dataclass(frozen=True)

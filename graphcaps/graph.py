@@ -46,8 +46,8 @@ def routing_graph(
     >>> graph.num_nodes("child"), graph.num_nodes("parent"), graph.num_edges()
     (2, 3, 3)
     """
-    child, children = _node_numbers("child", child, children)
-    parent, parents = _node_numbers("parent", parent, parents)
+    child, children = _checked_numbers("child", child, children)
+    parent, parents = _checked_numbers("parent", parent, parents)
     if len(child) != len(parent):
         raise ValueError(
             f"each edge needs one child and one parent; "
@@ -55,7 +55,7 @@ def routing_graph(
         )
     if weight_index is None:
         weight_index = torch.arange(len(child))
-    weight_index, _ = _node_numbers("weight_index", weight_index, None)
+    weight_index, _ = _checked_numbers("weight_index", weight_index, None)
     if len(weight_index) != len(child):
         raise ValueError(
             f"weight_index needs one number per edge, {len(child)}; got {len(weight_index)}"
@@ -172,7 +172,7 @@ def is_complete(graph: dgl.DGLGraph) -> bool:
     )
 
 
-def _node_numbers(
+def _checked_numbers(
     name: str, numbers: Tensor | Sequence[int], count: int | None
 ) -> tuple[Tensor, int]:
     numbers = torch.as_tensor(numbers)

@@ -1,7 +1,7 @@
 """What a person asks of a training enters, every number of its recipe leaves."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from graphcaps.data import DATASETS
+
+Engine = Literal["auto", "udf", "builtin", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class TrainSettings:
     """Of dynamic routing."""
     shift: int = 2
     """Training images are moved by up to this many pixels."""
-    engine: Literal["auto", "udf", "builtin", "scatter"] = "auto"
+    engine: Engine = "auto"
     """How messages are passed; changes speed, not results. See graphcaps info."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -174,8 +176,7 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
 
 def as_json(settings: TrainSettings) -> dict[str, Any]:
     """The settings as values that JSON has."""
-    values = {field.name: getattr(settings, field.name) for field in fields(TrainSettings)}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
 
 
 def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:

@@ -91,7 +91,8 @@ def _resume(asked: TrainSettings) -> dict[str, Any]:
     with joined_workers(settings.device) as workers:
         finished = run.result()
         if finished is not None:
-            _say(workers, f"{run.path} is finished; nothing is left to do")
+            if workers.leads:
+                print(f"{run.path} is finished; nothing is left to do")
             return finished
         trainer = Trainer(settings, recipe, _load_data(settings, workers), workers, run)
         return trainer.train(trainer.resume())
@@ -446,11 +447,6 @@ def _check_data(data: Dataset) -> None:
                 f"the {name} images of {data.name} are {list(split.images.shape[1:])}, "
                 f"the training images {list(shape[1:])}; they must be alike"
             )
-
-
-def _say(workers: Workers, text: str) -> None:
-    if workers.leads:
-        print(text, flush=True)
 
 
 @contextmanager
