@@ -19,6 +19,7 @@ ORDER = [
     "votes",
     "passing",
     "routing",
+    "kernels",
     "layers",
     "decoder",
     "model",

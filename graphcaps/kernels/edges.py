@@ -1,0 +1,54 @@
+"""A graph enters; its edges leave, sorted by child, by parent or by matrix."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphcaps._dgl import dgl
+
+
+class SortedEdges(NamedTuple):
+    """Edges in an order in which those of one child, parent or matrix stand together.
+
+    Those of number n are `start[n]` to `start[n + 1] − 1`; equals keep the order of the graph.
+    All are int32.
+    """
+
+    start: Tensor  # [N + 1], for N children, parents or matrices
+    child: Tensor  # [E]
+    parent: Tensor  # [E]
+    kind: Tensor  # [E], weight_index
+
+
+def sort_edges(
+    graph: dgl.DGLGraph, by: Literal["child", "parent", "kind"], kinds: int, device: torch.device
+) -> SortedEdges:
+    """Sort the edges of a graph: compressed sparse rows, columns, or the same by matrix.
+
+    Args:
+        graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
+        by: whose edges are to stand together.
+        kinds: number of matrices, M.
+        device: where the numbers are to be.
+
+    Returns:
+        The edges, sorted.
+
+    >>> from graphcaps import routing_graph
+    >>> graph = routing_graph([1, 0, 1], [0, 1, 2])
+    >>> edges = sort_edges(graph, "child", kinds=3, device=torch.device("cpu"))
+    >>> edges.start.tolist(), edges.parent.tolist(), edges.kind.tolist()
+    ([0, 1, 3], [1, 0, 2], [1, 0, 2])
+    """
+    child, parent = (ends.to(device, torch.int64) for ends in graph.edges())
+    ends = {"child": child, "parent": parent, "kind": graph.edata["weight_index"].to(device)}
+    counts = {
+        "child": graph.num_nodes("child"),
+        "parent": graph.num_nodes("parent"),
+        "kind": kinds,
+    }
+    order = ends[by].argsort(stable=True)
+    start = torch.zeros(counts[by] + 1, dtype=torch.int64, device=device)
+    start[1:] = torch.bincount(ends[by], minlength=counts[by]).cumsum(0)
+    return SortedEdges(start.int(), *(ends[name][order].int() for name in ends))
