@@ -123,6 +123,21 @@ def test_a_sample_is_a_bipartite_networkx_graph_with_positions_and_weights():
     assert lengths == pytest.approx(trace.v[2, 1].norm(dim=-1).tolist())
 
 
+def test_children_are_drawn_in_groups_with_their_mean_coupling():
+    _, _, _, trace = traced(gc.routing_graph([0, 0, 1, 2, 2], [0, 1, 1, 0, 1], parents=3))
+    drawn = trace.networkx(sample=1, iteration=2, groups=[1, 0, 1])
+    c = trace.c[2, 1].tolist()
+    edges = {(i, j): weight for (_, i), (_, j), weight in drawn.edges(data="weight")}
+    assert edges == {
+        (0, 1): pytest.approx(c[2]),
+        (1, 0): pytest.approx((c[0] + c[3]) / 2),
+        (1, 1): pytest.approx((c[1] + c[4]) / 2),
+    }
+    assert [drawn.nodes["child", i]["size"] for i in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="one group for each of 3 children; got \\[2\\]"):
+        trace.networkx(sample=0, iteration=0, groups=[0, 1])
+
+
 def test_a_ragged_batch_is_traced_as_one_sample_that_dgl_parts():
     graphs = [gc.complete_graph(3, 2), gc.routing_graph([0], [1], children=2)]
     layer = gc.CapsuleLayer(graphs[0], 3, 4)

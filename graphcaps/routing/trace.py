@@ -120,32 +120,44 @@ class Trace:
         graph.nodes["parent"].data["v"] = self.v[iteration, sample]
         return graph
 
-    def networkx(self, sample: int, iteration: int) -> networkx.MultiGraph:
+    def networkx(
+        self, sample: int, iteration: int, groups: Sequence[int] | Tensor | None = None
+    ) -> networkx.MultiGraph:
         """One sample at one iteration as a bipartite networkx graph, ready to be drawn.
 
         Args:
             sample: from 0 to B − 1.
             iteration: from 0 to R − 1.
+            groups: which group each child belongs to, `[I]`, numbers from 0: a group is then one
+                node, as the 1152 children of the paper are too many to draw. Its edges carry the
+                mean coupling of its children.
 
         Returns:
             Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a
-            position `pos` (x from 0 to 1, y 0 or 1); parents have `length` |v_j|; edges have the
-            coupling as `weight`.
+            position `pos` (x from 0 to 1, y 0 or 1); children have `size`, how many they stand
+            for; parents have `length` |v_j|; edges have the coupling as `weight`.
+
+        Raises:
+            ValueError: not one group for each child.
         """
+        children, parents = (self.structure.num_nodes(kind) for kind in ("child", "parent"))
+        child, parent, weight = self._child, self._parent, self.c[iteration, sample]
+        sizes = torch.ones(children, dtype=torch.int64)
+        if groups is not None:
+            group = torch.as_tensor(groups).to(child)
+            if group.shape != (children,):
+                raise ValueError(
+                    f"expected one group for each of {children} children; got {list(group.shape)}"
+                )
+            child, parent, weight, sizes = _merge(child, parent, weight, group)
         drawn = networkx.MultiGraph()
-        lengths = self.v[iteration, sample].norm(dim=-1).tolist()
-        for side, kind in enumerate(("child", "parent")):
-            count = self.structure.num_nodes(kind)
-            for number in range(count):
-                drawn.add_node((kind, number), bipartite=side, pos=((number + 0.5) / count, side))
-        for number, length in enumerate(lengths):
-            drawn.nodes["parent", number]["length"] = length
-        for i, j, c in zip(
-            self._child.tolist(),
-            self._parent.tolist(),
-            self.c[iteration, sample].tolist(),
-            strict=True,
-        ):
+        for i, size in enumerate(sizes.tolist()):
+            pos = ((i + 0.5) / len(sizes), 0)
+            drawn.add_node(("child", i), bipartite=0, pos=pos, size=size)
+        for j, length in enumerate(self.v[iteration, sample].norm(dim=-1).tolist()):
+            pos = ((j + 0.5) / parents, 1)
+            drawn.add_node(("parent", j), bipartite=1, pos=pos, length=length)
+        for i, j, c in zip(child.tolist(), parent.tolist(), weight.tolist(), strict=True):
             drawn.add_edge(("child", i), ("parent", j), weight=c)
         return drawn
 
@@ -156,3 +168,13 @@ class Trace:
     @property
     def _parent(self) -> Tensor:
         return self.structure.edges()[1].to(self.c.device, torch.int64)
+
+
+def _merge(
+    child: Tensor, parent: Tensor, weight: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The edges of groups of children with their mean coupling, and how many each group has."""
+    sizes = torch.bincount(group)
+    ends, edge = torch.stack([group[child], parent]).unique(dim=1, return_inverse=True)
+    total = weight.new_zeros(ends.shape[1]).index_add(0, edge, weight)
+    return ends[0], ends[1], total / sizes[ends[0]], sizes
