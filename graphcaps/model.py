@@ -11,6 +11,8 @@ from graphcaps.graph import complete_graph
 from graphcaps.layers import CapsuleLayer, PrimaryCapsules
 from graphcaps.routing import Trace
 
+PRIMARY_STRIDE = 2  # pixels from one primary capsule to the next (Sabour et al. 2017, section 4)
+
 
 @dataclass(frozen=True)
 class CapsNetConfig:
@@ -31,13 +33,17 @@ class CapsNetConfig:
     def grid_size(self) -> int:
         """Height and width, in capsules, of each capsule map."""
         after_conv = self.image_size - self.kernel_size + 1
-        after_primary = (after_conv - self.kernel_size) // 2 + 1
+        after_primary = (after_conv - self.kernel_size) // PRIMARY_STRIDE + 1
         if after_primary < 1:
             raise ValueError(
                 f"images of {self.image_size} pixels are too small for two convolutions of "
                 f"{self.kernel_size}: they need at least {2 * self.kernel_size - 1}"
             )
         return after_primary
+
+    def receptive_field(self) -> int:
+        """Height and width, in pixels, of what a primary capsule sees of the image."""
+        return 2 * self.kernel_size - 1
 
 
 PRESETS = {
@@ -77,7 +83,11 @@ class CapsNet(nn.Module):
             nn.ReLU(),
         )
         self.primary = PrimaryCapsules(
-            config.conv_channels, config.capsule_maps, config.child_dim, config.kernel_size
+            config.conv_channels,
+            config.capsule_maps,
+            config.child_dim,
+            config.kernel_size,
+            PRIMARY_STRIDE,
         )
         self.capsules = CapsuleLayer(
             complete_graph(children, config.classes),

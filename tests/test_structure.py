@@ -32,6 +32,8 @@ ORDER = [
     "checkpoints",
     "workers",
     "training",
+    "inspection",
+    "figures",
     "cli",
     "__main__",
 ]

@@ -121,7 +121,12 @@ class Trace:
         return graph
 
     def networkx(
-        self, sample: int, iteration: int, groups: Sequence[int] | Tensor | None = None
+        self,
+        sample: int,
+        iteration: int,
+        *,
+        groups: Sequence[int] | Tensor | None = None,
+        strongest: int | None = None,
     ) -> networkx.MultiGraph:
         """One sample at one iteration as a bipartite networkx graph, ready to be drawn.
 
@@ -131,6 +136,7 @@ class Trace:
             groups: which group each child belongs to, `[I]`, numbers from 0: a group is then one
                 node, as the 1152 children of the paper are too many to draw. Its edges carry the
                 mean coupling of its children.
+            strongest: take only so many children, those with the strongest coupling to a parent.
 
         Returns:
             Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a
@@ -138,22 +144,30 @@ class Trace:
             for; parents have `length` |v_j|; edges have the coupling as `weight`.
 
         Raises:
-            ValueError: not one group for each child.
+            ValueError: not one group for each child; both `groups` and `strongest`.
         """
-        children, parents = (self.structure.num_nodes(kind) for kind in ("child", "parent"))
+        if groups is not None and strongest is not None:
+            raise ValueError("choose groups or the strongest children; got both")
+        parents = self.structure.num_nodes("parent")
         child, parent, weight = self._child, self._parent, self.c[iteration, sample]
-        sizes = torch.ones(children, dtype=torch.int64)
+        sizes = torch.ones(self.structure.num_nodes("child"), dtype=torch.int64)
         if groups is not None:
             group = torch.as_tensor(groups).to(child)
-            if group.shape != (children,):
+            if group.shape != sizes.shape:
                 raise ValueError(
-                    f"expected one group for each of {children} children; got {list(group.shape)}"
+                    f"expected one group for each of {len(sizes)} children; got {list(group.shape)}"
                 )
             child, parent, weight, sizes = _merge(child, parent, weight, group)
+        shown = list(range(len(sizes)))
+        if strongest is not None:
+            most = weight.new_zeros(len(sizes)).scatter_reduce(0, child, weight, "amax")
+            shown = sorted(most.topk(min(strongest, len(sizes))).indices.tolist())
+            kept = torch.isin(child, torch.tensor(shown).to(child))
+            child, parent, weight = child[kept], parent[kept], weight[kept]
         drawn = networkx.MultiGraph()
-        for i, size in enumerate(sizes.tolist()):
-            pos = ((i + 0.5) / len(sizes), 0)
-            drawn.add_node(("child", i), bipartite=0, pos=pos, size=size)
+        for place, i in enumerate(shown):
+            pos = ((place + 0.5) / len(shown), 0)
+            drawn.add_node(("child", i), bipartite=0, pos=pos, size=int(sizes[i]))
         for j, length in enumerate(self.v[iteration, sample].norm(dim=-1).tolist()):
             pos = ((j + 0.5) / parents, 1)
             drawn.add_node(("parent", j), bipartite=1, pos=pos, length=length)

@@ -1,0 +1,565 @@
+"""Records enter, matplotlib figures leave: nothing here runs a net.
+
+Every function returns a `Figure` or an animation of one, without pyplot and its global state;
+save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Dark means much, in
+one hue, whose order colour-blindness and grey print leave as it is.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from graphcaps.inspection import VoteMap
+
+AMOUNT = colormaps["Blues"]  # light for little, dark for much
+INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
+FRAMES_PER_SECOND = 1
+MOST_LABELLED_CHILDREN = 40
+SHARE_BELOW_ALL = 1e-12  # where bars on a logarithmic axis start
+
+
+def entropy_by_iteration(
+    entropy: Tensor, parents: int, labels: Tensor | None = None, classes: Sequence[str] = ()
+) -> Figure:
+    """How undecided the children are, from iteration to iteration.
+
+    Args:
+        entropy: of each child's coupling, in nats, `[R, B, I]`, as `Trace.entropy` gives it.
+        parents: J; ln J is the entropy of a child that does not decide.
+        labels: the class of each sample, `[B]`, for a second panel with a row per class.
+        classes: their names; numbers if not given.
+
+    Returns:
+        Mean, the range that holds 90 % of the children, and the least; with labels, the mean of
+        each class too.
+    """
+    rounds = np.arange(1, len(entropy) + 1)
+    per_child = _numbers(entropy.flatten(1))
+    low, high = np.quantile(per_child, [0.05, 0.95], axis=1)
+    figure = _figure(10 if labels is not None else 5.5, 4)
+    axes, *others = figure.subplots(1, 1 if labels is None else 2, squeeze=False)[0]
+    axes.axhline(math.log(parents), color=PALE, linestyle="--", label=f"undecided: ln {parents}")
+    axes.fill_between(rounds, low, high, color=PALE, alpha=0.35, label="90 % of the children")
+    axes.plot(rounds, per_child.mean(axis=1), "o-", color=ACCENT, label="mean")
+    axes.plot(rounds, per_child.min(axis=1), "v:", color=INK, label="most decided child")
+    axes.set(
+        xlabel="iteration",
+        ylabel="entropy of the coupling (nats)",
+        title="How undecided children are",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    if labels is not None:
+        present = labels.unique()
+        means = torch.stack([entropy[:, labels == k].mean(dim=(1, 2)) for k in present])
+        names = [classes[k] if classes else str(k) for k in present.tolist()]
+        _table(others[0], means, "{:.3f}", "mean entropy (nats)")
+        others[0].set_xticks(range(len(rounds)), rounds)
+        others[0].set_yticks(range(len(names)), names)
+        others[0].set(xlabel="iteration", ylabel="class of the image", title="The same per class")
+    return figure
+
+
+def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) -> Figure:
+    """How the coupling coefficients are distributed, a row for each iteration.
+
+    Args:
+        c: coupling, `[R, ...]`.
+        parents: J, to mark 1/J, where every edge starts; not marked if not given.
+        bins: from 0 to 1.
+
+    Returns:
+        Share of the edges against their coupling, the share on a logarithmic axis.
+    """
+    shares, edges = coupling_shares(c, bins)
+    figure = _figure(6.5, 0.8 * len(shares) + 1)
+    rows = figure.subplots(len(shares), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+    for number, (axes, share) in enumerate(zip(rows, shares, strict=True), start=1):
+        axes.stairs(share, edges, fill=True, color=ACCENT, baseline=SHARE_BELOW_ALL)
+        _mark_equal_coupling(axes, parents, named=number == 1)
+        axes.annotate(
+            f"iteration {number}", (0.99, 0.95), xycoords="axes fraction", ha="right", va="top"
+        )
+        _name_histogram(axes, shares)
+        axes.set(xlabel="", ylabel="")
+    rows[-1].set_xlabel("coupling c")
+    figure.supylabel("share of the edges", size="medium")
+    return figure
+
+
+def coupling_histogram_animation(
+    c: Tensor, parents: int | None = None, bins: int = 25
+) -> FuncAnimation:
+    """The same, an iteration in each frame.
+
+    Args:
+        c: coupling, `[R, ...]`.
+        parents: J, to mark 1/J; not marked if not given.
+        bins: from 0 to 1.
+
+    Returns:
+        An animation of R frames.
+    """
+    shares, edges = coupling_shares(c, bins)
+    figure = _figure(6.5, 4)
+    axes = figure.subplots()
+    stairs = axes.stairs(shares[0], edges, fill=True, color=ACCENT, baseline=SHARE_BELOW_ALL)
+    _mark_equal_coupling(axes, parents)
+    _name_histogram(axes, shares)
+
+    def draw(number: int) -> list[Any]:
+        stairs.set_data(shares[number])
+        axes.set_title(f"Coupling at iteration {number + 1} of {len(shares)}")
+        return [stairs]
+
+    return _animation(figure, draw, len(shares))
+
+
+def coupling_graph(
+    graph: networkx.MultiGraph, classes: Sequence[str] = (), title: str = ""
+) -> Figure:
+    """The children below, the parents above, edges as wide and dark as their coupling.
+
+    Args:
+        graph: one sample at one iteration, from `Trace.networkx`; group the children of large
+            graphs there.
+        classes: names of the parents; numbers if not given.
+        title: above the graph.
+
+    Returns:
+        The graph; the area of a parent is its length |v|.
+    """
+    figure, axes = _graph_axes(graph)
+    _draw_graph(axes, graph, classes, title)
+    return figure
+
+
+def coupling_graph_animation(
+    graphs: Sequence[networkx.MultiGraph], classes: Sequence[str] = ()
+) -> FuncAnimation:
+    """The same, an iteration in each frame.
+
+    Args:
+        graphs: one sample's graph at every iteration, from `Trace.networkx`.
+        classes: names of the parents; numbers if not given.
+
+    Returns:
+        An animation with a frame for each graph.
+    """
+    figure, axes = _graph_axes(graphs[0])
+
+    def draw(number: int) -> list[Any]:
+        axes.clear()
+        title = f"Coupling at iteration {number + 1} of {len(graphs)}"
+        return _draw_graph(axes, graphs[number], classes, title)
+
+    return _animation(figure, draw, len(graphs))
+
+
+def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> Figure:
+    """Where in an image the votes for a class come from.
+
+    Args:
+        image: 0 to 1, `[C, H, W]`.
+        maps: one for each panel, all on one scale.
+        titles: of the panels.
+
+    Returns:
+        The image with a disc at the centre of each position's receptive field, its area and
+        darkness the coupling × length summed over the position's children; the frame is the
+        receptive field of the strongest position.
+    """
+    most = max(float(m.amount.max()) for m in maps) or 1.0
+    figure = _figure(2.6 * len(maps) + 1, 3)
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, votes, title in zip(panels, maps, titles, strict=True):
+        _show(axes, image, dimmed=True)
+        amount = votes.amount.flatten()
+        row, column = votes.centres()
+        discs = axes.scatter(
+            _numbers(column),
+            _numbers(row),
+            s=150 * _numbers(amount) / most,
+            c=_numbers(amount),
+            cmap=AMOUNT,
+            vmin=0,
+            vmax=most,
+            edgecolors="white",
+            linewidths=0.6,
+        )
+        strongest = int(amount.argmax())
+        corner = (float(column[strongest]), float(row[strongest]))
+        side = votes.field
+        axes.add_patch(
+            Rectangle(
+                (corner[0] - side / 2, corner[1] - side / 2),
+                side,
+                side,
+                fill=False,
+                edgecolor=ACCENT,
+                linestyle="--",
+            )
+        )
+        axes.set_title(title)
+    figure.colorbar(discs, ax=panels, label="coupling × length", shrink=0.8)
+    return figure
+
+
+def reconstructions(
+    images: Tensor,
+    drawn: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    classes: Sequence[str] = (),
+) -> Figure:
+    """Images above, what the decoder draws from their longest capsule below.
+
+    Args:
+        images: 0 to 1, `[N, C, H, W]`.
+        drawn: reconstructions, the same shape.
+        labels: true classes, `[N]`.
+        predicted: classes of the longest capsules, `[N]`.
+        classes: their names; numbers if not given.
+
+    Returns:
+        N columns; wrong ones are framed and say so.
+    """
+    figure = _figure(max(4, 1.1 * len(images)), 3)
+    above, below = figure.subplots(2, len(images), squeeze=False)
+    for number, (true, seen) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
+        _show(above[number], images[number])
+        _show(below[number], drawn[number])
+        true_name, seen_name = (classes[k] if classes else str(k) for k in (true, seen))
+        wrong = true != seen
+        above[number].set_title(f"is {true_name}")
+        below[number].set_xlabel(f"read {seen_name}" + (" (wrong)" if wrong else ""))
+        for side in below[number].spines.values():
+            side.set(visible=wrong, linewidth=2, color=INK)
+    above[0].set_ylabel("image")
+    below[0].set_ylabel("reconstruction")
+    return figure
+
+
+def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
+    """What each dimension of a pose does: Sabour et al. 2017, figure 4.
+
+    Args:
+        drawn: reconstructions, a row per dimension and a column per offset, `[D, T, C, H, W]`.
+        offsets: what was added to the dimension, `[T]`.
+
+    Returns:
+        A grid of D by T images.
+    """
+    rows, columns = drawn.shape[:2]
+    figure = _figure(0.62 * columns + 0.8, 0.62 * rows + 0.8)
+    axes = figure.subplots()
+    size = drawn.shape[-1]
+    grid = drawn.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [D·H, T·W, C]
+    axes.imshow(_numbers(grid), cmap="gray_r", vmin=0, vmax=1)
+    axes.set_xticks([(t + 0.5) * size for t in range(columns)], [f"{x:+.2f}" for x in offsets])
+    axes.set_yticks([(d + 0.5) * size for d in range(rows)], [str(d) for d in range(rows)])
+    axes.tick_params(length=0)
+    axes.set(xlabel="added to the dimension", ylabel="dimension of the pose")
+    for number in range(1, columns):
+        axes.axvline(number * size, color="white", linewidth=1.5)
+    for number in range(1, rows):
+        axes.axhline(number * size, color="white", linewidth=1.5)
+    return figure
+
+
+def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and error rate of a training run, step by step.
+
+    Args:
+        metrics: the records of a run's metrics.jsonl, see `RunFolder.metrics`.
+
+    Returns:
+        Loss on the left, errors in percent on the right; lines for the training images, dots for
+        the hold-out after every epoch.
+    """
+    steps = [record for record in metrics if record["kind"] == "step"]
+    epochs = [record for record in metrics if record["kind"] == "epoch"]
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.plot(
+        [r["step"] for r in steps],
+        [r["loss"] for r in steps],
+        color=PALE,
+        linewidth=0.8,
+        label="training batches",
+    )
+    at = [r["step"] for r in epochs]
+    for axes, name, scale in ((left, "loss", 1), (right, "accuracy", 100)):
+        for part, marker, color in (("train", "s--", PALE), ("holdout", "o-", ACCENT)):
+            values = [r[f"{part}_{name}"] for r in epochs]
+            shown = values if name == "loss" else [scale * (1 - value) for value in values]
+            said = "hold-out" if part == "holdout" else "training, mean of the epoch"
+            axes.plot(at, shown, marker, color=color, markeredgecolor=INK, label=said)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("training step")
+    left.set(ylabel="loss per image", title="Loss")
+    right.set(ylabel="errors (% of the images)", title="Errors")
+    right.legend(frameon=False)
+    left.legend(frameon=False)
+    return figure
+
+
+def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
+    """Which class is taken for which.
+
+    Args:
+        counts: images of each true class (row) read as each class (column), `[J, J]`.
+        classes: their names; numbers if not given.
+
+    Returns:
+        The counts as numbers, errors shaded by their share of the row; the diagonal is not shaded.
+    """
+    names = list(classes) or [str(k) for k in range(len(counts))]
+    share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    off_diagonal = share * (1 - torch.eye(len(counts), dtype=share.dtype))
+    figure = _figure(0.55 * len(names) + 2, 0.5 * len(names) + 1.4)
+    axes = figure.subplots()
+    picture = axes.imshow(100 * _numbers(off_diagonal), cmap=AMOUNT, vmin=0)
+    half = float(off_diagonal.max()) / 2
+    for row in range(len(names)):
+        for column in range(len(names)):
+            count = int(counts[row, column])
+            if count:
+                dark = bool(off_diagonal[row, column] > half)
+                axes.text(
+                    column, row, str(count), ha="center", va="center", size=8,
+                    color="white" if dark else INK,
+                )  # fmt: skip
+    axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="read as", ylabel="true class")
+    figure.colorbar(picture, ax=axes, label="errors (% of the row)", shrink=0.8)
+    return figure
+
+
+def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> Figure:
+    """How long the capsule of the true class is, and the longest of the others.
+
+    Args:
+        lengths: of the class capsules, `[N, J]`.
+        labels: true classes, `[N]`.
+        classes: their names; numbers if not given.
+
+    Returns:
+        Two boxes per class: quartiles, with whiskers over 98 % of the images; the dashed lines are
+        the margins 0.9 and 0.1 of the loss.
+    """
+    present = labels.unique().tolist()
+    of_true = lengths.gather(1, labels[:, None])[:, 0]
+    others = lengths.scatter(1, labels[:, None], -1).amax(dim=1)
+    figure = _figure(0.8 * len(present) + 2, 3.8)
+    axes = figure.subplots()
+    for values, name, color, shift in (
+        (of_true, "of the true class", ACCENT, -0.18),
+        (others, "longest of the others", PALE, 0.18),
+    ):
+        boxes = axes.boxplot(
+            [_numbers(values[labels == k]) for k in present],
+            positions=[x + shift for x in range(len(present))],
+            widths=0.3,
+            whis=(1, 99),
+            showfliers=False,
+            patch_artist=True,
+            medianprops=dict(color="white" if color == ACCENT else INK),
+        )
+        for box in boxes["boxes"]:
+            box.set(facecolor=color, edgecolor=INK)
+        boxes["boxes"][0].set_label(name)
+    for margin in (0.9, 0.1):
+        axes.axhline(margin, color=INK, linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(present)), [classes[k] if classes else str(k) for k in present])
+    axes.set(xlabel="class of the image", ylabel="length |v|", ylim=(0, 1))
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
+    """How far each form in float32 is from dense routing in float64.
+
+    Args:
+        units: for each form the largest difference of output and gradients, in units of float32
+            rounding, as `inspection.differences_from_dense` gives it.
+
+    Returns:
+        A row for each form, a mark for each quantity.
+    """
+    figure = _figure(7, 0.5 * len(units) + 1.6)
+    axes = figure.subplots()
+    forms = list(units)
+    quantities = list(units[forms[0]])
+    for number, (quantity, marker) in enumerate(zip(quantities, "osD^v", strict=False)):
+        axes.plot(
+            [units[form][quantity] for form in forms],
+            [row + 0.12 * (number - (len(quantities) - 1) / 2) for row in range(len(forms))],
+            marker,
+            color=AMOUNT(0.35 + 0.65 * number / max(1, len(quantities) - 1)),
+            markeredgecolor=INK,
+            label=quantity,
+        )
+    axes.set_yticks(range(len(forms)), forms)
+    axes.invert_yaxis()
+    axes.set(
+        xlim=(0, None),
+        xlabel="largest difference from float64 (in 2⁻²³ of the largest value)",
+    )
+    axes.grid(axis="x", color="#e5e5e5")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, ncols=len(quantities), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def gif(animation: FuncAnimation) -> bytes:
+    """An animation as the bytes of a GIF file that repeats."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "animation.gif"
+        writer = PillowWriter(fps=FRAMES_PER_SECOND)
+        animation.save(path, writer=writer, dpi=80)
+        return path.read_bytes()
+
+
+def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The share of the edges in each bin from 0 to 1, per iteration, and the bins' edges.
+
+    >>> shares, edges = coupling_shares(torch.tensor([[0.1, 0.2, 0.9, 1.0]]), bins=2)
+    >>> shares[0].tolist(), edges.tolist()
+    ([0.5, 0.5], [0.0, 0.5, 1.0])
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    counts = [np.histogram(_numbers(one).clip(0, 1), edges)[0] for one in c.flatten(1)]
+    return [count / count.sum() for count in counts], edges
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=100)
+
+
+def _animation(figure: Figure, draw: Any, frames: int) -> FuncAnimation:
+    interval = 1000 / FRAMES_PER_SECOND  # milliseconds
+    return FuncAnimation(figure, draw, frames, interval=interval, init_func=lambda: draw(0))
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy()
+
+
+def _mark_equal_coupling(axes: Axes, parents: int | None, *, named: bool = True) -> None:
+    if parents is None:
+        return
+    axes.axvline(1 / parents, color=PALE, linestyle=":")
+    if named:
+        place = (1 / parents, 1.02)
+        axes.annotate(
+            f"1/{parents}", place, xycoords=("data", "axes fraction"), ha="center", size=9
+        )
+
+
+def _name_histogram(axes: Axes, shares: Sequence[np.ndarray]) -> None:
+    least = min(share[share > 0].min() for share in shares)
+    axes.set(
+        xlabel="coupling c",
+        ylabel="share of the edges",
+        xlim=(0, 1),
+        yscale="log",
+        ylim=(least / 2, 1.5),
+    )
+
+
+def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
+    """An image of one channel as ink on paper, or of three in its colours, without ticks."""
+    pixels = _numbers(image.permute(1, 2, 0))
+    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=3 if dimmed else 1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(dimmed)
+
+
+def _table(axes: Axes, values: Tensor, form: str, label: str) -> None:
+    """Numbers in shaded cells."""
+    cells = _numbers(values)
+    picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto")
+    middle = (cells.min() + cells.max()) / 2
+    for (row, column), value in np.ndenumerate(cells):
+        color = "white" if value > middle else INK
+        axes.text(column, row, form.format(value), ha="center", va="center", color=color, size=8)
+    assert axes.figure is not None
+    axes.figure.colorbar(picture, ax=axes, label=label)
+
+
+def _graph_axes(graph: networkx.MultiGraph) -> tuple[Figure, Axes]:
+    widest = max(sum(1 for kind, _ in graph if kind == side) for side in ("child", "parent"))
+    figure = _figure(min(12, max(5, 0.4 * widest)), 4.2)
+    return figure, figure.subplots()
+
+
+def _draw_graph(
+    axes: Axes, graph: networkx.MultiGraph, classes: Sequence[str], title: str
+) -> list[Any]:
+    place = graph.nodes(data="pos")
+    edges = sorted(graph.edges(data="weight"), key=lambda edge: edge[2])  # the strong on top
+    weights = np.array([weight for *_, weight in edges])
+    lines = LineCollection(
+        [(place[child], place[parent]) for child, parent, _ in edges],
+        linewidths=0.2 + 4 * weights,
+        colors=AMOUNT(weights),
+        zorder=1,
+    )
+    axes.add_collection(lines)
+    children = [node for node in graph if node[0] == "child"]
+    parents = [node for node in graph if node[0] == "parent"]
+    lengths = np.array([graph.nodes[node]["length"] for node in parents])
+    axes.scatter(*_columns(place, children), s=25, color=INK, zorder=2)
+    discs = axes.scatter(
+        *_columns(place, parents),
+        s=40 + 360 * lengths,
+        color="white",
+        edgecolors=INK,
+        zorder=2,
+    )
+    for (_, j), length in zip(parents, lengths, strict=True):
+        name = classes[j] if classes else str(j)
+        axes.annotate(
+            f"{name}\n{length:.2f}",
+            place["parent", j],
+            (0, 13),
+            textcoords="offset points",
+            ha="center",
+            size=9,
+        )
+    if len(children) <= MOST_LABELLED_CHILDREN:
+        for _, i in children:
+            axes.annotate(
+                str(i), place["child", i], (0, -14), textcoords="offset points", ha="center", size=8
+            )
+    size = graph.nodes[children[0]]["size"]
+    below = "children" if size == 1 else f"groups of {size} children"
+    axes.set(xlim=(0, 1), ylim=(-0.15, 1.3), xticks=[], title=title, xlabel=below)
+    axes.set_yticks([])
+    axes.annotate("parents and their lengths |v|", (0.5, 1.27), ha="center", va="center", size=10)
+    axes.spines[:].set_visible(False)
+    return [lines, discs]
+
+
+def _columns(place: Mapping[Any, tuple[float, float]], nodes: Sequence[Any]) -> tuple[list, list]:
+    return [place[node][0] for node in nodes], [place[node][1] for node in nodes]

@@ -1,0 +1,75 @@
+"""The numbers behind the figures, against loops."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps.inspection import TWEAKS, differences_from_dense, tweak_pose, vote_map
+
+
+@pytest.fixture
+def net():
+    return gc.CapsNet.from_preset("small", conv_channels=4, capsule_maps=2, classes=3).eval()
+
+
+def test_a_vote_map_is_coupling_times_length_summed_over_the_maps(net):
+    with torch.no_grad():
+        images = torch.rand(2, 1, 28, 28)
+        _, trace = net(images, return_trace=True)
+        u = net.primary(net.conv(images))
+    votes = vote_map(u[1], trace.c[2, 1], parent=2, config=net.config)
+    for row in range(6):
+        for column in range(6):
+            children = [m * 36 + row * 6 + column for m in range(2)]
+            expected = sum(
+                float(trace.c[2, 1, i * 3 + 2]) * float(u[1, i].norm()) for i in children
+            )
+            assert float(votes.amount[row, column]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_position_sees_the_pixels_of_its_receptive_field_and_no_others(net):
+    """By the gradient of the pose at row 1, column 4 with respect to the image."""
+    image = torch.rand(1, 1, 28, 28, requires_grad=True)
+    features = torch.nn.functional.conv2d(image, net.conv[0].weight)  # without the ReLU's zeros
+    net.primary(features)[0, 6 * 1 + 4].sum().backward()
+    rows, columns = image.grad[0, 0].nonzero().unbind(dim=1)
+    votes = vote_map(torch.ones(72, 8), torch.ones(216), 0, net.config)
+    row, column = (centre[6 * 1 + 4] for centre in votes.centres())
+    reach = (votes.field - 1) / 2
+    assert (rows.min(), rows.max()) == (row - reach, row + reach)
+    assert (columns.min(), columns.max()) == (column - reach, column + reach)
+
+
+def test_a_tweaked_pose_moves_one_dimension_of_one_capsule(net):
+    poses = torch.randn(3, 16)
+    drawn = tweak_pose(net, poses, parent=1)
+    assert drawn.shape == (16, 11, 1, 28, 28)
+    moved = poses.clone()
+    moved[1, 7] += TWEAKS[2]
+    mask = torch.tensor([[0.0, 1.0, 0.0]])
+    assert_close(drawn[7, 2], net.decoder(moved[None], mask)[0])
+    assert TWEAKS == (-0.25, -0.2, -0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2, 0.25)
+
+
+def test_a_net_without_a_decoder_cannot_draw():
+    net = gc.CapsNet.from_preset("small", conv_channels=4, capsule_maps=1, decoder_hidden=None)
+    with pytest.raises(ValueError, match="no decoder"):
+        tweak_pose(net, torch.zeros(10, 16), 0)
+
+
+def test_differences_from_dense_are_small_and_see_an_engine_that_errs(monkeypatch):
+    layer = gc.CapsuleLayer(gc.complete_graph(12, 3), 4, 5)
+    u = gc.squash(torch.randn(2, 12, 4))
+    units = differences_from_dense(layer, u)
+    assert {"dense", "udf", "builtin", "scatter"} <= set(units)
+    assert all(0 <= unit < 32 for form in units.values() for unit in form.values())
+    from graphcaps.passing import ENGINES
+
+    right = ENGINES["scatter"].softmax_over_parents
+    monkeypatch.setattr(
+        ENGINES["scatter"], "softmax_over_parents", lambda self, b: right(self, b) * 1.0001
+    )
+    assert differences_from_dense(layer, u)["scatter"]["output v"] > 100
+    assert layer.engine == "auto"
+    assert layer.weight.grad is None
