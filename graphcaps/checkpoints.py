@@ -19,118 +19,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
-from graphcaps.files import UNFINISHED, flush_folder, named_in_errors, write_whole
-from graphcaps.model import CapsNet, CapsNetConfig
+from graphcaps.files import (
+    UNFINISHED,
+    flush_folder,
+    json_bytes,
+    named_in_errors,
+    read_json,
+    write_whole,
+)
+from graphcaps.model import WEIGHTS, CapsNet
+from graphcaps.weights import load_weights
 
-WEIGHTS, CONFIG, TRAINING = "model.safetensors", "model.json", "training.pt"
-
-
-def save_model(folder: Path, model: CapsNet) -> None:
-    """Write `model.safetensors` and, beside it, the configuration as `model.json`.
-
-    Args:
-        folder: made if it is not there.
-        model: on any device.
-
-    Raises:
-        OSError: as `write_whole`.
-    """
-    with named_in_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
-    write_whole(folder / CONFIG, _json(asdict(model.config)))
-    write_whole(folder / WEIGHTS, safetensors.torch.save(tensors))
-
-
-def load_model(folder: Path, *, engine: str = "auto") -> CapsNet:
-    """The model that `save_model` wrote, on the CPU.
-
-    Args:
-        folder: where `model.safetensors` and `model.json` are.
-        engine: see `CapsuleLayer`.
-
-    Returns:
-        The model, in training mode as every new module.
-
-    Raises:
-        FileNotFoundError: one of the files is not there.
-        ValueError: one of them is broken, or the weights are those of another model.
-    """
-    settings = read_json(folder / CONFIG)
-    known = {field.name for field in fields(CapsNetConfig)}
-    if set(settings) != known:
-        raise ValueError(
-            f"{folder / CONFIG} is not the configuration of a CapsNet: "
-            f"expected the fields {sorted(known)}, got {sorted(settings)}"
-        )
-    try:
-        hidden = settings["decoder_hidden"]
-        settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
-        model = CapsNet(CapsNetConfig(**settings), engine=engine)
-    except TypeError as error:
-        raise ValueError(
-            f"{folder / CONFIG} is not the configuration of a CapsNet: {error}"
-        ) from None
-    load_weights(folder / WEIGHTS, model)
-    return model
-
-
-def load_weights(path: Path, model: CapsNet) -> None:
-    """Put the weights of a file into a model.
-
-    Args:
-        path: a safetensors file.
-        model: on any device; changed only if all of the weights fit.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a broken file, or the weights of another model.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        found = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); "
-            "take a copy of it, or train again"
-        ) from error
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        here = list(expected[name].shape) if name in expected else "nothing"
-        there = list(found[name].shape) if name in found else "nothing"
-        if here != there:
-            raise ValueError(
-                f"{path} holds the weights of another model: "
-                f"for {name} the model has {here}, the file {there}"
-            )
-    model.load_state_dict(found)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+TRAINING = "training.pt"
 
 
 class RunFolder:
@@ -156,7 +61,7 @@ class RunFolder:
         self.check_free()
         with named_in_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "settings.json", _json(settings))
+        write_whole(self.path / "settings.json", json_bytes(settings))
 
     def check_free(self) -> None:
         """Raise FileExistsError where there is something already; an empty folder is nothing."""
@@ -222,7 +127,7 @@ class RunFolder:
     def _write_checkpoint(self, final: Path, model: CapsNet, training: dict[str, Any]) -> None:
         unfinished = self._checkpoints / f".{final.name}{UNFINISHED}"
         try:
-            save_model(unfinished, model)
+            model.save(unfinished)
             buffer = io.BytesIO()
             torch.save(training, buffer)
             write_whole(unfinished / TRAINING, buffer.getvalue())
@@ -280,13 +185,9 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, which says that the run is finished."""
-        write_whole(self.path / "result.json", _json(result))
+        write_whole(self.path / "result.json", json_bytes(result))
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is not finished."""
         path = self.path / "result.json"
         return read_json(path) if path.is_file() else None
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

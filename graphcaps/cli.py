@@ -14,11 +14,11 @@ import tyro
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl, has_cuda
-from graphcaps.checkpoints import CONFIG, RunFolder, load_model
+from graphcaps.checkpoints import RunFolder
 from graphcaps.data import load_dataset
 from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
-from graphcaps.model import CapsNet
+from graphcaps.model import CONFIG, CapsNet
 from graphcaps.passing import ENGINES, choose_engine
 from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
@@ -47,8 +47,9 @@ class PredictSettings:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """PNG or JPEG files of any size, dark on light or light on dark, one digit each."""
-    run_dir: Path
-    """A run's folder, whose best epoch is taken; or a folder with model.safetensors."""
+    run_dir: Path | None = None
+    """A run's folder, whose best epoch is taken; or a folder with model.safetensors. Default: the
+    net that comes with graphcaps, trained on MNIST."""
     engine: Engine = "auto"
     """How messages are passed."""
 
@@ -131,7 +132,10 @@ def _evaluate(settings: EvaluateSettings) -> None:
 def _predict(settings: PredictSettings) -> None:
     if not settings.images:
         raise ValueError("expected image files to look at; got none; see graphcaps predict --help")
-    model = _load(settings.run_dir, settings.engine).eval()
+    if settings.run_dir is None:
+        model = CapsNet.from_pretrained(engine=settings.engine)
+    else:
+        model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
         lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]
@@ -163,7 +167,7 @@ def _load(run: Path, engine: str) -> CapsNet:
             f"no trained net at {run}: expected the folder of a run that has finished an epoch "
             "(graphcaps train makes one), or one with model.safetensors and model.json"
         )
-    return load_model(folder, engine=engine)
+    return CapsNet.load(folder, engine=engine)
 
 
 def _data_of(run: Path) -> tuple[str, Path]:

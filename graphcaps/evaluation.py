@@ -14,9 +14,25 @@ from graphcaps.model import CapsNet
 class Score:
     """How a model does on a set of images."""
 
-    images: int
-    errors: int
+    lengths: Tensor  # of all class capsules, [N, J], on the CPU
+    labels: Tensor  # [N], on the CPU
     loss: float  # averaged over the images
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.labels)
+
+    @property
+    def errors(self) -> int:
+        """How many have a longest capsule that is not the right one."""
+        return int((self.lengths.argmax(dim=1) != self.labels).sum())
+
+    def confusion(self) -> Tensor:
+        """How many images of each true class (row) are read as each class (column), `[J, J]`."""
+        counts = torch.zeros(self.lengths.shape[1], self.lengths.shape[1], dtype=torch.int64)
+        read = self.lengths.argmax(dim=1)
+        return counts.index_put((self.labels, read), torch.tensor(1), accumulate=True)
 
     @property
     def accuracy(self) -> float:
@@ -57,14 +73,14 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
         raise ValueError("expected at least one image to evaluate on; got none")
     was_training = model.training
     model.eval()
-    errors, loss = 0, 0.0
+    lengths, loss = [], 0.0
     for images, labels in zip(
         split.images.split(batch_size), split.labels.split(batch_size), strict=True
     ):
         images = as_input(images, model)
         labels = labels.to(images.device)
         output = model(images)
-        errors += int((output.lengths.argmax(dim=1) != labels).sum())
+        lengths.append(output.lengths)
         loss += float(capsnet_loss(output, images, labels)) * len(labels)
     model.train(was_training)
-    return Score(images=len(split.labels), errors=errors, loss=loss / len(split.labels))
+    return Score(torch.cat(lengths).cpu(), split.labels.cpu(), loss / len(split.labels))

@@ -17,7 +17,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -183,39 +183,48 @@ def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> 
         darkness the coupling × length summed over the position's children; the frame is the
         receptive field of the strongest position.
     """
-    most = max(float(m.amount.max()) for m in maps) or 1.0
+    most = max(float(votes.amount.max()) for votes in maps) or 1.0
     figure = _figure(2.6 * len(maps) + 1, 3)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, votes, title in zip(panels, maps, titles, strict=True):
-        _show(axes, image, dimmed=True)
-        amount = votes.amount.flatten()
-        row, column = votes.centres()
-        discs = axes.scatter(
-            _numbers(column),
-            _numbers(row),
-            s=150 * _numbers(amount) / most,
-            c=_numbers(amount),
-            cmap=AMOUNT,
-            vmin=0,
-            vmax=most,
-            edgecolors="white",
-            linewidths=0.6,
-        )
-        strongest = int(amount.argmax())
-        corner = (float(column[strongest]), float(row[strongest]))
-        side = votes.field
-        axes.add_patch(
-            Rectangle(
-                (corner[0] - side / 2, corner[1] - side / 2),
-                side,
-                side,
-                fill=False,
-                edgecolor=ACCENT,
-                linestyle="--",
-            )
-        )
+        discs = _draw_votes(axes, image, votes, most)
         axes.set_title(title)
     figure.colorbar(discs, ax=panels, label="coupling × length", shrink=0.8)
+    return figure
+
+
+def at_a_glance(
+    image: Tensor,
+    votes: VoteMap,
+    graphs: Sequence[networkx.MultiGraph],
+    drawn: Tensor,
+    classes: Sequence[str] = (),
+) -> Figure:
+    """One image through the whole net: where votes come from, routing, and what is drawn.
+
+    Args:
+        image: 0 to 1, `[C, H, W]`.
+        votes: for the longest class capsule.
+        graphs: the coupling at the iterations to be shown, from `Trace.networkx`.
+        drawn: the reconstruction, `[C, H, W]`.
+        classes: names of the parents; numbers if not given.
+
+    Returns:
+        A panel for the image, one for each graph, one for the reconstruction.
+    """
+    figure = _figure(5 + 3.6 * len(graphs), 3.4)
+    widths = [2.2, *[3.6] * len(graphs), 2.2]
+    first, *middle, last = figure.subplots(1, len(widths), width_ratios=widths)
+    _draw_votes(first, image, votes, float(votes.amount.max()) or 1.0)
+    first.set(title="an image, and\nwhere votes come from")
+    for number, (axes, graph) in enumerate(zip(middle, graphs, strict=True)):
+        when = "first" if number == 0 else "last" if number == len(graphs) - 1 else "a later"
+        _draw_graph(axes, graph, classes, f"coupling at the {when} iteration")
+    lengths = [length for _, length in graphs[-1].nodes(data="length") if length is not None]
+    winner = int(np.argmax(lengths))
+    _show(last, drawn)
+    name = classes[winner] if classes else str(winner)
+    last.set(title=f"drawn from the pose of\nthe longest capsule, {name}")
     return figure
 
 
@@ -495,6 +504,28 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
     axes.spines[:].set_visible(dimmed)
 
 
+def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathCollection:
+    """Discs over the image, the largest for `most`; a frame where the strongest position looks."""
+    _show(axes, image, dimmed=True)
+    amount = _numbers(votes.amount.flatten())
+    row, column = (_numbers(centre) for centre in votes.centres())
+    discs = axes.scatter(
+        column,
+        row,
+        s=150 * amount / most,
+        c=amount,
+        cmap=AMOUNT,
+        vmin=0,
+        vmax=most,
+        edgecolors="white",
+        linewidths=0.6,
+    )
+    strongest, side = amount.argmax(), votes.field
+    corner = (column[strongest] - side / 2, row[strongest] - side / 2)
+    axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linestyle="--"))
+    return discs
+
+
 def _table(axes: Axes, values: Tensor, form: str, label: str) -> None:
     """Numbers in shaded cells."""
     cells = _numbers(values)
@@ -554,9 +585,11 @@ def _draw_graph(
             )
     size = graph.nodes[children[0]]["size"]
     below = "children" if size == 1 else f"groups of {size} children"
-    axes.set(xlim=(0, 1), ylim=(-0.15, 1.3), xticks=[], title=title, xlabel=below)
+    axes.set(xlim=(0, 1), ylim=(-0.15, 1.45), xticks=[], title=title, xlabel=below)
     axes.set_yticks([])
-    axes.annotate("parents and their lengths |v|", (0.5, 1.27), ha="center", va="center", size=10)
+    axes.text(
+        0.5, 1, "parents and their lengths |v|", transform=axes.transAxes, ha="center", va="top"
+    )
     axes.spines[:].set_visible(False)
     return [lines, discs]
 

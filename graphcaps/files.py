@@ -1,10 +1,12 @@
-"""Bytes enter, a file leaves that is whole or not there, whatever happens in between."""
+"""Bytes enter, a file leaves that is whole or not there, whatever happens in between; JSON too."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 
@@ -56,3 +58,26 @@ def named_in_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some space and try again (a run: with --resume)"
         raise type(error)(error.errno, reason, str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """A JSON object as a file's content, for people to read."""
+    return (json.dumps(content, indent=2) + "\n").encode()

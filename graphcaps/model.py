@@ -1,15 +1,22 @@
 """Images enter, class capsules, their lengths and a reconstruction leave."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from graphcaps.decoder import Decoder
+from graphcaps.files import json_bytes, named_in_errors, read_json, write_whole
 from graphcaps.functional import length, multi_hot
 from graphcaps.graph import complete_graph
 from graphcaps.layers import CapsuleLayer, PrimaryCapsules
 from graphcaps.routing import Trace
+from graphcaps.weights import load_weights, save_weights
+
+WEIGHTS, CONFIG = "model.safetensors", "model.json"
+PRETRAINED = Path(__file__).parent / "pretrained"
 
 PRIMARY_STRIDE = 2  # pixels from one primary capsule to the next (Sabour et al. 2017, section 4)
 
@@ -124,6 +131,76 @@ class CapsNet(nn.Module):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
         return cls(replace(PRESETS[preset], **changes), engine=engine)
+
+    @classmethod
+    def from_pretrained(cls, name: str = "mnist-small", *, engine: str = "auto") -> "CapsNet":
+        """A trained net that comes with the library; its folder holds a model card, README.md.
+
+        Args:
+            name: `"mnist-small"`, the small preset trained on MNIST.
+            engine: see `CapsuleLayer`.
+
+        Returns:
+            The net on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: an unknown name.
+
+        >>> CapsNet.from_pretrained("mnist-small").config.capsule_maps
+        8
+        """
+        names = sorted(folder.name for folder in PRETRAINED.iterdir() if folder.is_dir())
+        if name not in names:
+            raise ValueError(f"unknown trained net {name!r}; choose one of {', '.join(names)}")
+        return cls.load(PRETRAINED / name, engine=engine).eval()
+
+    @classmethod
+    def load(cls, folder: Path, *, engine: str = "auto") -> "CapsNet":
+        """The net that `save` wrote, on the CPU.
+
+        Args:
+            folder: where `model.safetensors` and `model.json` are.
+            engine: see `CapsuleLayer`.
+
+        Returns:
+            The net, in training mode as every new module.
+
+        Raises:
+            FileNotFoundError: one of the files is not there.
+            ValueError: one of them is broken, or the weights are those of another model.
+        """
+        settings = read_json(folder / CONFIG)
+        known = {field.name for field in fields(CapsNetConfig)}
+        if set(settings) != known:
+            raise ValueError(
+                f"{folder / CONFIG} is not the configuration of a CapsNet: "
+                f"expected the fields {sorted(known)}, got {sorted(settings)}"
+            )
+        try:
+            hidden = settings["decoder_hidden"]
+            settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
+            model = cls(CapsNetConfig(**settings), engine=engine)
+        except TypeError as error:
+            raise ValueError(
+                f"{folder / CONFIG} is not the configuration of a CapsNet: {error}"
+            ) from None
+        load_weights(folder / WEIGHTS, model)
+        return model
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors` and, beside it, the configuration as `model.json`.
+
+        Args:
+            folder: made if it is not there.
+            dtype: what the weights are rounded to; as they are, if not given.
+
+        Raises:
+            OSError: a full disk, no permission.
+        """
+        with named_in_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG, json_bytes(asdict(self.config)))
+        save_weights(folder / WEIGHTS, self, dtype)
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, *, return_trace: bool = False

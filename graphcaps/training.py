@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl
-from graphcaps.checkpoints import RunFolder, load_model, save_model
+from graphcaps.checkpoints import RunFolder
 from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
 from graphcaps.evaluation import as_input, evaluate
 from graphcaps.layers import NonFinitePosesError
@@ -142,13 +142,22 @@ class Trainer:
             routing=settings.routing,
             iterations=settings.iterations,
         ).to(workers.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.learning_rate)
+        on_gpu = workers.device.type != "cpu"
+        if on_gpu:
+            self.model.to(memory_format=torch.channels_last)  # what its convolutions are made for
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=recipe.learning_rate, fused=on_gpu
+        )
         self.schedule = make_schedule(self.optimizer, recipe, self.steps_per_epoch)
         self.step = 0
         self.best_epoch, self.best_accuracy = 0, -1.0
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss, correct
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._signals: list[int] = []
+        # a GPU runs ahead of the program, until somebody asks it for a number
+        self._look_every = 1 if workers.device.type == "cpu" else STEPS_PER_RECORD
+        self._unseen: list[Tensor] = []  # loss and right answers of a step, where computed
+        self._steps_seen, self._last_seen, self._stopping = 0, (math.nan, 0.0), False
         self._writer: Any = None
         self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
         self._images = data.train.images.to(workers.device)
@@ -228,17 +237,22 @@ class Trainer:
         order, shifts = self._plan(epoch)
         for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
             chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            loss, correct, stopping = self._take_step(order[chosen], shifts[chosen])
-            self.epoch_sums += torch.tensor([loss, correct], dtype=torch.float64)
+            self._take_step(order[chosen], shifts[chosen])
             self.step += 1
+            ends = number + 1 == self.steps_per_epoch  # which has a checkpoint of its own
+            records = self.step % STEPS_PER_RECORD == 0
+            saves = self.step % self.settings.checkpoint_every == 0
+            if ends or records or saves:
+                self._look()
             bar.update(self.batch_size)
-            seen = number + 1
+            seen = max(1, number + 1 - len(self._unseen))
             bar.set_postfix(
                 loss=f"{self.epoch_sums[0] / seen:.4f}",
                 accuracy=f"{self.epoch_sums[1] / (seen * self.batch_size):.2%}",
                 refresh=False,
             )
-            if self.step % STEPS_PER_RECORD == 0:
+            if records:
+                loss, correct = self._last_seen
                 self._log(
                     "step",
                     epoch=epoch + 1,
@@ -246,11 +260,10 @@ class Trainer:
                     accuracy=correct / self.batch_size,
                     learning_rate=self._learning_rate(),
                 )
-            if seen < self.steps_per_epoch:  # the epoch's end has a checkpoint of its own
-                if stopping or self.step % self.settings.checkpoint_every == 0:
-                    self._save_checkpoint()
-                if stopping:
-                    raise KeyboardInterrupt
+            if not ends and (saves or self._stopping):
+                self._save_checkpoint()
+            if not ends and self._stopping:
+                raise KeyboardInterrupt
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The order and the shifts of an epoch, from seed and number alone: nothing to save."""
@@ -259,8 +272,8 @@ class Trainer:
         shifts = draw_shifts(len(order), self.settings.shift, generator)
         return order.to(self.workers.device), shifts.to(self.workers.device)
 
-    def _take_step(self, chosen: Tensor, shifts: Tensor) -> tuple[float, int, bool]:
-        """One step on a batch: its loss, how many it got right, whether anyone wants to stop."""
+    def _take_step(self, chosen: Tensor, shifts: Tensor) -> None:
+        """One step on a batch; what came of it is kept where it was computed, to be looked at."""
         mine = slice(self.workers.rank, None, self.workers.size)
         images = as_input(shift(self._images[chosen[mine]], shifts[mine]), self.model)
         labels = self._labels[chosen[mine]]
@@ -274,15 +287,32 @@ class Trainer:
             correct = (output.lengths.argmax(dim=1) == labels).sum()
         except NonFinitePosesError:
             loss, correct = torch.full((), torch.nan), torch.zeros(())
-        mine_to_sum = [loss.detach(), correct, torch.tensor(len(self._signals)).to(loss)]
-        sums = self.workers.total(torch.stack(mine_to_sum).double())
-        total_loss, total_correct, signals = sums.tolist()
-        if not math.isfinite(total_loss):
-            raise self._diverged("the loss", self.step + 1)
+        self._unseen.append(torch.stack([loss.detach(), correct]).double())
+        if len(self._unseen) >= self._look_every:
+            self._look()  # before the backward pass, which a loss that is not finite must not reach
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        return total_loss / self.workers.size, int(total_correct), signals > 0
+
+    def _look(self) -> None:
+        """Wait for the device: add up losses and right answers, see whether anyone wants to stop.
+
+        Raises:
+            TrainingDivergedError: one of the losses is not finite.
+        """
+        if not self._unseen:
+            return
+        signals = torch.tensor([[len(self._signals), 0]]).to(self._unseen[0])
+        numbers = torch.cat([torch.stack(self._unseen), signals])
+        *sums, (signalled, _) = self.workers.total(numbers).tolist()
+        self._unseen.clear()
+        for loss, correct in sums:
+            self._steps_seen += 1
+            if not math.isfinite(loss):
+                raise self._diverged("the loss", self._steps_seen)
+            self._last_seen = (loss / self.workers.size, correct)
+            self.epoch_sums += torch.tensor(self._last_seen, dtype=torch.float64)
+        self._stopping = signalled > 0
 
     def _end_epoch(self, epoch: int, bar: tqdm) -> None:
         images = self.steps_per_epoch * self.batch_size
@@ -298,7 +328,7 @@ class Trainer:
             best = score.accuracy > self.best_accuracy
             if best:
                 self.best_epoch, self.best_accuracy = epoch + 1, score.accuracy
-                save_model(self.run.best, self.model)
+                self.model.save(self.run.best)
             self._log(
                 "epoch",
                 epoch=epoch + 1,
@@ -320,7 +350,7 @@ class Trainer:
     def _test(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if self.workers.leads:
-            best = load_model(self.run.best, engine=self.settings.engine)
+            best = CapsNet.load(self.run.best, engine=self.settings.engine)
             score = evaluate(best.to(self.workers.device), self.data.test)
             result = {
                 "dataset": self.data.name,
@@ -360,6 +390,7 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step, self._seconds_before = saved["step"], saved["seconds"]
+        self._steps_seen = self.step
         self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
         self.epoch_sums = saved["epoch_sums"]
         self.optimizer.load_state_dict(saved["optimizer"])

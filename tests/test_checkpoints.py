@@ -11,8 +11,9 @@ import torch
 
 import graphcaps as gc
 from graphcaps import checkpoints
-from graphcaps.checkpoints import RunFolder, load_model, save_model
+from graphcaps.checkpoints import RunFolder
 from graphcaps.files import write_whole
+from graphcaps.weights import load_weights
 
 CONFIG_WITH_WORDS = json.dumps(asdict(gc.CapsNetConfig()) | {"classes": "ten"})
 
@@ -24,14 +25,14 @@ def tiny(**changes):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_model(tmp_path / "model", tiny())
+    tiny().save(tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_model_comes_back_with_its_configuration_and_every_bit(tmp_path):
     for model in (tiny(), tiny(decoder_hidden=None, routing="uniform", classes=3)):
-        save_model(tmp_path / "model", model)
-        loaded = load_model(tmp_path / "model")
+        model.save(tmp_path / "model")
+        loaded = gc.CapsNet.load(tmp_path / "model")
         assert loaded.config == model.config
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
@@ -63,34 +64,34 @@ def test_a_truncated_file_is_named(saved, name, length):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: min(length, len(content) - 3)])
     with pytest.raises(ValueError, match=name):
-        load_model(saved)
+        gc.CapsNet.load(saved)
 
 
 def test_a_foreign_file_is_named(saved):
     (saved / "model.safetensors").write_bytes(b"GIF89a" * 100)
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors"):
-        load_model(saved)
+        gc.CapsNet.load(saved)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', "GIF89a", CONFIG_WITH_WORDS])
 def test_a_foreign_configuration_is_named(saved, content):
     (saved / "model.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.json"):
-        load_model(saved)
+        gc.CapsNet.load(saved)
 
 
 def test_weights_of_another_model_are_refused_and_change_nothing(saved):
     model = tiny(capsule_maps=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"another model: for .* the model has .*, the file"):
-        checkpoints.load_weights(saved / "model.safetensors", model)
+        load_weights(saved / "model.safetensors", model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.json"):
-        load_model(tmp_path)
+        gc.CapsNet.load(tmp_path)
 
 
 def test_a_training_state_with_damaged_bytes_is_named_or_loads(tmp_path):

@@ -64,5 +64,9 @@ def test_nothing_to_evaluate_on_is_refused(split):
         evaluate(Scripted(), Split(split.images[:0], split.labels[:0]))
 
 
-def test_accuracy_is_the_share_of_images_without_error():
-    assert Score(images=8, errors=2, loss=0.0).accuracy == 0.75
+def test_a_score_counts_errors_and_what_was_taken_for_what():
+    read = torch.tensor([0, 2, 2, 1, 0, 2, 1, 1])
+    labels = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1])
+    score = Score(nn.functional.one_hot(read, 3).float(), labels, loss=0.0)
+    assert (score.images, score.errors, score.accuracy) == (8, 2, 0.75)
+    assert score.confusion().tolist() == [[2, 0, 0], [0, 2, 1], [0, 1, 2]]

@@ -162,6 +162,22 @@ def test_a_map_without_votes_is_drawn_too():
     drawn(figures.vote_maps(torch.zeros(3, 28, 28), [nothing], [""]))
 
 
+def test_a_net_at_a_glance_goes_from_the_image_to_what_is_drawn():
+    trace = traced()
+    graphs = [trace.networkx(0, 0), trace.networkx(0, 2)]
+    votes = VoteMap(torch.rand(2, 2), stride=2, field=17)
+    image, redrawn = torch.rand(2, 1, 28, 28)
+    figure = figures.at_a_glance(image, votes, graphs, redrawn, classes=("a", "b", "c"))
+    first, before, after, last = figure.axes
+    close(first.images[0].get_array(), image[0].numpy())
+    assert before.get_title() == "coupling at the first iteration"
+    assert after.get_title() == "coupling at the last iteration"
+    longest = "abc"[int(trace.v[2, 0].norm(dim=-1).argmax())]
+    assert last.get_title() == f"drawn from the pose of\nthe longest capsule, {longest}"
+    close(last.images[0].get_array(), redrawn[0].numpy())
+    drawn(figure)
+
+
 def test_reconstructions_stand_below_their_images_and_wrong_ones_say_so():
     images, redrawn = torch.rand(2, 1, 28, 28), torch.rand(2, 1, 28, 28)
     figure = figures.reconstructions(images, redrawn, torch.tensor([3, 5]), torch.tensor([3, 6]))

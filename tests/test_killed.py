@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graphcaps.checkpoints import RunFolder, load_model
+from graphcaps.checkpoints import RunFolder
+from graphcaps.model import CapsNet
 
 DIGITS = Path(__file__).parent / "digits"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,7 +66,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_weights_of_an_unbroken_on
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert steps_saved(run) >= step
-        load_model(RunFolder(run).last_checkpoint())
+        CapsNet.load(RunFolder(run).last_checkpoint())
         process = start(run, "--resume")
     _, err = process.communicate()
     assert process.returncode == 0, err

@@ -14,6 +14,8 @@ PACKAGE = Path(graphcaps.__file__).parent
 ORDER = [
     "_dgl",
     "functional",
+    "files",
+    "weights",
     "graph",
     "reference",
     "votes",
@@ -24,7 +26,6 @@ ORDER = [
     "decoder",
     "model",
     "losses",
-    "files",
     "data",
     "images",
     "settings",

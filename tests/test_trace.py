@@ -140,17 +140,19 @@ def test_children_are_drawn_in_groups_with_their_mean_coupling():
 
 def test_the_strongest_children_can_be_drawn_alone():
     _, _, _, trace = traced(gc.complete_graph(7, 3))
-    drawn = trace.networkx(sample=1, iteration=2, strongest=2)
+    strongest = trace.strongest_children(sample=1, iteration=2, count=2)
+    drawn = trace.networkx(sample=1, iteration=2, children=strongest)
     most = trace.c[2, 1].view(7, 3).amax(dim=1)
     expected = sorted(sorted(range(7), key=lambda i: -most[i])[:2])
     assert [i for kind, i in drawn if kind == "child"] == expected
+    assert strongest == expected
     assert len(drawn.edges) == 6
     assert (
         drawn[("child", expected[1])][("parent", 2)][0]["weight"]
         == trace.c[2, 1].view(7, 3)[expected[1], 2]
     )
     with pytest.raises(ValueError, match="got both"):
-        trace.networkx(sample=0, iteration=0, groups=[0] * 7, strongest=2)
+        trace.networkx(sample=0, iteration=0, groups=[0] * 7, children=[2])
 
 
 def test_a_ragged_batch_is_traced_as_one_sample_that_dgl_parts():

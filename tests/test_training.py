@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import graphcaps as gc
 from graphcaps import training
-from graphcaps.checkpoints import RunFolder, load_model
+from graphcaps.checkpoints import RunFolder
 from graphcaps.data import load_dataset
 from graphcaps.evaluation import Score, evaluate
+from graphcaps.model import CapsNet
 from graphcaps.settings import (
     RECIPES,
     Recipe,
@@ -23,7 +25,7 @@ from graphcaps.settings import (
     resume_settings,
     with_absolute_paths,
 )
-from graphcaps.training import Trainer, TrainingDivergedError, train
+from graphcaps.training import Trainer, TrainingDivergedError, TrainingInterrupt, train
 from graphcaps.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
@@ -173,7 +175,9 @@ def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_pa
         evaluated.append(len(split.labels))
         if len(split.labels) == 26:  # the hold-out
             saved.append(model.capsules.weight.detach().clone())
-            return Score(images=100, errors=round(100 * (1 - next(accuracies))), loss=1.0)
+            wrong = torch.arange(100) < round(100 * (1 - next(accuracies)))
+            lengths = torch.stack([wrong, ~wrong], dim=1).float()
+            return Score(lengths, labels=torch.ones(100), loss=1.0)
         assert torch.equal(model.capsules.weight, saved[1])
         return evaluate(model, split)
 
@@ -181,7 +185,7 @@ def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_pa
     result = train(settings(tmp_path / "run", epochs=3))
     assert evaluated == [26, 26, 26, 100]
     assert (result["best_epoch"], result["holdout_accuracy"]) == (2, 0.75)
-    assert torch.equal(load_model(tmp_path / "run" / "best").capsules.weight, saved[1])
+    assert torch.equal(CapsNet.load(tmp_path / "run" / "best").capsules.weight, saved[1])
 
 
 def test_training_reduces_the_loss(tmp_path):
@@ -210,12 +214,64 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_last_good_checkpoint
     assert str(tmp_path / "run" / "checkpoints" / "step-00000004") in said
 
 
+@pytest.fixture
+def looks_seldom(monkeypatch):
+    """As on a GPU, which is not waited for at every step."""
+    build = Trainer.__init__
+
+    def seldom(self, *args):
+        build(self, *args)
+        self._look_every = training.STEPS_PER_RECORD
+
+    monkeypatch.setattr(Trainer, "__init__", seldom)
+
+
+def test_looking_seldom_changes_no_weight_and_no_record(tmp_path, request):
+    asked = dict(epochs=4, checkpoint_every=7)  # 24 steps: records, checkpoints and ends apart
+    often = train(settings(tmp_path / "often", **asked))
+    request.getfixturevalue("looks_seldom")
+    seldom = train(settings(tmp_path / "seldom", **asked))
+    assert weights(tmp_path / "seldom") == weights(tmp_path / "often")
+    assert seldom["test_loss"] == often["test_loss"]
+    for one, other in zip(
+        RunFolder(tmp_path / "seldom").metrics(),
+        RunFolder(tmp_path / "often").metrics(),
+        strict=True,
+    ):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.usefixtures("looks_seldom")
+def test_looking_seldom_still_tells_the_step_that_diverged_and_saves_nothing_after_it(
+    tmp_path, monkeypatch
+):
+    loss, calls = training.capsnet_loss, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return loss(*args) * (torch.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(training, "capsnet_loss", spoiled)
+    monkeypatch.setattr(gc.CapsuleLayer, "_check_poses", lambda *_: None)  # as on a GPU
+    with pytest.raises(TrainingDivergedError, match="the loss is not finite at step 5"):
+        train(settings(tmp_path / "run", checkpoint_every=4))
+    assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000004"
+
+
+@pytest.mark.usefixtures("looks_seldom")
+def test_an_interrupt_is_heeded_at_the_next_look(tmp_path, monkeypatch):
+    interrupt_at(2, monkeypatch)
+    with pytest.raises(TrainingInterrupt):
+        train(settings(tmp_path / "run", checkpoint_every=4))
+    assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000004"
+
+
 def test_a_rate_far_too_high_diverges_and_never_saves_what_is_not_finite(tmp_path):
     with pytest.raises(TrainingDivergedError, match="is not finite at step"):
         train(settings(tmp_path / "run", checkpoint_every=1, learning_rate=1e30))
     checkpoint = RunFolder(tmp_path / "run").last_checkpoint()
     if checkpoint is not None:
-        model = load_model(checkpoint)
+        model = CapsNet.load(checkpoint)
         assert all(p.isfinite().all() for p in model.parameters())
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from graphcaps.checkpoints import RunFolder, load_model
+from graphcaps.checkpoints import RunFolder
+from graphcaps.model import CapsNet
 from graphcaps.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
@@ -114,8 +115,8 @@ def test_two_interrupted_processes_go_on_as_if_never_stopped(tmp_path):
     running.communicate(timeout=60)
     assert stopped.result() is None
     processes(2, "-m", "graphcaps", "train", "--run-dir", stopped.path, "--resume")
-    for name, tensor in load_model(tmp_path / "unbroken" / "best").state_dict().items():
-        assert_close(load_model(stopped.best).state_dict()[name], tensor)
+    for name, tensor in CapsNet.load(tmp_path / "unbroken" / "best").state_dict().items():
+        assert_close(CapsNet.load(stopped.best).state_dict()[name], tensor)
 
 
 def test_two_processes_train_one_run_as_one_process_does(tmp_path):
@@ -130,4 +131,4 @@ def test_two_processes_train_one_run_as_one_process_does(tmp_path):
     assert logs[1][-1]["train_loss"] == pytest.approx(logs[0][-1]["train_loss"], rel=1e-3)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[0]["test_images"] == results[1]["test_images"] == 100
-    load_model(tmp_path / "two" / "best")
+    CapsNet.load(tmp_path / "two" / "best")

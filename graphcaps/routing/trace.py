@@ -101,6 +101,19 @@ class Trace:
         lowest = candidate.new_full(size, none).scatter_reduce(2, child, candidate, "amin")
         return torch.where(lowest == none, -1, lowest)
 
+    def strongest_children(self, sample: int, iteration: int, count: int) -> list[int]:
+        """The children with the largest coupling to any parent, in the order of their numbers.
+
+        Args:
+            sample: from 0 to B − 1.
+            iteration: from 0 to R − 1.
+            count: how many; all, where there are fewer.
+        """
+        children = self.structure.num_nodes("child")
+        c = self.c[iteration, sample]
+        most = c.new_zeros(children).scatter_reduce(0, self._child, c, "amax")
+        return sorted(most.topk(min(count, children)).indices.tolist())
+
     def graph(self, sample: int, iteration: int) -> dgl.DGLGraph:
         """One sample at one iteration as a DGL graph, for whatever DGL can do with it.
 
@@ -126,7 +139,7 @@ class Trace:
         iteration: int,
         *,
         groups: Sequence[int] | Tensor | None = None,
-        strongest: int | None = None,
+        children: Sequence[int] | None = None,
     ) -> networkx.MultiGraph:
         """One sample at one iteration as a bipartite networkx graph, ready to be drawn.
 
@@ -136,7 +149,7 @@ class Trace:
             groups: which group each child belongs to, `[I]`, numbers from 0: a group is then one
                 node, as the 1152 children of the paper are too many to draw. Its edges carry the
                 mean coupling of its children.
-            strongest: take only so many children, those with the strongest coupling to a parent.
+            children: draw these alone, such as the `strongest_children`.
 
         Returns:
             Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a
@@ -144,10 +157,10 @@ class Trace:
             for; parents have `length` |v_j|; edges have the coupling as `weight`.
 
         Raises:
-            ValueError: not one group for each child; both `groups` and `strongest`.
+            ValueError: not one group for each child; both `groups` and `children`.
         """
-        if groups is not None and strongest is not None:
-            raise ValueError("choose groups or the strongest children; got both")
+        if groups is not None and children is not None:
+            raise ValueError("choose groups of all children, or some children; got both")
         parents = self.structure.num_nodes("parent")
         child, parent, weight = self._child, self._parent, self.c[iteration, sample]
         sizes = torch.ones(self.structure.num_nodes("child"), dtype=torch.int64)
@@ -158,12 +171,9 @@ class Trace:
                     f"expected one group for each of {len(sizes)} children; got {list(group.shape)}"
                 )
             child, parent, weight, sizes = _merge(child, parent, weight, group)
-        shown = list(range(len(sizes)))
-        if strongest is not None:
-            most = weight.new_zeros(len(sizes)).scatter_reduce(0, child, weight, "amax")
-            shown = sorted(most.topk(min(strongest, len(sizes))).indices.tolist())
-            kept = torch.isin(child, torch.tensor(shown).to(child))
-            child, parent, weight = child[kept], parent[kept], weight[kept]
+        shown = range(len(sizes)) if children is None else children
+        kept = torch.isin(child, torch.tensor(list(shown)).to(child))
+        child, parent, weight = child[kept], parent[kept], weight[kept]
         drawn = networkx.MultiGraph()
         for place, i in enumerate(shown):
             pos = ((place + 0.5) / len(shown), 0)
