@@ -98,6 +98,18 @@ def test_a_net_on_300_digits_tells_most_of_the_others_from_image_files(
     assert lengths.index(max(lengths)) == told[0]
 
 
+def test_without_a_run_the_shipped_net_tells_the_digit(graphcaps, tmp_path):
+    data = load_dataset(str(DIGITS))
+    files = []
+    for number in range(5):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(255 - data.test.images[number, 0].numpy()).save(files[-1])
+    status, out, _ = graphcaps("predict", *files)
+    assert status == 0
+    told = [int(line.rsplit(": ")[1]) for line in out.splitlines()[::2]]
+    assert told == data.test.labels[:5].tolist()
+
+
 def test_info_says_which_engines_can_run(graphcaps):
     status, out, _ = graphcaps("info")
     assert status == 0
@@ -124,6 +136,7 @@ def test_python_m_graphcaps_is_the_program():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["predict"], "expected image files to look at; got none"),
         (["train", "--dataset", "mnits"], "mnits"),
         (["train", "--dataset", DIGITS, "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--dataset", DIGITS, "--iterations", "0"], "iterations must be at least 1"),
@@ -157,7 +170,6 @@ def test_what_cannot_be_done_is_one_clear_message(
         ["train", "--epochs", "many"],
         ["train", "--no-such-flag"],
         ["evaluate"],
-        ["predict"],
     ],
 )
 def test_wrong_flags_are_refused_with_a_hint(arguments, graphcaps, tmp_path, monkeypatch):

@@ -3,6 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps.passing import builtin
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,12 +36,45 @@ def test_the_papers_recipe_runs_from_images_to_test_accuracy():
 
 def test_the_benchmark_measures_every_form_and_writes_what_it_measured(tmp_path):
     output = tmp_path / "routing.json"
-    sizes = ("--layer.batch", "3", "--layer.children", "40", "--threads", "1", "--rounds", "3")
-    out = script("bench_routing.py", *sizes, "--output", str(output))
+    sizes = ("--layer.batch", "3", "--layer.children", "40", "--threads", "1", "--rounds", "6")
+    out = script("bench_routing.py", *sizes, "--short", "--output", str(output))
     results = json.loads(output.read_text())
-    for form in ("dense", "udf", "builtin", "scatter"):
+    for form in ("dense", "udf", "builtin", "scatter", "fused"):
         assert f"| {form} |" in out
         assert results["relative_error"][form] < 1e-4
-        for mode in ("forward", "forward+backward"):
-            assert len(results["seconds"][form][mode]) == 3
-            assert results["peak_mib"][form][mode] >= 0
+        for mode in ("inference", "forward", "forward+backward"):
+            assert len(results["seconds"][mode][form]) == 2
+            assert mode in results["peak_mib"][form]
+
+
+def test_the_benchmark_times_no_form_that_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_routing
+
+    layer = bench_routing.Layer(batch=2, children=12, parents=3)
+    options = bench_routing.Options(layer=layer, rounds=2)
+    monkeypatch.setattr(builtin.BuiltinEngine, "agreement", lambda self, u_hat, v: u_hat[:, :1] * 0)
+    results = bench_routing.measure(layer, ("dense", "builtin", "scatter"), ("inference",), options)
+    assert results["relative_error"]["builtin"] > 1e-3
+    assert set(results["seconds"]["inference"]) == {"dense", "scatter"}
+
+
+def test_a_training_step_is_timed_with_and_without_routing(tmp_path):
+    output = tmp_path / "training.json"
+    sizes = ("--preset", "small", "--batch", "2", "--threads", "1", "--rounds", "2")
+    out = script("bench_training.py", *sizes, "--output", str(output))
+    results = json.loads(output.read_text())
+    assert "| without routing | " in out
+    assert {len(x) for x in results["seconds"].values()} == {2}
+
+
+def test_layers_that_the_training_benchmark_compares_compute_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_training
+
+    graph = gc.complete_graph(6, 3)
+    uniform = gc.CapsuleLayer(graph, 4, 5, routing="uniform")
+    dynamic = gc.CapsuleLayer(graph, 4, 5)
+    u = torch.randn(2, 6, 4)
+    assert_close(bench_training.Unrouted(uniform)(u), uniform(u))
+    assert_close(bench_training.Dense(dynamic)(u), dynamic(u))
