@@ -41,14 +41,34 @@ class VoteMap:
         return row.flatten(), column.flatten()
 
 
-def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
-    """Where the votes for a class come from: `Σ_maps c_ij |u_i|` at each position.
+def votes_by_position(u: Tensor, c: Tensor, config: CapsNetConfig) -> Tensor:
+    """How much each position of the capsule maps votes for each class: `Σ_maps c_ij |u_i|`.
 
     Args:
-        u: poses of one image's primary capsules, `[I, K]`.
-        c: their coupling at one iteration, `[I·J]`, child by child, as a `Trace` has it.
-        parent: the class, j.
+        u: poses of the primary capsules, `[..., I, K]`.
+        c: their coupling, `[..., I·J]`, child by child, as a `Trace` has it.
         config: of the net, whose class capsules are completely connected.
+
+    Returns:
+        `[..., J, H, W]`.
+
+    >>> config = CapsNetConfig(capsule_maps=2)
+    >>> votes_by_position(torch.ones(7, 72, 8), torch.ones(3, 7, 720), config).shape
+    torch.Size([3, 7, 10, 6, 6])
+    """
+    grid = config.grid_size()
+    voted = c.unflatten(-1, (-1, config.classes)) * length(u).unsqueeze(-1)
+    return voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, grid, grid)).sum(dim=-3)
+
+
+def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
+    """Where the votes of one image for one class come from.
+
+    Args:
+        u: poses of the image's primary capsules, `[I, K]`.
+        c: their coupling at one iteration, `[I·J]`.
+        parent: the class, j.
+        config: of the net.
 
     Returns:
         The map.
@@ -58,13 +78,8 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     >>> amounts.shape, round(float(amounts[0, 0]), 3)
     (torch.Size([6, 6]), 0.566)
     """
-    grid = config.grid_size()
-    voted = c.view(-1, config.classes)[:, parent] * length(u)
-    return VoteMap(
-        voted.view(config.capsule_maps, grid, grid).sum(dim=0),
-        stride=PRIMARY_STRIDE,
-        field=config.receptive_field(),
-    )
+    amount = votes_by_position(u, c, config)[parent]
+    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
 
 
 @torch.no_grad()
