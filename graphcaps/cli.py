@@ -20,6 +20,7 @@ from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CapsNet
 from graphcaps.passing import ENGINES, choose_engine
+from graphcaps.report import write_report
 from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
 from graphcaps.workers import joined_workers, leads
@@ -54,6 +55,24 @@ class PredictSettings:
 
 
 @dataclass(frozen=True)
+class ReportSettings:
+    """Write what there is to see of a run as one HTML file that opens without a network."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The folder of a run that has finished an epoch; its best epoch is taken."""
+    output: Path | None = None
+    """The file to write. Default: report.html in the run's folder."""
+    dataset: str | None = None
+    """As for train. Default: the one that the run was trained on."""
+    data_dir: Path | None = None
+    """Where data sets are kept. Default: where the run had them."""
+    engine: Engine = "auto"
+    """How messages are passed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True)
 class InfoSettings:
     """Show versions, devices, and which engines can run on them and why."""
 
@@ -62,6 +81,7 @@ Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+    | Annotated[ReportSettings, tyro.conf.subcommand("report")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 
@@ -84,6 +104,8 @@ def main() -> int:
                 _evaluate(command)
             case PredictSettings():
                 _predict(command)
+            case ReportSettings():
+                _report(command)
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
@@ -137,6 +159,20 @@ def _predict(settings: PredictSettings) -> None:
         lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]
         print(f"{path}: {int(lengths.argmax())}")
         print("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+
+
+def _report(settings: ReportSettings) -> None:
+    run = RunFolder(settings.run_dir)
+    run.settings()  # a folder that is no run is told first
+    model = _load(settings.run_dir, settings.engine)
+    dataset, data_dir = _data_of(settings.run_dir)
+    output = settings.output or settings.run_dir / "report.html"
+    with joined_workers(settings.device) as workers:
+        data = load_dataset(settings.dataset or dataset, settings.data_dir or data_dir)
+        write_report(run, model.to(workers.device), data, output)
+    if run.result() is None:
+        print("The run is not finished: the report shows its best epoch so far, and says so.")
+    print(f"The report is in {output}; open it in a browser")
 
 
 def _info() -> None:

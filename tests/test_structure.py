@@ -32,6 +32,8 @@ ORDER = [
     "checkpoints",
     "workers",
     "training",
+    "figures",
+    "report",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,216 @@
+"""Records and figures enter, the text of one HTML page with all that it needs leaves."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphcaps.report.records import Example, Records, receptive_field
+from graphcaps.report.sections import Section
+
+
+def render(records: Records, sections: Sequence[Section]) -> str:
+    """Fill the page's template.
+
+    Args:
+        records: what is known of the run.
+        sections: figures, in order.
+
+    Returns:
+        HTML that loads nothing from anywhere.
+    """
+    assets = files("graphcaps.report")
+    data = json.dumps(explorer_data(records), separators=(",", ":"))
+    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        name=escape(records.name),
+        style=assets.joinpath("page.css").read_text(encoding="utf-8"),
+        script=assets.joinpath("explorer.js").read_text(encoding="utf-8"),
+        data=data.replace("<", "\\u003c"),  # no name of a class can end the script element
+        lead=_lead(records),
+        notice=_notice(records),
+        figures="".join(_figure(section) for section in sections),
+        confusion=_confusion_table(records),
+        epochs=_epochs_table(records),
+        settings=_settings_table(records),
+    )
+
+
+def explorer_data(records: Records) -> dict[str, Any]:
+    """What the page's script works on: plain numbers, and long arrays as base64.
+
+    Args:
+        records: what is known of the run.
+
+    Returns:
+        Values that JSON has. Coupling and the decoder's weights are float16, images bytes.
+    """
+    config = records.config
+    side, step = receptive_field(config)
+    return {
+        "classes": list(records.classes),
+        "image": {"channels": config.image_channels, "size": config.image_size},
+        "children": {"maps": config.capsule_maps, "grid": config.grid_size()},
+        "field": {"side": side, "step": step},
+        "largestEntropy": math.log(config.classes),
+        "decoder": [
+            {"rows": len(bias), "weight": _halves(weight), "bias": _halves(bias)}
+            for weight, bias in records.decoder
+        ],
+        "examples": [_example(example) for example in records.examples],
+    }
+
+
+def _example(example: Example) -> dict[str, Any]:
+    return {
+        "number": example.number,
+        "label": example.label,
+        "predicted": example.predicted,
+        "image": _base64(example.image.numpy().tobytes()),
+        "poses": _rounded(example.poses, 4),
+        "lengths": _rounded(example.lengths, 4),
+        "coupling": _halves(example.coupling),
+        "mapCoupling": _rounded(example.map_coupling, 4),
+        "votes": _rounded(example.votes.flatten(2), 4),
+        "strongest": example.strongest.tolist(),
+        "entropy": _rounded(example.entropy, 4),
+    }
+
+
+def _rounded(numbers: Tensor, digits: int) -> Any:
+    # through float64, whose shortest form has no digits beyond those asked for
+    return np.round(numbers.double().numpy(), digits).tolist()
+
+
+def _halves(numbers: Tensor) -> str:
+    return _base64(numbers.to(torch.float32).numpy().astype("<f2").tobytes())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def _lead(records: Records) -> str:
+    images = int(records.confusion.sum())
+    errors = images - int(records.confusion.trace())
+    if records.result is not None:
+        images, errors = records.result["test_images"], records.result["test_errors"]
+    return (
+        f"<strong>{1 - errors / images:.2%}</strong> of {images:,} test images of "
+        f"{escape(records.data)} told right: {errors:,} {'error' if errors == 1 else 'errors'}. "
+        f"{records.parameters:,} parameters, {_routing(records)}."
+    )
+
+
+def _routing(records: Records) -> str:
+    config = records.config
+    if config.routing != "dynamic":
+        return f"{config.routing} routing"
+    times = "iteration" if config.iterations == 1 else "iterations"
+    return f"{config.iterations} {times} of {config.routing} routing"
+
+
+def _notice(records: Records) -> str:
+    if records.result is not None:
+        return ""
+    done = len(_epochs(records))
+    planned = records.settings.get("recipe", {}).get("epochs", "?")
+    return (
+        '<p class="notice"><strong>This run is not finished:</strong> '
+        f"{done} of {planned} epochs are done. What is shown are the weights of its best epoch "
+        "so far, on the hold-out.</p>"
+    )
+
+
+def _figure(section: Section) -> str:
+    buffer = io.BytesIO()
+    section.figure.savefig(buffer, format="svg", bbox_inches="tight")
+    return (
+        f'<figure class="plate"><h3>{escape(section.title)}</h3>'
+        f'<img alt="{escape(section.alt)}" '
+        f'src="data:image/svg+xml;base64,{_base64(buffer.getvalue())}">'
+        f"<figcaption>{escape(section.caption)}</figcaption></figure>\n"
+    )
+
+
+def _confusion_table(records: Records) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in records.classes)
+    rows = []
+    for true, counts in enumerate(records.confusion.tolist()):
+        cells = "".join(
+            _count(number, true == told, sum(counts)) for told, number in enumerate(counts)
+        )
+        accuracy = f"{counts[true] / sum(counts):.2%}" if sum(counts) else "no image"
+        rows.append(
+            f'<tr><th scope="row">{escape(records.classes[true])}</th>{cells}'
+            f"<td>{accuracy}</td></tr>"
+        )
+    return (
+        '<table class="confusion"><thead><tr><th scope="col">true ↓ told →</th>'
+        f'{head}<th scope="col">accuracy</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _count(number: int, right: bool, images: int) -> str:
+    if right:
+        return f'<td class="right">{number:,}</td>'
+    if not number:
+        return '<td class="none">0</td>'
+    # single mistakes can be seen, and twenty in a hundred are as dark as it gets
+    shade = 0.12 + 0.5 * min(1.0, 5 * number / images)
+    return f'<td style="background:rgba(213,94,0,{shade:.2f})">{number:,}</td>'
+
+
+def _epochs(records: Records) -> list[dict[str, Any]]:
+    return [record for record in records.metrics if record.get("kind") == "epoch"]
+
+
+def _epochs_table(records: Records) -> str:
+    epochs = _epochs(records)
+    if not epochs:
+        return "<p>The run's metrics.jsonl holds no epoch.</p>"
+    best = max(epochs, key=lambda record: record["holdout_accuracy"])["epoch"]
+    return _table(
+        ("epoch", "training loss", "training accuracy", "hold-out loss", "hold-out accuracy", ""),
+        (
+            (
+                str(record["epoch"]),
+                f"{record['train_loss']:.4f}",
+                f"{record['train_accuracy']:.2%}",
+                f"{record['holdout_loss']:.4f}",
+                f"{record['holdout_accuracy']:.2%}",
+                "best" if record["epoch"] == best else "",
+            )
+            for record in epochs
+        ),
+    )
+
+
+def _settings_table(records: Records) -> str:
+    parts = dict(records.settings)
+    if records.result is not None:
+        parts["result"] = records.result
+    return _table(
+        ("", "setting", "value"),
+        (
+            (part, name, "" if value is None else str(value))
+            for part, values in parts.items()
+            for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+        ),
+    )
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
