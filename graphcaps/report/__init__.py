@@ -1,5 +1,7 @@
 """A run, its net and its test images enter; one HTML file that needs no other leaves."""
 
+import errno
+import os
 from pathlib import Path
 
 from graphcaps.checkpoints import RunFolder
@@ -22,15 +24,23 @@ def write_report(run: RunFolder, model: CapsNet, data: Dataset, output: Path) ->
 
     Raises:
         FileNotFoundError: there is no run in the folder.
-        ValueError: images or classes of another data set, or `output` is a folder.
+        ValueError: images or classes of another data set, or `output` cannot be a file.
         OSError: `output` cannot be written; what was there is untouched.
     """
-    if output.is_dir():
-        raise ValueError(f"expected the name of a file to write, got the folder {output}")
-    with named_in_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(output)  # before the work, not after it
     records = collect(run, model, data)
     write_whole(output, render(records, sections(records)).encode())
+
+
+def _check_writable(output: Path) -> None:
+    if output.is_dir():
+        raise ValueError(f"expected the name of a file to write, got the folder {output}")
+    if output.parent.exists() and not output.parent.is_dir():
+        raise ValueError(f"{output} cannot be written: {output.parent} is not a folder")
+    with named_in_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 __all__ = [

@@ -148,8 +148,10 @@ function paint(canvas, pixels) {
 const isRight = (example) => example.label === example.predicted;
 
 function describe(example) {
-  const told = isRight(example) ? "told right" : `told wrong, as ${classes[example.predicted]}`;
-  return `Test image ${example.number}, ${classes[example.label]}, ${told}`;
+  const verdict = isRight(example)
+    ? "classified correctly"
+    : `misclassified as ${classes[example.predicted]}`;
+  return `Test image ${example.number}, ${classes[example.label]}, ${verdict}`;
 }
 
 function buildPicks() {
@@ -166,8 +168,8 @@ function buildPicks() {
     });
     const face = make(label, "span", { class: "face" });
     paint(make(face, "canvas", { role: "img", "aria-label": describe(example) }), example.image);
-    const [label_, told] = [classes[example.label], classes[example.predicted]];
-    make(face, "span", { class: "name" }, right ? label_ : `✗ ${label_} → ${told}`);
+    const [truth, predicted] = [classes[example.label], classes[example.predicted]];
+    make(face, "span", { class: "name" }, right ? truth : `✗ ${truth} → ${predicted}`);
     input.addEventListener("change", () => pick(example));
     example.input = input;
   });
@@ -240,26 +242,25 @@ function showInput() {
 
 // ---- the coupling graph --------------------------------------------------------------------
 
-const GRAPH = { height: 360, classes: 62, gap: 4, largestBlock: 78 };
+const GRAPH = { top: 280, classes: 62, gap: 4, largestBlock: 78 };
 let graph = {};
 
 /** Where maps and classes stand in a drawing of this width. */
 function layOut(width) {
   const block = Math.min(GRAPH.largestBlock, width / children.maps - GRAPH.gap);
-  const top = GRAPH.height - GRAPH.largestBlock - 4;
   const cell = block / children.grid;
   const blockX = (map) => (map + 0.5) * (width / children.maps) - block / 2;
   const classX = (parent) => (parent + 0.5) * (width / classes.length);
   const largestRadius = Math.min(22, width / classes.length / 2 - 1);
-  return { width, block, top, cell, blockX, classX, largestRadius };
+  const height = GRAPH.top + block + 26;
+  return { width, height, block, top: GRAPH.top, cell, blockX, classX, largestRadius };
 }
 
 function buildCoupling() {
   const svg = byId("coupling");
   const at = layOut(svg.clientWidth);
   svg.replaceChildren();
-  set(svg, { viewBox: `0 0 ${at.width} ${GRAPH.height}`, height: GRAPH.height });
-  const bottom = at.top + at.block + 18;
+  set(svg, { viewBox: `0 0 ${at.width} ${at.height}`, height: at.height });
   const edges = range(children.maps).map((map) =>
     range(classes.length).map((parent) =>
       make(svg, "line", {
@@ -293,7 +294,7 @@ function buildCoupling() {
     name: make(svg, "text", { x: at.classX(parent), y: 24 }, short ? name : parent),
   }));
   const maps = `${children.maps} capsule maps of ${children.grid} × ${children.grid} children`;
-  make(svg, "text", { class: "quiet", x: at.width / 2, y: bottom }, maps);
+  make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 6 }, maps);
   graph = { at, edges, cells, strong, nodes };
 }
 
@@ -387,12 +388,14 @@ function showLengths() {
     bar.style.width = `${100 * length}%`;
     number.textContent = length.toFixed(3);
   });
-  const entropy = example.entropy[iteration];
-  byId("entropy").textContent =
-    `Mean entropy of c: ${entropy.toFixed(3)} nats; equal coupling has ` +
-    `ln ${classes.length} = ${records.largestEntropy.toFixed(3)}.`;
-  byId("entropy-meter").max = records.largestEntropy;
-  byId("entropy-meter").value = entropy;
+  byId("entropy").replaceChildren();
+  example.entropy.forEach((entropy, r) => {
+    const item = make(byId("entropy"), "li", r === iteration ? { "aria-current": "step" } : {});
+    item.textContent = entropy.toFixed(4);
+  });
+  byId("entropy-caption").textContent =
+    `By iteration. Equal coupling has ln ${classes.length} = ` +
+    `${records.largestEntropy.toFixed(4)}, the maximum.`;
 }
 
 // ---- the reconstruction --------------------------------------------------------------------

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from graphcaps.report.records import Example, Records, receptive_field
 from graphcaps.report.sections import Section
+
+DECIMALS = 4  # of lengths, poses, mean coupling, votes and entropy
 
 
 def render(records: Records, sections: Sequence[Section]) -> str:
@@ -40,7 +43,8 @@ def render(records: Records, sections: Sequence[Section]) -> str:
         figures="".join(_figure(section) for section in sections),
         confusion=_confusion_table(records),
         epochs=_epochs_table(records),
-        settings=_settings_table(records),
+        settings=_settings_tables(records),
+        decoder=_decoder_note(records),
     )
 
 
@@ -75,19 +79,19 @@ def _example(example: Example) -> dict[str, Any]:
         "label": example.label,
         "predicted": example.predicted,
         "image": _base64(example.image.numpy().tobytes()),
-        "poses": _rounded(example.poses, 4),
-        "lengths": _rounded(example.lengths, 4),
+        "poses": _rounded(example.poses),
+        "lengths": _rounded(example.lengths),
         "coupling": _halves(example.coupling),
-        "mapCoupling": _rounded(example.map_coupling, 4),
-        "votes": _rounded(example.votes.flatten(2), 4),
+        "mapCoupling": _rounded(example.map_coupling),
+        "votes": _rounded(example.votes.flatten(2)),
         "strongest": example.strongest.tolist(),
-        "entropy": _rounded(example.entropy, 4),
+        "entropy": _rounded(example.entropy),
     }
 
 
-def _rounded(numbers: Tensor, digits: int) -> Any:
+def _rounded(numbers: Tensor) -> Any:
     # through float64, whose shortest form has no digits beyond those asked for
-    return np.round(numbers.double().numpy(), digits).tolist()
+    return np.round(numbers.double().numpy(), DECIMALS).tolist()
 
 
 def _halves(numbers: Tensor) -> str:
@@ -98,6 +102,44 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
+def rounding_error(records: Records) -> float:
+    """How far the page's rounded weights and poses are from the net's.
+
+    Args:
+        records: of a net with a decoder.
+
+    Returns:
+        The largest difference of a pixel in the examples' reconstructions, in grey levels of 255.
+    """
+    rounded = [(weight.half().float(), bias.half().float()) for weight, bias in records.decoder]
+    largest = 0.0
+    for example in records.examples:
+        masked = torch.zeros_like(example.poses)
+        masked[:, example.predicted] = example.poses[:, example.predicted]
+        exact = _decode(records.decoder, masked.flatten(1))
+        here = _decode(rounded, masked.flatten(1).round(decimals=DECIMALS))
+        largest = max(largest, 255 * float((exact - here).abs().max()))
+    return largest
+
+
+def _decode(layers: Sequence[tuple[Tensor, Tensor]], entering: Tensor) -> Tensor:
+    (weight, bias), *others = layers
+    image = torch.nn.functional.linear(entering, weight, bias)
+    for weight, bias in others:
+        image = torch.nn.functional.linear(image.relu(), weight, bias)
+    return image.sigmoid()
+
+
+def _decoder_note(records: Records) -> str:
+    if not records.decoder:
+        return ""
+    return (
+        "The decoder runs in this page, on numbers rounded to 16 bits: that changes no pixel of "
+        f"these reconstructions by more than {max(rounding_error(records), 0.01):.2f} of 255 "
+        "grey levels."
+    )
+
+
 def _lead(records: Records) -> str:
     images = int(records.confusion.sum())
     errors = images - int(records.confusion.trace())
@@ -105,7 +147,8 @@ def _lead(records: Records) -> str:
         images, errors = records.result["test_images"], records.result["test_errors"]
     return (
         f"<strong>{1 - errors / images:.2%}</strong> of {images:,} test images of "
-        f"{escape(records.data)} told right: {errors:,} {'error' if errors == 1 else 'errors'}. "
+        f"{escape(records.data)} classified correctly: {errors:,} "
+        f"{'error' if errors == 1 else 'errors'}. "
         f"{records.parameters:,} parameters, {_routing(records)}."
     )
 
@@ -146,7 +189,8 @@ def _confusion_table(records: Records) -> str:
     rows = []
     for true, counts in enumerate(records.confusion.tolist()):
         cells = "".join(
-            _count(number, true == told, sum(counts)) for told, number in enumerate(counts)
+            _count(number, true == predicted, sum(counts))
+            for predicted, number in enumerate(counts)
         )
         accuracy = f"{counts[true] / sum(counts):.2%}" if sum(counts) else "no image"
         rows.append(
@@ -154,7 +198,7 @@ def _confusion_table(records: Records) -> str:
             f"<td>{accuracy}</td></tr>"
         )
     return (
-        '<table class="confusion"><thead><tr><th scope="col">true ↓ told →</th>'
+        '<table class="confusion"><thead><tr><th scope="col">true ↓ predicted →</th>'
         f'{head}<th scope="col">accuracy</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 
@@ -194,18 +238,28 @@ def _epochs_table(records: Records) -> str:
     )
 
 
-def _settings_table(records: Records) -> str:
-    parts = dict(records.settings)
+def _settings_tables(records: Records) -> str:
+    parts = {name: part for name, part in records.settings.items() if isinstance(part, dict)}
+    parts["net"] = asdict(records.config)
     if records.result is not None:
         parts["result"] = records.result
-    return _table(
-        ("", "setting", "value"),
-        (
-            (part, name, "" if value is None else str(value))
-            for part, values in parts.items()
-            for name, value in (values.items() if isinstance(values, dict) else [("", values)])
-        ),
+    return "".join(
+        f"<table><caption>{escape(part)}</caption><tbody>"
+        + "".join(
+            f'<tr><th scope="row">{escape(name)}</th><td>{escape(_written(value))}</td></tr>'
+            for name, value in values.items()
+        )
+        + "</tbody></table>"
+        for part, values in parts.items()
     )
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
