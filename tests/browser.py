@@ -79,6 +79,16 @@ class Page:
 
     def open(self, path, width=1280, height=900, scale=1):
         """Load a file and wait until its scripts have run."""
+        self.resize(width, height, scale)
+        self.requests.clear()
+        self.complaints.clear()
+        self._loaded = False
+        self.call("Page.navigate", url=Path(path).absolute().as_uri())
+        while not self._loaded:
+            self._receive()
+
+    def resize(self, width, height, scale=1):
+        """Give the page a window of so many pixels; a narrow one is a phone's."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -86,12 +96,6 @@ class Page:
             deviceScaleFactor=scale,
             mobile=width < 600,
         )
-        self.requests.clear()
-        self.complaints.clear()
-        self._loaded = False
-        self.call("Page.navigate", url=Path(path).absolute().as_uri())
-        while not self._loaded:
-            self._receive()
 
     def run(self, script):
         """The value of a JavaScript expression in the page."""
@@ -103,13 +107,15 @@ class Page:
         """Press a key as a person does; what has the focus gets it."""
         code = KEYS[key]
         for _ in range(times):
-            for kind in ("rawKeyDown", "keyUp"):
+            for kind in ("keyDown", "keyUp"):
                 self.call(
                     "Input.dispatchKeyEvent",
                     type=kind,
                     key=key,
                     code=key,
                     windowsVirtualKeyCode=code,
+                    # without its character, Enter does not press a button
+                    **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}),
                 )
 
     def close(self):
