@@ -90,7 +90,7 @@ class Shown:
         assert [edge[0] for edge in edges] == pytest.approx(means, abs=6e-5)
         low, high = float(example.map_coupling.min()), float(example.map_coupling.max())
         for (_, width, chosen), mean in zip(edges, means, strict=True):
-            expected = 0.3 + (5 if chosen else 2.5) * (mean - low) / (high - low)
+            expected = 0.3 + (5 if chosen else 1.2) * (mean - low) / (high - low)
             assert width == pytest.approx(expected, abs=0.01)
         chosen = [number % example.lengths.shape[1] for number, e in enumerate(edges) if e[2]]
         assert chosen == [parent] * example.map_coupling.shape[1]
@@ -100,7 +100,8 @@ class Shown:
         )
         lightness = [float(re.search(r"([\d.]+)%\)$", fill)[1]) for fill in fills]
         coupling = example.coupling[iteration, :, parent]
-        expected = 97 - 79 * coupling / example.coupling.max()
+        darkest = max(float(example.coupling.max()), 2 / example.coupling.shape[-1])
+        expected = 97 - 79 * coupling / darkest
         assert lightness == pytest.approx(expected.tolist(), abs=0.1)
         votes = self.run(
             "[...document.querySelectorAll('#votes circle')]"
@@ -259,12 +260,28 @@ def test_every_picture_and_control_has_a_name(shown):
     assert shown.run("document.documentElement.lang") == "en"
 
 
+def overlapping_names(shown):
+    """Pairs of neighbouring names in the coupling graph that lie over each other."""
+    boxes = shown.run(
+        "[...document.querySelectorAll('#coupling text')].filter(e => e.checkVisibility())"
+        ".map(e => [e.textContent, e.getBoundingClientRect()])"
+        ".map(([name, box]) => [name, box.left, box.right, box.top, box.bottom])"
+    )
+    return [
+        (one[0], other[0])
+        for number, one in enumerate(boxes)
+        for other in boxes[:number]
+        if one[1] < other[2] and other[1] < one[2] and one[3] < other[4] and other[3] < one[4]
+    ]
+
+
 @pytest.mark.parametrize("width", [390, 700, 1280])
 def test_no_width_scrolls_sideways(made, width):
     made.browser.open(made.path, width=width)
     assert made.run("document.documentElement.scrollWidth") == width
     assert made.run("document.querySelector('#coupling').clientWidth") > min(340, width / 2)
     assert made.run("document.querySelectorAll('#sliders input')[0].clientWidth") > 60
+    assert overlapping_names(made) == []
     assert_quiet(made)
 
 
@@ -312,7 +329,28 @@ def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_pa
     expected = shown.drawn_by_torch(first, 2, first.predicted).transpose(1, 2, 0)
     assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
     assert names[first.label] in shown.text("said")
+    starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
+    assert len(set(starts)) == 1
     for width in (390, 1280):
         browser.open(shown.path, width=width)
         assert shown.run("document.documentElement.scrollWidth") == width
+    assert_quiet(shown)
+
+
+def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, tmp_path):
+    shown = Shown(browser, tmp_path, lively_model(classes=27, capsule_maps=32))
+    for width in (390, 1280):
+        browser.open(shown.path, width=width)
+        assert shown.run("document.documentElement.scrollWidth") == width
+        assert overlapping_names(shown) == []
+        blocks = shown.run(
+            "[...document.querySelectorAll('#coupling .block')]"
+            ".map(e => ['x', 'y', 'width'].map(name => +e.getAttribute(name)))"
+        )
+        assert len(blocks) == 32
+        sides = {(round(x, 3), round(y, 3)) for x, y, _ in blocks}
+        assert len(sides) == 32
+        assert all(side >= 26 for _, _, side in blocks)
+    first = shown.records.examples[0]
+    shown.check_drawing(first, 2, first.predicted)
     assert_quiet(shown)

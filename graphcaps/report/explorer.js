@@ -81,7 +81,7 @@ function pick(example) {
   state.parent = example.predicted;
   // one scale for all iterations of an image, so that stepping shows what changes
   example.scales ??= {
-    coupling: largest(example.coupling),
+    coupling: Math.max(largest(example.coupling), 2 / classes.length),
     maps: scaleOf(example.mapCoupling.flat(2)),
     votes: scaleOf(example.votes.flat(2)),
   };
@@ -242,18 +242,26 @@ function showInput() {
 
 // ---- the coupling graph --------------------------------------------------------------------
 
-const GRAPH = { top: 280, classes: 62, gap: 4, largestBlock: 78 };
+const GRAPH = { classes: 62, top: 280, gap: 4, smallestBlock: 30, largestBlock: 78 };
 let graph = {};
 
-/** Where maps and classes stand in a drawing of this width. */
+/** Where maps and classes stand in a drawing of this width; maps in rows, if they are many. */
 function layOut(width) {
-  const block = Math.min(GRAPH.largestBlock, width / children.maps - GRAPH.gap);
-  const cell = block / children.grid;
-  const blockX = (map) => (map + 0.5) * (width / children.maps) - block / 2;
-  const classX = (parent) => (parent + 0.5) * (width / classes.length);
-  const largestRadius = Math.min(22, width / classes.length / 2 - 1);
-  const height = GRAPH.top + block + 26;
-  return { width, height, block, top: GRAPH.top, cell, blockX, classX, largestRadius };
+  const rows = Math.ceil((children.maps * (GRAPH.smallestBlock + GRAPH.gap)) / width);
+  const inRow = Math.ceil(children.maps / rows);
+  const step = width / inRow;
+  const block = Math.min(GRAPH.largestBlock, step - GRAPH.gap);
+  return {
+    width,
+    block,
+    cell: block / children.grid,
+    height: GRAPH.top + rows * (block + GRAPH.gap) + 24,
+    blockX: (map) => ((map % inRow) + 0.5) * step - block / 2,
+    blockY: (map) => GRAPH.top + Math.floor(map / inRow) * (block + GRAPH.gap),
+    classX: (parent) => (parent + 0.5) * (width / classes.length),
+    largestRadius: Math.min(22, width / classes.length / 2 - 1),
+    crowded: width / classes.length < 24, // then the chosen class alone has its name
+  };
 }
 
 function buildCoupling() {
@@ -265,7 +273,7 @@ function buildCoupling() {
     range(classes.length).map((parent) =>
       make(svg, "line", {
         x1: at.blockX(map) + at.block / 2,
-        y1: at.top - 3,
+        y1: at.blockY(map),
         x2: at.classX(parent),
         y2: GRAPH.classes,
       }),
@@ -279,7 +287,7 @@ function buildCoupling() {
     make(svg, "rect", {
       class: "block",
       x: at.blockX(map),
-      y: at.top,
+      y: at.blockY(map),
       width: at.block,
       height: at.block,
     }),
@@ -301,7 +309,7 @@ function buildCoupling() {
 function cellCorner(at, child) {
   const [map, position] = [Math.floor(child / children.grid ** 2), child % children.grid ** 2];
   const [row, column] = [Math.floor(position / children.grid), position % children.grid];
-  return [at.blockX(map) + column * at.cell, at.top + row * at.cell];
+  return [at.blockX(map) + column * at.cell, at.blockY(map) + row * at.cell];
 }
 
 /** White to dark blue, in even steps of lightness. */
@@ -319,7 +327,7 @@ function showCoupling() {
       const chosen = j === parent;
       set(edge, {
         class: chosen ? "edge chosen" : "edge",
-        "stroke-width": 0.3 + (chosen ? 5 : 2.5) * scale(means[map][j]),
+        "stroke-width": 0.3 + (chosen ? 5 : 1.2) * scale(means[map][j]),
         "data-coupling": means[map][j],
       });
     }),
@@ -343,7 +351,7 @@ function showCoupling() {
       class: chosen ? "class chosen" : "class",
       r: Math.max(2, at.largestRadius * Math.sqrt(example.lengths[iteration][j])),
     });
-    set(name, { class: chosen ? "chosen-name" : "" });
+    set(name, { class: chosen ? "chosen-name" : at.crowded ? "left-out" : "" });
   });
   const ofChosen = means.map((ofMap) => ofMap[parent].toFixed(3));
   set(byId("coupling"), {
