@@ -29,11 +29,11 @@ def browser():
 class Shown:
     """A report in the browser, with the records and the net that it was made from."""
 
-    def __init__(self, browser, folder, model, sections=(), **changes):
+    def __init__(self, browser, folder, model, sections=(), images=40, **changes):
         torch.manual_seed(0)
         self.model = model
         run = write_run(folder / "run", model)
-        records = report.collect(run, model, random_data(model))
+        records = report.collect(run, model, random_data(model, images))
         self.records = dataclasses.replace(records, **changes)
         self.path = folder / "report.html"
         self.path.write_text(report.render(self.records, sections), encoding="utf-8")
@@ -83,6 +83,7 @@ class Shown:
         assert self.lengths() == pytest.approx(example.lengths[iteration].tolist(), abs=6e-4)
         edges = self.run(
             "[...document.querySelectorAll('#coupling .edge')]"
+            ".sort((a, b) => a.dataset.map - b.dataset.map || a.dataset.parent - b.dataset.parent)"
             ".map(e => [+e.dataset.coupling, +e.getAttribute('stroke-width'),"
             " e.classList.contains('chosen')])"
         )
@@ -338,7 +339,7 @@ def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_pa
 
 
 def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, tmp_path):
-    shown = Shown(browser, tmp_path, lively_model(classes=27, capsule_maps=32))
+    shown = Shown(browser, tmp_path, lively_model(classes=27, capsule_maps=32), images=9)
     for width in (390, 1280):
         browser.open(shown.path, width=width)
         assert shown.run("document.documentElement.scrollWidth") == width

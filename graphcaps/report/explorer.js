@@ -269,9 +269,12 @@ function buildCoupling() {
   const at = layOut(svg.clientWidth);
   svg.replaceChildren();
   set(svg, { viewBox: `0 0 ${at.width} ${at.height}`, height: at.height });
+  const lines = make(svg, "g");
   const edges = range(children.maps).map((map) =>
     range(classes.length).map((parent) =>
-      make(svg, "line", {
+      make(lines, "line", {
+        "data-map": map,
+        "data-parent": parent,
         x1: at.blockX(map) + at.block / 2,
         y1: at.blockY(map),
         x2: at.classX(parent),
@@ -303,7 +306,7 @@ function buildCoupling() {
   }));
   const maps = `${children.maps} capsule maps of ${children.grid} × ${children.grid} children`;
   make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 6 }, maps);
-  graph = { at, edges, cells, strong, nodes };
+  graph = { at, lines, edges, cells, strong, nodes };
 }
 
 function cellCorner(at, child) {
@@ -319,7 +322,7 @@ function shade(share) {
 
 function showCoupling() {
   const { example, iteration, parent } = state;
-  const { at, edges, cells, strong, nodes } = graph;
+  const { at, lines, edges, cells, strong, nodes } = graph;
   const scale = example.scales.maps;
   const means = example.mapCoupling[iteration];
   edges.forEach((ofMap, map) =>
@@ -332,6 +335,7 @@ function showCoupling() {
       });
     }),
   );
+  lines.append(...edges.map((ofMap) => ofMap[parent])); // the last lie over the others
   cells.forEach((cell, child) =>
     set(cell, { fill: shade(Math.min(1, coupling(child) / example.scales.coupling)) }),
   );
