@@ -136,12 +136,9 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = settings.dataset, settings.data_dir
-    if dataset is None:
-        dataset, kept = _data_of(settings.run_dir)
-        data_dir = data_dir or kept
+    dataset, data_dir = _data_of(settings)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir or TrainSettings.data_dir)
+        data = load_dataset(dataset, data_dir)
         score = evaluate(model.to(workers.device), data.test)
     print(
         f"Test accuracy {score.accuracy:.2%} "
@@ -165,10 +162,10 @@ def _report(settings: ReportSettings) -> None:
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings.run_dir)
+    dataset, data_dir = _data_of(settings)
     output = settings.output or settings.run_dir / "report.html"
     with joined_workers(settings.device) as workers:
-        data = load_dataset(settings.dataset or dataset, settings.data_dir or data_dir)
+        data = load_dataset(dataset, data_dir)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
         print("The run is not finished: the report shows its best epoch so far, and says so.")
@@ -202,11 +199,14 @@ def _load(run: Path, engine: str) -> CapsNet:
     return load_model(folder, engine=engine)
 
 
-def _data_of(run: Path) -> tuple[str, Path]:
-    """The data set that a run was trained on, and its folder."""
+def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
+    """The data set that is asked for, else the one that the run was trained on; its folder."""
+    run, data_dir = settings.run_dir, settings.data_dir
+    if settings.dataset is not None:
+        return settings.dataset, data_dir or TrainSettings.data_dir
     try:
         started = RunFolder(run).settings()["settings"]
-        return started["dataset"], Path(started["data_dir"])
+        return started["dataset"], data_dir or Path(started["data_dir"])
     except (FileNotFoundError, KeyError, TypeError):
         raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
 

@@ -1,6 +1,7 @@
 """What a report says and how it is packed; tests/test_report_page.py looks at it in a browser."""
 
 import base64
+import dataclasses
 import errno
 import html.parser
 import math
@@ -37,7 +38,9 @@ def data(model):
 
 @pytest.fixture(scope="module")
 def records(model, data, tmp_path_factory):
-    run = write_run(tmp_path_factory.mktemp("report") / "run <one>", model)
+    predicted = model(data.test.images / 255).lengths.argmax(dim=1)
+    errors = int((predicted != data.test.labels).sum())
+    run = write_run(tmp_path_factory.mktemp("report") / "run <one>", model, errors=errors)
     return report.collect(run, model, data)
 
 
@@ -205,8 +208,10 @@ def test_the_page_is_well_formed_and_loads_nothing(records):
 def test_the_page_says_how_the_run_ended_and_how_it_was_made(records):
     text = Reader(report.render(records, [])).text
     assert "run <one>" in text
-    assert "67.50%" in text  # of result.json: 13 errors in 40
-    assert "13 errors" in text
+    errors = 40 - int(records.confusion.trace())
+    assert f"{1 - errors / 40:.2%} of 40 test images of random classified correctly" in text
+    assert f"{errors} errors" in text
+    assert "own test" not in text
     assert "not finished" not in text
     assert "best" in text
     for word in ("test_errors", "conv_channels", "epochs", "versions", "0.1.0"):
@@ -218,6 +223,12 @@ def test_a_run_that_is_not_finished_says_so(model, data, tmp_path):
     text = Reader(report.render(report.collect(run, model, data), [])).text
     assert "This run is not finished: 2 of 2 epochs are done" in text
     assert "classified correctly" in text
+
+
+def test_a_result_that_is_not_found_again_is_told(records):
+    result = {**records.result, "test_errors": 39}
+    text = Reader(report.render(dataclasses.replace(records, result=result), [])).text
+    assert "The run's own test, in result.json, found 39 errors." in text
 
 
 def test_names_of_classes_cannot_break_the_page(model, data, tmp_path):

@@ -96,8 +96,7 @@ class Shown:
         chosen = [number % example.lengths.shape[1] for number, e in enumerate(edges) if e[2]]
         assert chosen == [parent] * example.map_coupling.shape[1]
         fills = self.run(
-            "[...document.querySelectorAll('#coupling rect[fill]')]"
-            ".map(e => e.getAttribute('fill'))"
+            "[...document.querySelectorAll('#coupling .cell')].map(e => e.getAttribute('fill'))"
         )
         lightness = [float(re.search(r"([\d.]+)%\)$", fill)[1]) for fill in fills]
         coupling = example.coupling[iteration, :, parent]

@@ -284,7 +284,7 @@ function buildCoupling() {
   );
   const cells = range(childCount).map((child) => {
     const [x, y] = cellCorner(at, child);
-    return make(svg, "rect", { x, y, width: at.cell, height: at.cell });
+    return make(svg, "rect", { class: "cell", x, y, width: at.cell, height: at.cell });
   });
   range(children.maps).forEach((map) =>
     make(svg, "rect", {

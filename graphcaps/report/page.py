@@ -143,13 +143,19 @@ def _decoder_note(records: Records) -> str:
 def _lead(records: Records) -> str:
     images = int(records.confusion.sum())
     errors = images - int(records.confusion.trace())
-    if records.result is not None:
-        images, errors = records.result["test_images"], records.result["test_errors"]
+    result = records.result or {}
+    # another data set was named, or another device rounds otherwise
+    differs = errors != result.get("test_errors", errors)
+    tested = (
+        f" The run's own test, in result.json, found {result['test_errors']:,} errors."
+        if differs
+        else ""
+    )
     return (
         f"<strong>{1 - errors / images:.2%}</strong> of {images:,} test images of "
         f"{escape(records.data)} classified correctly: {errors:,} "
         f"{'error' if errors == 1 else 'errors'}. "
-        f"{records.parameters:,} parameters, {_routing(records)}."
+        f"{records.parameters:,} parameters, {_routing(records)}.{tested}"
     )
 
 
