@@ -151,11 +151,13 @@ def _lead(records: Records) -> str:
         if differs
         else ""
     )
+    best = _best_epoch(records)
+    weights = "" if best is None else f", weights of epoch {best}, the best on the hold-out"
     return (
         f"<strong>{1 - errors / images:.2%}</strong> of {images:,} test images of "
         f"{escape(records.data)} classified correctly: {errors:,} "
         f"{'error' if errors == 1 else 'errors'}. "
-        f"{records.parameters:,} parameters, {_routing(records)}.{tested}"
+        f"{records.parameters:,} parameters, {_routing(records)}{weights}.{tested}"
     )
 
 
@@ -174,8 +176,7 @@ def _notice(records: Records) -> str:
     planned = records.settings.get("recipe", {}).get("epochs", "?")
     return (
         '<p class="notice"><strong>This run is not finished:</strong> '
-        f"{done} of {planned} epochs are done. What is shown are the weights of its best epoch "
-        "so far, on the hold-out.</p>"
+        f"{done} of {planned} epochs are done. What is shown is its best epoch so far.</p>"
     )
 
 
@@ -223,11 +224,19 @@ def _epochs(records: Records) -> list[dict[str, Any]]:
     return [record for record in records.metrics if record.get("kind") == "epoch"]
 
 
+def _best_epoch(records: Records) -> int | None:
+    """The first of those with the highest accuracy on the hold-out, as training chooses it."""
+    epochs = _epochs(records)
+    if not epochs:
+        return None
+    return max(epochs, key=lambda record: record["holdout_accuracy"])["epoch"]
+
+
 def _epochs_table(records: Records) -> str:
     epochs = _epochs(records)
     if not epochs:
         return "<p>The run's metrics.jsonl holds no epoch.</p>"
-    best = max(epochs, key=lambda record: record["holdout_accuracy"])["epoch"]
+    best = _best_epoch(records)
     return _table(
         ("epoch", "training loss", "training accuracy", "hold-out loss", "hold-out accuracy", ""),
         (

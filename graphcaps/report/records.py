@@ -134,11 +134,11 @@ def class_lengths(model: CapsNet, split: Split, *, batch_size: int = 200) -> Ten
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How many images of each true class (rows) were told as which class (columns).
+    """How many images of each true class (rows) were predicted as which class (columns).
 
     Args:
         labels: true classes, `[N]`.
-        predicted: what they were told as, `[N]`.
+        predicted: the predicted ones, `[N]`.
         classes: number of classes, J.
 
     Returns:
