@@ -186,19 +186,29 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_is_well_formed_and_loads_nothing(records):
     figure = Figure()
     figure.subplots().plot([1, 3, 2])
+    cloud = Figure()
+    cloud.subplots().scatter(*torch.rand(2, 9000).numpy())
     stand_ins = [
         report.Section("Loss <by> step", "It falls & rises.", 'A "curve".', figure),
         report.Section("Second", "Another.", "Another curve.", figure),
+        report.Section("Points", "Many.", "A cloud.", cloud),
     ]
     text = report.render(records, stand_ins)
     reader = Reader(text)
     assert len(set(reader.ids)) == len(reader.ids)
-    assert all(loaded.startswith(("#", "data:image/svg+xml;base64,")) for loaded in reader.loaded)
+    data = ("data:image/svg+xml;base64,", "data:image/png;base64,")
+    assert all(loaded.startswith(("#", *data)) for loaded in reader.loaded)
     assert {loaded[1:] for loaded in reader.loaded if loaded.startswith("#")} <= set(reader.ids)
     assert set(re.findall(r"https?://[^\s\"'<]*", text)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", text)
     assert "default-src 'none'" in text
-    assert [image["alt"] for image in reader.images] == ['A "curve".', "Another curve."]
+    assert [image["alt"] for image in reader.images] == [
+        'A "curve".',
+        "Another curve.",
+        "A cloud.",
+    ]
+    assert reader.images[2]["src"].startswith(data[1])
+    assert len(reader.images[2]["src"]) < 400_000  # points are drawn as pixels
     svg = base64.b64decode(reader.images[0]["src"].partition(",")[2])
     assert b"<svg" in svg
     assert "Loss <by> step" in reader.text

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor
 from graphcaps.report.records import Example, Records, receptive_field
 from graphcaps.report.sections import Section
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_SVG = 400_000  # bytes of a figure
 DECIMALS = 4  # of lengths, poses, mean coupling, votes and entropy
 
 
@@ -181,14 +185,24 @@ def _notice(records: Records) -> str:
 
 
 def _figure(section: Section) -> str:
-    buffer = io.BytesIO()
-    section.figure.savefig(buffer, format="svg", bbox_inches="tight")
+    kind, image = _picture(section.figure)
     return (
         f'<figure class="plate"><h3>{escape(section.title)}</h3>'
         f'<img alt="{escape(section.alt)}" '
-        f'src="data:image/svg+xml;base64,{_base64(buffer.getvalue())}">'
+        f'src="data:image/{kind};base64,{_base64(image)}">'
         f"<figcaption>{escape(section.caption)}</figcaption></figure>\n"
     )
+
+
+def _picture(figure: "Figure") -> tuple[str, bytes]:
+    """A figure as lines that stay sharp, or as pixels where it has very many points."""
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+    if len(svg.getvalue()) <= LARGEST_SVG:
+        return "svg+xml", svg.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight", dpi=200)
+    return "png", png.getvalue()
 
 
 def _confusion_table(records: Records) -> str:

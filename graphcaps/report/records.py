@@ -62,6 +62,8 @@ class Records:
         parameters: their number.
         classes: names of the classes.
         data: name of the data set.
+        labels: true classes of all test images, `[N]`.
+        lengths: of their class capsules, `[N, J]`.
         confusion: number of test images of each true class (rows) by predicted class, `[J, J]`.
         examples: the images to look into.
         decoder: weight `[out, in]` and bias `[out]` of each of the decoder's layers; none
@@ -76,6 +78,8 @@ class Records:
     parameters: int
     classes: tuple[str, ...]
     data: str
+    labels: Tensor
+    lengths: Tensor
     confusion: Tensor
     examples: tuple[Example, ...]
     decoder: tuple[tuple[Tensor, Tensor], ...]
@@ -114,6 +118,8 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         parameters=sum(p.numel() for p in model.parameters()),
         classes=data.classes,
         data=data.name,
+        labels=data.test.labels,
+        lengths=lengths,
         confusion=confusion_matrix(data.test.labels, lengths.argmax(dim=1), len(data.classes)),
         examples=look_inside(model, data.test, chosen),
         decoder=decoder_layers(model),

@@ -1,7 +1,5 @@
 """Records enter, the figures of the page leave, in the order in which they are shown."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ class Section:
     title: str
     caption: str  # what is seen, in a sentence or two
     alt: str  # the same for those who do not see it
-    figure: Figure
+    figure: "Figure"
 
 
 def sections(records: Records) -> list[Section]:
