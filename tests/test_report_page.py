@@ -195,6 +195,9 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
         entropy = shown.run("document.querySelector('#entropy [aria-current]').textContent")
         assert float(entropy) == pytest.approx(float(example.entropy[iteration]), abs=1e-4)
         assert f"Iteration {iteration + 1}:" in shown.text("said")
+        longest = float(example.lengths[iteration].max())
+        said = float(re.search(r"\|v\| = ([\d.]+):", shown.text("said"))[1])
+        assert said == pytest.approx(longest, abs=0.0051)
         assert shown.text("iteration-number") == f"{iteration + 1} of 3"
         drawn.append(shown.run("document.getElementById('coupling').innerHTML"))
         shown.press("ArrowLeft")
@@ -254,6 +257,7 @@ def test_every_picture_and_control_has_a_name(shown):
         role = node.get("role", {}).get("value")
         if not node["ignored"] and role in ("slider", "radio", "button", "image", "link"):
             assert node["name"]["value"], node
+            assert role != "slider" or node["name"]["value"].startswith(("Dimension", "Iteration"))
             named += 1
     assert named > 60
     assert shown.run("document.getElementById('said').getAttribute('aria-live')") == "polite"

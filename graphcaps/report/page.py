@@ -138,7 +138,7 @@ def _decoder_note(records: Records) -> str:
     if not records.decoder:
         return ""
     return (
-        "The decoder runs in this page, on numbers rounded to 16 bits: that changes no pixel of "
+        "The decoder runs in this page, on rounded numbers: that changes no pixel of "
         f"these reconstructions by more than {max(rounding_error(records), 0.01):.2f} of 255 "
         "grey levels."
     )
