@@ -20,6 +20,7 @@ from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CONFIG, CapsNet
 from graphcaps.passing import ENGINES, choose_engine
+from graphcaps.report import write_report
 from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
 from graphcaps.workers import joined_workers, leads
@@ -55,6 +56,24 @@ class PredictSettings:
 
 
 @dataclass(frozen=True)
+class ReportSettings:
+    """Write what there is to see of a run as one HTML file that opens without a network."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The folder of a run that has finished an epoch; its best epoch is taken."""
+    output: Path | None = None
+    """The file to write. Default: report.html in the run's folder."""
+    dataset: str | None = None
+    """As for train. Default: the one that the run was trained on."""
+    data_dir: Path | None = None
+    """Where data sets are kept. Default: where the run had them."""
+    engine: Engine = "auto"
+    """How messages are passed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True)
 class InfoSettings:
     """Show versions, devices, and which engines can run on them and why."""
 
@@ -63,6 +82,7 @@ Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+    | Annotated[ReportSettings, tyro.conf.subcommand("report")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 
@@ -85,6 +105,8 @@ def main() -> int:
                 _evaluate(command)
             case PredictSettings():
                 _predict(command)
+            case ReportSettings():
+                _report(command)
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
@@ -115,12 +137,9 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = settings.dataset, settings.data_dir
-    if dataset is None:
-        dataset, kept = _data_of(settings.run_dir)
-        data_dir = data_dir or kept
+    dataset, data_dir = _data_of(settings)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir or TrainSettings.data_dir)
+        data = load_dataset(dataset, data_dir)
         score = evaluate(model.to(workers.device), data.test)
     print(
         f"Test accuracy {score.accuracy:.2%} "
@@ -141,6 +160,20 @@ def _predict(settings: PredictSettings) -> None:
         lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]
         print(f"{path}: {int(lengths.argmax())}")
         print("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+
+
+def _report(settings: ReportSettings) -> None:
+    run = RunFolder(settings.run_dir)
+    run.settings()  # a folder that is no run is told first
+    model = _load(settings.run_dir, settings.engine)
+    dataset, data_dir = _data_of(settings)
+    output = settings.output or settings.run_dir / "report.html"
+    with joined_workers(settings.device) as workers:
+        data = load_dataset(dataset, data_dir)
+        write_report(run, model.to(workers.device), data, output)
+    if run.result() is None:
+        print("The run is not finished: the report shows its best epoch so far, and says so.")
+    print(f"The report is in {output}; open it in a browser")
 
 
 def _info() -> None:
@@ -170,11 +203,14 @@ def _load(run: Path, engine: str) -> CapsNet:
     return CapsNet.load(folder, engine=engine)
 
 
-def _data_of(run: Path) -> tuple[str, Path]:
-    """The data set that a run was trained on, and its folder."""
+def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
+    """The data set that is asked for, else the one that the run was trained on; its folder."""
+    run, data_dir = settings.run_dir, settings.data_dir
+    if settings.dataset is not None:
+        return settings.dataset, data_dir or TrainSettings.data_dir
     try:
         started = RunFolder(run).settings()["settings"]
-        return started["dataset"], Path(started["data_dir"])
+        return started["dataset"], data_dir or Path(started["data_dir"])
     except (FileNotFoundError, KeyError, TypeError):
         raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
 

@@ -1,6 +1,8 @@
 """The program as a person uses it: from flags to the screen."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +120,9 @@ def test_info_says_which_engines_can_run(graphcaps):
         assert f"{engine:8} can run" in out
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("info",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("evaluate",), ("predict",), ("report",), ("info",)]
+)
 def test_help_is_there_for_every_command(command, graphcaps):
     status, out, _ = graphcaps(*command, "--help")
     assert status == 0
@@ -148,6 +152,7 @@ def test_python_m_graphcaps_is_the_program():
         (["predict", "--run-dir", "nowhere"], "got none"),
         (["evaluate", "nowhere"], "no trained net at nowhere"),
         (["predict", "digit.png", "--run-dir", "nowhere"], "no trained net at nowhere"),
+        (["report", "nowhere"], "no run at nowhere"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_message(
@@ -170,6 +175,7 @@ def test_what_cannot_be_done_is_one_clear_message(
         ["train", "--epochs", "many"],
         ["train", "--no-such-flag"],
         ["evaluate"],
+        ["report"],
     ],
 )
 def test_wrong_flags_are_refused_with_a_hint(arguments, graphcaps, tmp_path, monkeypatch):
@@ -220,3 +226,61 @@ def test_weights_cut_short_are_named(trained, graphcaps, tmp_path):
     status, _, err = graphcaps("evaluate", tmp_path, "--dataset", DIGITS)
     assert status == 1
     assert f"{weights} is truncated" in err
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the trained run that a test may change."""
+    return Path(shutil.copytree(trained[0], tmp_path / "copied"))
+
+
+def test_a_report_of_a_run_is_one_file_in_its_folder(copied, graphcaps):
+    status, out, err = graphcaps("report", copied, "--device", "cpu")
+    assert status == 0, err
+    assert out == f"The report is in {copied / 'report.html'}; open it in a browser\n"
+    text = (copied / "report.html").read_text(encoding="utf-8")
+    errors = json.loads((copied / "result.json").read_text())["test_errors"]
+    assert f"classified correctly: {errors} errors" in text
+    assert "not finished" not in text
+
+
+def test_a_report_goes_where_it_is_told(copied, graphcaps, tmp_path):
+    output = tmp_path / "new folder" / "mine.html"
+    status, out, _ = graphcaps("report", copied, "--output", output)
+    assert status == 0
+    assert str(output) in out
+    assert output.is_file()
+    assert not (copied / "report.html").exists()
+
+
+def test_a_report_of_a_run_that_is_not_finished_says_so(copied, graphcaps):
+    (copied / "result.json").unlink()
+    status, out, _ = graphcaps("report", copied)
+    assert status == 0
+    assert "The run is not finished" in out
+    assert "This run is not finished" in (copied / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_before_its_first_epoch_has_no_report(copied, graphcaps):
+    shutil.rmtree(copied / "best")
+    status, _, err = graphcaps("report", copied)
+    assert status == 1
+    assert "expected the folder of a run that has finished an epoch" in err
+
+
+def test_a_report_needs_the_images_and_says_which(copied, graphcaps, tmp_path):
+    settings = json.loads((copied / "settings.json").read_text())
+    settings["settings"]["dataset"] = str(tmp_path / "moved")
+    (copied / "settings.json").write_text(json.dumps(settings))
+    status, _, err = graphcaps("report", copied)
+    assert status == 1
+    assert f"got '{tmp_path / 'moved'}'" in err
+    status, _, _ = graphcaps("report", copied, "--dataset", DIGITS)
+    assert status == 0
+
+
+def test_a_report_that_cannot_be_written_is_named(copied, graphcaps):
+    for output in (copied, copied / "settings.json" / "report.html"):
+        status, _, err = graphcaps("report", copied, "--output", output)
+        assert status == 1
+        assert str(output) in err

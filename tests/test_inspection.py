@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from reports import lively_model
 from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps.inspection import TWEAKS, differences_from_dense, tweak_pose, vote_map
+from graphcaps.model import PRIMARY_STRIDE
 
 
 @pytest.fixture
@@ -28,17 +30,25 @@ def test_a_vote_map_is_coupling_times_length_summed_over_the_maps(net):
             assert float(votes.amount[row, column]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_position_sees_the_pixels_of_its_receptive_field_and_no_others(net):
-    """By the gradient of the pose at row 1, column 4 with respect to the image."""
-    image = torch.rand(1, 1, 28, 28, requires_grad=True)
-    features = torch.nn.functional.conv2d(image, net.conv[0].weight)  # without the ReLU's zeros
-    net.primary(features)[0, 6 * 1 + 4].sum().backward()
-    rows, columns = image.grad[0, 0].nonzero().unbind(dim=1)
+@pytest.mark.parametrize("changes", [{}, {"kernel_size": 5, "image_size": 20}])
+def test_a_child_sees_the_pixels_of_its_receptive_field_and_no_others(changes):
+    model = lively_model(**changes)
+    config = model.config
+    side, step = config.receptive_field(), PRIMARY_STRIDE
+    grid = config.grid_size()
+    for row, column in ((0, 0), (1, 3), (grid - 1, grid - 1)):
+        image = torch.rand(1, 1, config.image_size, config.image_size, requires_grad=True)
+        child = (2 * grid + row) * grid + column  # of the third map
+        model.primary(model.conv(image))[0, child].sum().backward()
+        rows, columns = image.grad[0, 0].nonzero().T
+        assert (int(rows.min()), int(rows.max())) == (step * row, step * row + side - 1)
+        assert (int(columns.min()), int(columns.max())) == (step * column, step * column + side - 1)
+
+
+def test_votes_stand_at_the_centres_of_receptive_fields(net):
     votes = vote_map(torch.ones(72, 8), torch.ones(216), 0, net.config)
-    row, column = (centre[6 * 1 + 4] for centre in votes.centres())
-    reach = (votes.field - 1) / 2
-    assert (rows.min(), rows.max()) == (row - reach, row + reach)
-    assert (columns.min(), columns.max()) == (column - reach, column + reach)
+    row, column = (int(centre[6 * 1 + 4]) for centre in votes.centres())
+    assert (row, column) == (2 * 1 + 8, 2 * 4 + 8)  # the middles of 17 pixels
 
 
 def test_a_tweaked_pose_moves_one_dimension_of_one_capsule(net):

@@ -35,6 +35,7 @@ ORDER = [
     "training",
     "inspection",
     "figures",
+    "report",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,298 @@
+"""Records and figures enter, the text of one HTML page with all that it needs leaves."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphcaps.model import PRIMARY_STRIDE
+from graphcaps.report.records import Example, Records
+from graphcaps.report.sections import Section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_SVG = 400_000  # bytes of a figure
+DECIMALS = 4  # of lengths, poses, mean coupling, votes and entropy
+
+
+def render(records: Records, sections: Sequence[Section]) -> str:
+    """Fill the page's template.
+
+    Args:
+        records: what is known of the run.
+        sections: figures, in order.
+
+    Returns:
+        HTML that loads nothing from anywhere.
+    """
+    assets = files("graphcaps.report")
+    data = json.dumps(explorer_data(records), separators=(",", ":"))
+    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        name=escape(records.name),
+        style=assets.joinpath("page.css").read_text(encoding="utf-8"),
+        script=assets.joinpath("explorer.js").read_text(encoding="utf-8"),
+        data=data.replace("<", "\\u003c"),  # no name of a class can end the script element
+        lead=_lead(records),
+        notice=_notice(records),
+        figures="".join(_figure(section) for section in sections),
+        confusion=_confusion_table(records),
+        epochs=_epochs_table(records),
+        settings=_settings_tables(records),
+        decoder=_decoder_note(records),
+    )
+
+
+def explorer_data(records: Records) -> dict[str, Any]:
+    """What the page's script works on: plain numbers, and long arrays as base64.
+
+    Args:
+        records: what is known of the run.
+
+    Returns:
+        Values that JSON has. Coupling and the decoder's weights are float16, images bytes.
+    """
+    config = records.config
+    return {
+        "classes": list(records.classes),
+        "image": {"channels": config.image_channels, "size": config.image_size},
+        "children": {"maps": config.capsule_maps, "grid": config.grid_size()},
+        "field": {"side": config.receptive_field(), "step": PRIMARY_STRIDE},
+        "largestEntropy": math.log(config.classes),
+        "decoder": [
+            {"rows": len(bias), "weight": _halves(weight), "bias": _halves(bias)}
+            for weight, bias in records.decoder
+        ],
+        "examples": [_example(example) for example in records.examples],
+    }
+
+
+def _example(example: Example) -> dict[str, Any]:
+    return {
+        "number": example.number,
+        "label": example.label,
+        "predicted": example.predicted,
+        "image": _base64(example.image.numpy().tobytes()),
+        "poses": _rounded(example.poses),
+        "lengths": _rounded(example.lengths),
+        "coupling": _halves(example.coupling),
+        "mapCoupling": _rounded(example.map_coupling),
+        "votes": _rounded(example.votes.flatten(2)),
+        "strongest": example.strongest.tolist(),
+        "entropy": _rounded(example.entropy),
+    }
+
+
+def _rounded(numbers: Tensor) -> Any:
+    # through float64, whose shortest form has no digits beyond those asked for
+    return np.round(numbers.double().numpy(), DECIMALS).tolist()
+
+
+def _halves(numbers: Tensor) -> str:
+    return _base64(numbers.to(torch.float32).numpy().astype("<f2").tobytes())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def rounding_error(records: Records) -> float:
+    """How far the page's rounded weights and poses are from the net's.
+
+    Args:
+        records: of a net with a decoder.
+
+    Returns:
+        The largest difference of a pixel in the examples' reconstructions, in grey levels of 255.
+    """
+    rounded = [(weight.half().float(), bias.half().float()) for weight, bias in records.decoder]
+    largest = 0.0
+    for example in records.examples:
+        masked = torch.zeros_like(example.poses)
+        masked[:, example.predicted] = example.poses[:, example.predicted]
+        exact = _decode(records.decoder, masked.flatten(1))
+        here = _decode(rounded, masked.flatten(1).round(decimals=DECIMALS))
+        largest = max(largest, 255 * float((exact - here).abs().max()))
+    return largest
+
+
+def _decode(layers: Sequence[tuple[Tensor, Tensor]], entering: Tensor) -> Tensor:
+    (weight, bias), *others = layers
+    image = torch.nn.functional.linear(entering, weight, bias)
+    for weight, bias in others:
+        image = torch.nn.functional.linear(image.relu(), weight, bias)
+    return image.sigmoid()
+
+
+def _decoder_note(records: Records) -> str:
+    if not records.decoder:
+        return ""
+    return (
+        "The decoder runs in this page, on rounded numbers: that changes no pixel of "
+        f"these reconstructions by more than {max(rounding_error(records), 0.01):.2f} of 255 "
+        "grey levels."
+    )
+
+
+def _lead(records: Records) -> str:
+    images, errors = records.score.images, records.score.errors
+    result = records.result or {}
+    # another data set was named, or another device rounds otherwise
+    differs = errors != result.get("test_errors", errors)
+    tested = (
+        f" The run's own test, in result.json, found {result['test_errors']:,} errors."
+        if differs
+        else ""
+    )
+    best = _best_epoch(records)
+    weights = "" if best is None else f", weights of epoch {best}, the best on the hold-out"
+    return (
+        f"<strong>{records.score.accuracy:.2%}</strong> of {images:,} test images of "
+        f"{escape(records.data)} classified correctly: {errors:,} "
+        f"{'error' if errors == 1 else 'errors'}. "
+        f"{records.parameters:,} parameters, {_routing(records)}{weights}.{tested}"
+    )
+
+
+def _routing(records: Records) -> str:
+    config = records.config
+    if config.routing != "dynamic":
+        return f"{config.routing} routing"
+    times = "iteration" if config.iterations == 1 else "iterations"
+    return f"{config.iterations} {times} of {config.routing} routing"
+
+
+def _notice(records: Records) -> str:
+    if records.result is not None:
+        return ""
+    done = len(_epochs(records))
+    planned = records.settings.get("recipe", {}).get("epochs", "?")
+    return (
+        '<p class="notice"><strong>This run is not finished:</strong> '
+        f"{done} of {planned} epochs are done. What is shown is its best epoch so far.</p>"
+    )
+
+
+def _figure(section: Section) -> str:
+    kind, image = _picture(section.figure)
+    return (
+        f'<figure class="plate"><h3>{escape(section.title)}</h3>'
+        f'<img alt="{escape(section.alt)}" '
+        f'src="data:image/{kind};base64,{_base64(image)}">'
+        f"<figcaption>{escape(section.caption)}</figcaption></figure>\n"
+    )
+
+
+def _picture(figure: "Figure") -> tuple[str, bytes]:
+    """A figure as lines that stay sharp, or as pixels where it has very many points."""
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+    if len(svg.getvalue()) <= LARGEST_SVG:
+        return "svg+xml", svg.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight", dpi=200)
+    return "png", png.getvalue()
+
+
+def _confusion_table(records: Records) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in records.classes)
+    rows = []
+    for true, counts in enumerate(records.score.confusion().tolist()):
+        cells = "".join(
+            _count(number, true == predicted, sum(counts))
+            for predicted, number in enumerate(counts)
+        )
+        accuracy = f"{counts[true] / sum(counts):.2%}" if sum(counts) else "no image"
+        rows.append(
+            f'<tr><th scope="row">{escape(records.classes[true])}</th>{cells}'
+            f"<td>{accuracy}</td></tr>"
+        )
+    return (
+        '<table class="confusion"><thead><tr><th scope="col">true ↓ predicted →</th>'
+        f'{head}<th scope="col">accuracy</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _count(number: int, right: bool, images: int) -> str:
+    if right:
+        return f'<td class="right">{number:,}</td>'
+    if not number:
+        return '<td class="none">0</td>'
+    # single mistakes can be seen, and twenty in a hundred are as dark as it gets
+    shade = 0.12 + 0.5 * min(1.0, 5 * number / images)
+    return f'<td style="background:rgba(213,94,0,{shade:.2f})">{number:,}</td>'
+
+
+def _epochs(records: Records) -> list[dict[str, Any]]:
+    return [record for record in records.metrics if record.get("kind") == "epoch"]
+
+
+def _best_epoch(records: Records) -> int | None:
+    """The first of those with the highest accuracy on the hold-out, as training chooses it."""
+    epochs = _epochs(records)
+    if not epochs:
+        return None
+    return max(epochs, key=lambda record: record["holdout_accuracy"])["epoch"]
+
+
+def _epochs_table(records: Records) -> str:
+    epochs = _epochs(records)
+    if not epochs:
+        return "<p>The run's metrics.jsonl holds no epoch.</p>"
+    best = _best_epoch(records)
+    return _table(
+        ("epoch", "training loss", "training accuracy", "hold-out loss", "hold-out accuracy", ""),
+        (
+            (
+                str(record["epoch"]),
+                f"{record['train_loss']:.4f}",
+                f"{record['train_accuracy']:.2%}",
+                f"{record['holdout_loss']:.4f}",
+                f"{record['holdout_accuracy']:.2%}",
+                "best" if record["epoch"] == best else "",
+            )
+            for record in epochs
+        ),
+    )
+
+
+def _settings_tables(records: Records) -> str:
+    parts = {name: part for name, part in records.settings.items() if isinstance(part, dict)}
+    parts["net"] = asdict(records.config)
+    if records.result is not None:
+        parts["result"] = records.result
+    return "".join(
+        f"<table><caption>{escape(part)}</caption><tbody>"
+        + "".join(
+            f'<tr><th scope="row">{escape(name)}</th><td>{escape(_written(value))}</td></tr>'
+            for name, value in values.items()
+        )
+        + "</tbody></table>"
+        for part, values in parts.items()
+    )
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"

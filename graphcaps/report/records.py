@@ -1,0 +1,240 @@
+"""A trained net and test images enter; the numbers that a report shows leave, nothing drawn."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, nn
+
+from graphcaps.checkpoints import RunFolder
+from graphcaps.data import Dataset, Split
+from graphcaps.evaluation import Score, as_input, evaluate
+from graphcaps.functional import length
+from graphcaps.inspection import differences_from_dense, tweak_pose, votes_by_position
+from graphcaps.model import CapsNet, CapsNetConfig
+
+EXAMPLES = 20
+MISTAKES = 8  # at most so many of the examples are misclassified ones
+STRONGEST = 8  # children that are shown one by one
+LOOKED_AT = 100  # test images whose routing is summed up
+IN_GRAPH = 20  # children of the drawn graph
+COMPARED = 8  # images on which engines are compared with the dense form
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test image and what every iteration of the routing did with it, on the CPU.
+
+    Attributes:
+        number: its place in the test set, from 0.
+        label: the true class.
+        predicted: the class of the longest capsule after the last iteration.
+        image: uint8 `[C, H, W]`.
+        poses: class capsules v, `[R, J, D]`.
+        lengths: |v|, `[R, J]`.
+        coupling: c, `[R, I, J]`.
+        map_coupling: the mean of c over the children of each capsule map, `[R, maps, J]`.
+        votes: c times the child's length, summed over the maps at each position of the
+            children's grid, `[R, J, rows, columns]`.
+        strongest: the children with the largest c times length for each class, `[R, J, 8]`.
+        entropy: the mean over the children of the entropy of c, in nats, `[R]`.
+    """
+
+    number: int
+    label: int
+    predicted: int
+    image: Tensor
+    poses: Tensor
+    lengths: Tensor
+    coupling: Tensor
+    map_coupling: Tensor
+    votes: Tensor
+    strongest: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything that a report says about a run.
+
+    Attributes:
+        name: of the run.
+        settings: what settings.json holds.
+        result: what result.json holds; None while the run is not finished.
+        metrics: the records of metrics.jsonl.
+        config: sizes of the net.
+        parameters: their number.
+        classes: names of the classes.
+        data: name of the data set.
+        score: lengths and labels of all test images.
+        examples: the images to look into.
+        entropy: of every child's coupling, in nats, for the first of the test images, `[R, N, I]`.
+        coupling: c, for the same images, `[R, N, E]`.
+        graph: the first example at the last iteration, with the children that couple most.
+        drawn: what the decoder draws of the examples, `[n, C, H, W]`; None without a decoder.
+        tweaked: the first example's pose, moved, as `inspection.tweak_pose` draws it; likewise.
+        differences: of the engines from dense routing, as `inspection.differences_from_dense`
+            gives them; none where routing is not dynamic.
+        decoder: weight `[out, in]` and bias `[out]` of each of the decoder's layers; none
+            without a decoder.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    config: CapsNetConfig
+    parameters: int
+    classes: tuple[str, ...]
+    data: str
+    score: Score
+    examples: tuple[Example, ...]
+    entropy: Tensor
+    coupling: Tensor
+    graph: networkx.MultiGraph
+    drawn: Tensor | None
+    tweaked: Tensor | None
+    differences: dict[str, dict[str, float]]
+    decoder: tuple[tuple[Tensor, Tensor], ...]
+
+
+def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
+    """Run the net over the test images and look inside it for some of them.
+
+    Args:
+        run: its settings, metrics and result.
+        model: the net; left in evaluation mode.
+        data: the data set that it was trained on.
+
+    Returns:
+        The records.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+        ValueError: images or classes that are not those of the net.
+    """
+    settings = run.settings()
+    if len(data.classes) != model.config.classes:
+        raise ValueError(
+            f"the net tells {model.config.classes} classes and {data.name} has "
+            f"{len(data.classes)}: name the data set it was trained on with --dataset"
+        )
+    model.eval()
+    score = evaluate(model, data.test)
+    chosen = choose_examples(score.lengths, score.labels)
+    examples = look_inside(model, data.test, chosen)
+    first = as_input(data.test.images[:LOOKED_AT], model)
+    with torch.no_grad():
+        _, trace = model(first, return_trace=True)
+        output, of_examples = model(as_input(data.test.images[chosen], model), return_trace=True)
+        u = model.primary(model.conv(first[:COMPARED]))
+    last = len(trace.c) - 1
+    strongest = of_examples.strongest_children(0, last, IN_GRAPH)
+    shown = examples[0]
+    return Records(
+        name=run.path.resolve().name,
+        settings=settings,
+        result=run.result(),
+        metrics=run.metrics(),
+        config=model.config,
+        parameters=sum(p.numel() for p in model.parameters()),
+        classes=data.classes,
+        data=data.name,
+        score=score,
+        examples=examples,
+        entropy=trace.entropy().cpu(),
+        coupling=trace.c.cpu(),
+        graph=of_examples.networkx(0, last, children=strongest),
+        drawn=output.reconstruction,
+        tweaked=None
+        if model.decoder is None
+        else tweak_pose(model, output.poses[0], shown.predicted),
+        differences=differences_from_dense(model.capsules, u)
+        if model.config.routing == "dynamic"
+        else {},
+        decoder=decoder_layers(model),
+    )
+
+
+def choose_examples(
+    lengths: Tensor, labels: Tensor, *, count: int = EXAMPLES, mistakes: int = MISTAKES
+) -> list[int]:
+    """Which test images to look into: right ones of every class, then the surest mistakes.
+
+    Args:
+        lengths: of all class capsules of all images, `[N, J]`.
+        labels: true classes, `[N]`.
+        count: how many to choose, or all if there are fewer.
+        mistakes: at most so many misclassified ones, those with the longest wrong capsule.
+
+    Returns:
+        Places in the test set. The right ones are the first of each class, then the second, and
+        so on until there are enough, sorted by class.
+
+    >>> lengths = torch.tensor([[0.9, 0.1], [0.2, 0.7], [0.1, 0.8], [0.6, 0.5]])
+    >>> choose_examples(lengths, torch.tensor([0, 0, 1, 1]), mistakes=1)
+    [0, 2, 1]
+    """
+    longest, predicted = lengths.max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
+    surest = wrong[longest[wrong].argsort(descending=True, stable=True)][:mistakes].tolist()
+    nth_of_class = []  # (how many of its class came before, class, place)
+    seen = [0] * lengths.shape[1]
+    for place, label in enumerate(labels.tolist()):
+        if predicted[place] == label:
+            nth_of_class.append((seen[label], label, place))
+            seen[label] += 1
+    first = sorted(nth_of_class)[: count - len(surest)]
+    right = [place for _, place in sorted((label, place) for _, label, place in first)]
+    return right + surest
+
+
+@torch.no_grad()
+def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Example, ...]:
+    """What every iteration of the routing does with some images.
+
+    Args:
+        model: the net.
+        split: the images.
+        chosen: places in `split`.
+
+    Returns:
+        An example for each of them.
+    """
+    config = model.config
+    u = model.primary(model.conv(as_input(split.images[chosen], model)))
+    poses, trace = model.capsules(u, return_trace=True)
+    rounds, samples = trace.c.shape[:2]
+    c = trace.c.view(rounds, samples, -1, config.classes)
+    weighted = c * length(u)[None, :, :, None]
+    map_coupling = c.unflatten(2, (config.capsule_maps, -1)).mean(dim=3)
+    votes = votes_by_position(u, trace.c, config)
+    strongest = weighted.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)
+    lengths = length(trace.v)
+    entropy = trace.entropy().mean(dim=-1)
+    predicted = length(poses).argmax(dim=-1)
+    return tuple(
+        Example(
+            number=number,
+            label=int(split.labels[number]),
+            predicted=int(predicted[b]),
+            image=split.images[number],
+            poses=trace.v[:, b].cpu(),
+            lengths=lengths[:, b].cpu(),
+            coupling=c[:, b].cpu(),
+            map_coupling=map_coupling[:, b].cpu(),
+            votes=votes[:, b].cpu(),
+            strongest=strongest[:, b, :, :STRONGEST].cpu(),
+            entropy=entropy[:, b].cpu(),
+        )
+        for b, number in enumerate(chosen)
+    )
+
+
+def decoder_layers(model: CapsNet) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Weight `[out, in]` and bias `[out]` of the decoder's layers, on the CPU; none without one."""
+    if model.decoder is None:
+        return ()
+    linear = [layer for layer in model.decoder.layers if isinstance(layer, nn.Linear)]
+    return tuple((layer.weight.detach().cpu(), layer.bias.detach().cpu()) for layer in linear)

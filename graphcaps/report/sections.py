@@ -1,0 +1,157 @@
+"""Records enter, the figures of the page leave, in the order in which they are shown."""
+
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+
+from graphcaps import figures
+from graphcaps.inspection import TWEAKS, VoteMap
+from graphcaps.model import PRIMARY_STRIDE
+from graphcaps.report.records import Example, Records
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure and the words around it."""
+
+    title: str
+    caption: str  # what is seen, in a sentence or two
+    alt: str  # the same for those who do not see it
+    figure: Figure
+
+
+def sections(records: Records) -> list[Section]:
+    """All figures of the page; a new one is added here.
+
+    Args:
+        records: what is known of the run.
+
+    Returns:
+        The figures with their words, in order.
+    """
+    return [
+        *_of_training(records),
+        *_of_routing(records),
+        *_of_the_decoder(records),
+        *_of_the_engines(records),
+    ]
+
+
+def _of_training(records: Records) -> list[Section]:
+    classes, score = records.classes, records.score
+    of_true = score.lengths.gather(1, score.labels[:, None]).median()
+    lengths = Section(
+        "Lengths of the class capsules",
+        "The capsule of the true class should be longer than 0.9, all others shorter than 0.1 "
+        "(dashed). Boxes hold half of the test images, whiskers 98 %.",
+        f"Box plots for each class. The true class's capsule has a median length of {of_true:.2f} "
+        "over all test images.",
+        figures.class_lengths(score.lengths, score.labels, classes),
+    )
+    epochs = [record for record in records.metrics if record.get("kind") == "epoch"]
+    if not epochs:
+        return [lengths]
+    curves = Section(
+        "Learning curves",
+        "Loss and errors from step to step, on training images as they were shifted and on the "
+        "hold-out after each epoch.",
+        f"Two charts over {epochs[-1]['step']:,} steps. Errors on the hold-out go from "
+        f"{1 - epochs[0]['holdout_accuracy']:.2%} to {1 - epochs[-1]['holdout_accuracy']:.2%}.",
+        figures.learning_curves(records.metrics),
+    )
+    return [curves, lengths]
+
+
+def _of_routing(records: Records) -> list[Section]:
+    parents, shown = records.config.classes, records.examples[0]
+    labels = records.score.labels[: records.entropy.shape[1]]
+    means = records.entropy.flatten(1).mean(dim=1)
+    strongest, images = float(records.coupling.max()), len(labels)
+    return [
+        Section(
+            "Entropy of the coupling",
+            f"How undecided the children are, over {images} test images: ln {parents} nats for one "
+            "that couples to all classes alike, 0 for one that has decided.",
+            "Mean entropy by iteration: " + ", ".join(f"{mean:.4f}" for mean in means) + " nats.",
+            figures.entropy_by_iteration(records.entropy, parents, labels, records.classes),
+        ),
+        Section(
+            "Coupling coefficients",
+            f"The share of the edges by their coupling, for the same {images} images. All start "
+            f"at 1/{parents}.",
+            f"Histograms by iteration; the strongest coupling is {strongest:.2f}.",
+            figures.coupling_histogram(records.coupling, parents),
+        ),
+        Section(
+            "The strongest children",
+            "The children of one image that couple most to any class, at the last iteration. "
+            "Lines are as wide as the coupling.",
+            f"A graph of {len(records.graph) - parents} children and {parents} classes for "
+            f"{_named(shown, records)}.",
+            figures.coupling_graph(records.graph, records.classes),
+        ),
+        Section(
+            "Where votes come from",
+            f"The votes for {records.classes[shown.predicted]} by iteration: coupling × length at "
+            "the centres of the receptive fields. The frame is what the strongest position sees.",
+            f"Maps of votes over {_named(shown, records)}.",
+            figures.vote_maps(
+                shown.image / 255,
+                [
+                    VoteMap(
+                        votes[shown.predicted], PRIMARY_STRIDE, records.config.receptive_field()
+                    )
+                    for votes in shown.votes
+                ],
+                [f"iteration {number + 1}" for number in range(len(shown.votes))],
+            ),
+        ),
+    ]
+
+
+def _of_the_decoder(records: Records) -> list[Section]:
+    if records.drawn is None or records.tweaked is None:
+        return []
+    shown = records.examples[0]
+    return [
+        Section(
+            "Reconstructions",
+            "The images above and what the decoder draws from their longest capsule; wrong ones "
+            "are framed.",
+            f"{len(records.examples)} test images with their reconstructions.",
+            figures.reconstructions(
+                torch.stack([example.image for example in records.examples]) / 255,
+                records.drawn,
+                torch.tensor([example.label for example in records.examples]),
+                torch.tensor([example.predicted for example in records.examples]),
+                records.classes,
+            ),
+        ),
+        Section(
+            "Tweaked poses",
+            f"Each dimension of the pose of {records.classes[shown.predicted]} moved by −0.25 to "
+            "0.25, as in figure 4 of the paper.",
+            f"A grid of reconstructions of {_named(shown, records)}, a row for each dimension.",
+            figures.tweaked_poses(records.tweaked, TWEAKS),
+        ),
+    ]
+
+
+def _of_the_engines(records: Records) -> list[Section]:
+    if not records.differences:
+        return []
+    worst = max(max(units.values()) for units in records.differences.values())
+    return [
+        Section(
+            "Engines against dense routing",
+            "The largest differences of outputs and gradients from dense routing in float64, for "
+            "dense routing in float32 and for each engine, on this net's class capsules.",
+            f"No form differs by more than {worst:.1f} units of float32 rounding.",
+            figures.differences(records.differences),
+        )
+    ]
+
+
+def _named(example: Example, records: Records) -> str:
+    return f"test image {example.number}, {records.classes[example.label]}"

@@ -1,0 +1,57 @@
+"""Runs for the tests of the report: nets that were not trained, but whose routing decides."""
+
+import torch
+
+import graphcaps as gc
+from graphcaps.checkpoints import RunFolder
+from graphcaps.data import Dataset, Split
+
+
+def lively_model(**changes):
+    """A small net with large weights: coupling far from equal, pictures with contrast."""
+    torch.manual_seed(1)
+    model = gc.CapsNet(gc.CapsNetConfig(**(dict(conv_channels=6, capsule_maps=3) | changes)))
+    with torch.no_grad():
+        model.primary.conv.weight.mul_(6)
+        model.capsules.weight.mul_(12)
+        if model.decoder is not None:
+            for layer in model.decoder.layers[::2]:
+                layer.weight.mul_(6)
+    return model.eval().requires_grad_(False)
+
+
+def random_data(model, images=40, classes=None):
+    """Images of the net's size; a third of the labels are what the net says, the others drawn."""
+    config = model.config
+    shape = (images, config.image_channels, config.image_size, config.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels / 255).lengths.argmax(dim=1)
+    labels[::3] = torch.randint(0, config.classes, labels[::3].shape)
+    split = Split(pixels, labels)
+    names = classes or tuple(map(str, range(config.classes)))
+    return Dataset("random", names, split, split, split)
+
+
+def write_run(folder, model, *, dataset="random", finished=True, errors=13):
+    """The folder of a run, as training leaves it."""
+    run = RunFolder(folder)
+    settings = {"preset": "small", "dataset": str(dataset), "data_dir": "data", "seed": 0}
+    recipe = {"preset": "small", "epochs": 2}
+    run.create({"settings": settings, "recipe": recipe, "versions": {"graphcaps": "0.1.0"}})
+    for epoch, accuracy in ((1, 0.5), (2, 0.4)):
+        run.log(
+            {
+                "kind": "epoch",
+                "step": 10 * epoch,
+                "epoch": epoch,
+                "train_loss": 0.3 / epoch,
+                "train_accuracy": accuracy,
+                "holdout_loss": 0.2,
+                "holdout_accuracy": accuracy,
+            }
+        )
+    model.save(run.best)
+    if finished:
+        run.finish({"dataset": "random", "test_images": 40, "test_errors": errors, "best_epoch": 1})
+    return run

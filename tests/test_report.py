@@ -1,0 +1,339 @@
+"""What a report says and how it is packed; tests/test_report_page.py looks at it in a browser."""
+
+import base64
+import dataclasses
+import errno
+import html.parser
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from reports import lively_model, random_data, write_run
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps import report
+from graphcaps.data import load_dataset
+from graphcaps.report import page
+from graphcaps.report.records import decoder_layers
+
+DIGITS = Path(__file__).parent / "digits"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model()
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    torch.manual_seed(0)
+    return random_data(model)
+
+
+@pytest.fixture(scope="module")
+def records(model, data, tmp_path_factory):
+    predicted = model(data.test.images / 255).lengths.argmax(dim=1)
+    errors = int((predicted != data.test.labels).sum())
+    run = write_run(tmp_path_factory.mktemp("report") / "run <one>", model, errors=errors)
+    return report.collect(run, model, data)
+
+
+def test_examples_are_those_of_the_net_in_every_iteration(model, data, records):
+    for example in records.examples:
+        image = data.test.images[example.number]
+        assert torch.equal(example.image, image)
+        output, trace = model(image[None] / 255, return_trace=True)
+        assert_close(example.poses, trace.v[:, 0], rtol=1e-4, atol=1e-5)
+        assert_close(example.lengths[-1], output.lengths[0], rtol=1e-4, atol=1e-5)
+        assert example.predicted == int(output.lengths.argmax())
+        assert example.label == int(data.test.labels[example.number])
+        assert_close(example.entropy, trace.entropy().mean(dim=-1)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_coupling_sums_to_one_and_has_a_mean_for_every_map(records):
+    for example in records.examples:
+        assert example.coupling.shape == (3, 108, 10)
+        assert_close(example.coupling.sum(dim=-1), torch.ones(3, 108))
+        assert_close(example.coupling[0], torch.full((108, 10), 0.1))
+        assert example.coupling[-1].max() > 0.5  # these nets' routing decides
+        assert example.map_coupling.shape == (3, 3, 10)
+        for number in range(3):
+            mine = example.coupling[:, 36 * number : 36 * (number + 1)]
+            assert_close(example.map_coupling[:, number], mine.mean(dim=1))
+
+
+def test_the_map_of_votes_is_that_of_a_loop_over_the_children(model, records):
+    example = records.examples[3]
+    u = model.primary(model.conv(example.image[None] / 255))[0]
+    expected = np.zeros((3, 10, 6, 6))
+    for iteration in range(3):
+        for child in range(108):
+            row, column = child % 36 // 6, child % 6
+            size = math.sqrt(sum(x * x for x in u[child].tolist()))
+            for parent in range(10):
+                coupling = float(example.coupling[iteration, child, parent])
+                expected[iteration, parent, row, column] += coupling * size
+    assert np.allclose(example.votes, expected, atol=1e-4)
+
+
+def test_the_strongest_children_are_those_of_a_sort(model, records):
+    example = records.examples[0]
+    u = model.primary(model.conv(example.image[None] / 255))[0]
+    strength = example.coupling[2, :, 4] * u.norm(dim=-1)
+    expected = sorted(range(108), key=lambda child: -float(strength[child]))[:8]
+    assert_close(strength[example.strongest[2, 4]], strength[expected])
+
+
+def test_examples_are_right_ones_of_every_class_then_the_surest_mistakes():
+    lengths = torch.rand(300, 5)
+    labels = torch.where(torch.arange(300) % 3 == 0, lengths.argmin(dim=1), lengths.argmax(dim=1))
+    chosen = report.choose_examples(lengths, labels)
+    assert chosen == report.choose_examples(lengths.clone(), labels.clone())
+    assert len(set(chosen)) == 20
+    right, wrong = chosen[:12], chosen[12:]
+    assert all(number % 3 for number in right)
+    classes = [int(labels[number]) for number in right]
+    assert classes == sorted(classes)
+    assert all(classes.count(j) in (2, 3) for j in range(5))
+    longest = lengths.amax(dim=1)
+    surest = sorted((n for n in range(300) if n % 3 == 0), key=lambda n: -float(longest[n]))
+    assert wrong == surest[:8]
+
+
+@pytest.mark.parametrize(("right", "wrong", "expected"), [(30, 0, 20), (3, 2, 5), (0, 30, 8)])
+def test_examples_are_as_many_as_there_are(right, wrong, expected):
+    lengths = torch.eye(2)[torch.zeros(right + wrong, dtype=torch.long)]
+    labels = torch.tensor([0] * right + [1] * wrong)
+    assert len(report.choose_examples(lengths, labels)) == expected
+
+
+def test_the_confusion_counts_every_image_once(records, model, data):
+    predicted = model(data.test.images / 255).lengths.argmax(dim=1)
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    for true, told in zip(data.test.labels.tolist(), predicted.tolist(), strict=True):
+        expected[true, told] += 1
+    assert torch.equal(records.score.confusion(), expected)
+
+
+def test_the_report_has_every_figure_with_its_words(records):
+    found = report.sections(records)
+    assert [section.title for section in found] == [
+        "Learning curves",
+        "Lengths of the class capsules",
+        "Entropy of the coupling",
+        "Coupling coefficients",
+        "The strongest children",
+        "Where votes come from",
+        "Reconstructions",
+        "Tweaked poses",
+        "Engines against dense routing",
+    ]
+    assert all(section.alt and section.caption for section in found)
+    first = records.examples[0]
+    votes = found[5].figure.axes[2].collections[0].get_array()  # the last iteration's
+    assert_close(torch.tensor(votes.data), first.votes[2, first.predicted].flatten().double())
+    drawn = found[6].figure.axes[len(records.examples)].images[0].get_array()
+    assert_close(torch.tensor(drawn), records.drawn[0, 0].double())
+
+
+def test_figures_that_a_net_cannot_have_are_left_out(tmp_path):
+    net = lively_model(decoder_hidden=None, routing="uniform")
+    run = write_run(tmp_path / "run", net)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    found = report.sections(report.collect(run, net, random_data(net)))
+    titles = {section.title for section in found}
+    assert not titles & {
+        "Learning curves",
+        "Reconstructions",
+        "Tweaked poses",
+        "Engines against dense routing",
+    }
+    assert "Entropy of the coupling" in titles
+
+
+def test_long_arrays_come_out_of_the_page_as_they_went_in(records):
+    packed = page.explorer_data(records)
+    for example, there in zip(records.examples, packed["examples"], strict=True):
+        image = np.frombuffer(base64.b64decode(there["image"]), np.uint8)
+        assert np.array_equal(image, example.image.flatten())
+        coupling = np.frombuffer(base64.b64decode(there["coupling"]), "<f2")
+        assert np.allclose(coupling, example.coupling.flatten(), rtol=5e-4, atol=1e-6)
+        assert np.allclose(there["poses"], example.poses, atol=5.1e-5)
+        assert np.allclose(there["votes"], example.votes.flatten(2), atol=5.1e-5)
+    for (weight, _), there in zip(records.decoder, packed["decoder"], strict=True):
+        halves = np.frombuffer(base64.b64decode(there["weight"]), "<f2")
+        assert np.allclose(halves, weight.flatten(), rtol=5e-4, atol=1e-6)
+        assert there["rows"] == len(weight)
+
+
+def test_rounding_changes_pictures_by_less_than_a_grey_level(records):
+    assert 0 < page.rounding_error(records) < 1
+
+
+class Reader(html.parser.HTMLParser):
+    """Notes what is not closed, what is loaded, and the text."""
+
+    VOID = ("meta", "input", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loaded, self.ids, self.images, self.text = [], [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.loaded += [v for k, v in attributes.items() if k in ("src", "href", "data", "action")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.images += [attributes] if tag == "img" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
+
+
+def test_the_page_is_well_formed_and_loads_nothing(records):
+    figure = Figure()
+    figure.subplots().plot([1, 3, 2])
+    cloud = Figure()
+    cloud.subplots().scatter(*torch.rand(2, 9000).numpy())
+    stand_ins = [
+        report.Section("Loss <by> step", "It falls & rises.", 'A "curve".', figure),
+        report.Section("Second", "Another.", "Another curve.", figure),
+        report.Section("Points", "Many.", "A cloud.", cloud),
+    ]
+    text = report.render(records, stand_ins)
+    reader = Reader(text)
+    assert len(set(reader.ids)) == len(reader.ids)
+    data = ("data:image/svg+xml;base64,", "data:image/png;base64,")
+    assert all(loaded.startswith(("#", *data)) for loaded in reader.loaded)
+    assert {loaded[1:] for loaded in reader.loaded if loaded.startswith("#")} <= set(reader.ids)
+    assert set(re.findall(r"https?://[^\s\"'<]*", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", text)
+    assert "default-src 'none'" in text
+    assert [image["alt"] for image in reader.images] == [
+        'A "curve".',
+        "Another curve.",
+        "A cloud.",
+    ]
+    assert reader.images[2]["src"].startswith(data[1])
+    assert len(reader.images[2]["src"]) < 400_000  # points are drawn as pixels
+    svg = base64.b64decode(reader.images[0]["src"].partition(",")[2])
+    assert b"<svg" in svg
+    assert "Loss <by> step" in reader.text
+    assert "It falls & rises." in reader.text
+
+
+def test_the_page_says_how_the_run_ended_and_how_it_was_made(records):
+    text = Reader(report.render(records, [])).text
+    assert "run <one>" in text
+    errors = records.score.errors
+    assert f"{1 - errors / 40:.2%} of 40 test images of random classified correctly" in text
+    assert f"{errors} errors" in text
+    assert "weights of epoch 1, the best on the hold-out" in text
+    assert "own test" not in text
+    assert "not finished" not in text
+    assert "best" in text
+    for word in ("test_errors", "conv_channels", "epochs", "versions", "0.1.0"):
+        assert word in text
+
+
+def test_a_run_that_is_not_finished_says_so(model, data, tmp_path):
+    run = write_run(tmp_path / "run", model, finished=False)
+    text = Reader(report.render(report.collect(run, model, data), [])).text
+    assert "This run is not finished: 2 of 2 epochs are done" in text
+    assert "classified correctly" in text
+
+
+def test_a_result_that_is_not_found_again_is_told(records):
+    result = {**records.result, "test_errors": 39}
+    text = Reader(report.render(dataclasses.replace(records, result=result), [])).text
+    assert "The run's own test, in result.json, found 39 errors." in text
+
+
+def test_names_of_classes_cannot_break_the_page(model, data, tmp_path):
+    names = ("</script><b>", '"quoted"', "&amp;", *"3456789")
+    run = write_run(tmp_path / "run", model)
+    records = report.collect(run, model, random_data(model, classes=names))
+    reader = Reader(report.render(records, []))
+    assert "</script><b>" in reader.text
+
+
+def test_the_decoders_layers_are_those_of_torch(model):
+    layers = decoder_layers(model)
+    assert [tuple(weight.shape) for weight, _ in layers] == [(512, 160), (1024, 512), (784, 1024)]
+    assert decoder_layers(lively_model(decoder_hidden=None)) == ()
+
+
+def test_a_page_stays_within_a_few_megabytes(records):
+    assert 3e6 < len(report.render(records, [])) < 5e6  # of which 3.8 are the decoder
+
+
+def test_the_papers_net_makes_a_page_within_a_few_megabytes(tmp_path):
+    model = gc.CapsNet.from_preset("paper").eval()
+    run = write_run(tmp_path / "run", model)
+    records = report.collect(run, model, random_data(model, images=24))
+    assert len(report.render(records, [])) < 7e6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_hidden": None},
+        {"routing": "uniform"},
+        {"classes": 3},
+        {"image_channels": 3, "image_size": 20},
+        {"iterations": 1, "classes": 2},
+    ],
+)
+def test_every_kind_of_net_has_a_report(changes, tmp_path):
+    model = lively_model(**changes)
+    run = write_run(tmp_path / "run", model)
+    output = tmp_path / "new" / "report.html"
+    report.write_report(run, model, random_data(model), output)
+    Reader(output.read_text(encoding="utf-8"))
+    assert os.listdir(output.parent) == ["report.html"]
+
+
+def test_a_data_set_with_other_classes_or_images_is_refused(model, tmp_path):
+    run = write_run(tmp_path / "run", model)
+    other = random_data(lively_model(classes=3))
+    with pytest.raises(ValueError, match=r"tells 10 classes and random has 3.*--dataset"):
+        report.collect(run, model, other)
+    with pytest.raises(ValueError, match="expected images of shape"):
+        report.collect(run, lively_model(image_size=20), load_dataset(str(DIGITS)))
+
+
+def test_a_file_that_cannot_be_written_is_named_before_any_work(model, data, tmp_path):
+    run = write_run(tmp_path / "run", model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="got the folder"):
+        report.write_report(run, model, None, tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        report.write_report(run, model, None, tmp_path / "file" / "report.html")
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(model, data, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", model)
+    output = tmp_path / "report.html"
+    output.write_text("old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not be written \(No space left"):
+        report.write_report(run, model, data, output)
+    assert output.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "run"]

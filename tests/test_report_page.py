@@ -1,0 +1,360 @@
+"""The page of a report in a real browser, used with keys as a person would."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import Page, find_chromium
+from matplotlib.figure import Figure
+from reports import lively_model, random_data, write_run
+
+from graphcaps import report
+
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="no chromium on PATH: the report's page is not looked at"
+)
+
+GREY_LEVELS = 1  # by how much the page's decoder may differ from torch's, of 255
+
+
+@pytest.fixture(scope="module")
+def browser():
+    page = Page(find_chromium())
+    yield page
+    page.close()
+
+
+class Shown:
+    """A report in the browser, with the records and the net that it was made from."""
+
+    def __init__(self, browser, folder, model, sections=(), images=40, **changes):
+        torch.manual_seed(0)
+        self.model = model
+        run = write_run(folder / "run", model)
+        records = report.collect(run, model, random_data(model, images))
+        self.records = dataclasses.replace(records, **changes)
+        self.path = folder / "report.html"
+        self.path.write_text(report.render(self.records, sections), encoding="utf-8")
+        self.browser = browser
+        self.run, self.press = browser.run, browser.press
+        browser.open(self.path)
+
+    def focus(self, selector):
+        self.run(f"document.querySelector('{selector}').focus()")
+
+    def text(self, name):
+        return self.run(f"document.getElementById('{name}').textContent")
+
+    def pixels(self, name):
+        """What a canvas shows: red of every pixel, or red, green and blue."""
+        size = self.model.config.image_size
+        values = self.run(
+            f"Array.from(document.getElementById('{name}').getContext('2d')"
+            f".getImageData(0, 0, {size}, {size}).data)"
+        )
+        return np.array(values).reshape(size, size, 4)[:, :, :3]
+
+    def greys(self, name):
+        """Grey levels of the image that a canvas shows dark on white."""
+        pixels = self.pixels(name)
+        assert (pixels == pixels[:, :, :1]).all()
+        return 255 - pixels[:, :, 0]
+
+    def drawn_by_torch(self, example, iteration, parent, moved=()):
+        """The reconstruction, 0 to 255, after adding to dimensions of the pose."""
+        v = example.poses[iteration].clone()
+        for dimension, by in moved:
+            v[parent, dimension] += by
+        mask = torch.eye(len(v))[parent]
+        return 255 * self.model.decoder(v[None], mask[None])[0].numpy()
+
+    def lengths(self):
+        return [
+            float(x)
+            for x in self.run(
+                "[...document.querySelectorAll('#lengths output')].map(e => e.textContent)"
+            )
+        ]
+
+    def check_drawing(self, example, iteration, parent):
+        """Lengths, votes and coupling on the page are those of the records."""
+        assert self.lengths() == pytest.approx(example.lengths[iteration].tolist(), abs=6e-4)
+        edges = self.run(
+            "[...document.querySelectorAll('#coupling .edge')]"
+            ".sort((a, b) => a.dataset.map - b.dataset.map || a.dataset.parent - b.dataset.parent)"
+            ".map(e => [+e.dataset.coupling, +e.getAttribute('stroke-width'),"
+            " e.classList.contains('chosen')])"
+        )
+        means = example.map_coupling[iteration].flatten().tolist()
+        assert [edge[0] for edge in edges] == pytest.approx(means, abs=6e-5)
+        low, high = float(example.map_coupling.min()), float(example.map_coupling.max())
+        for (_, width, chosen), mean in zip(edges, means, strict=True):
+            expected = 0.3 + (5 if chosen else 1.2) * (mean - low) / (high - low)
+            assert width == pytest.approx(expected, abs=0.01)
+        chosen = [number % example.lengths.shape[1] for number, e in enumerate(edges) if e[2]]
+        assert chosen == [parent] * example.map_coupling.shape[1]
+        fills = self.run(
+            "[...document.querySelectorAll('#coupling .cell')].map(e => e.getAttribute('fill'))"
+        )
+        lightness = [float(re.search(r"([\d.]+)%\)$", fill)[1]) for fill in fills]
+        coupling = example.coupling[iteration, :, parent]
+        darkest = max(float(example.coupling.max()), 2 / example.coupling.shape[-1])
+        expected = 97 - 79 * coupling / darkest
+        assert lightness == pytest.approx(expected.tolist(), abs=0.1)
+        votes = self.run(
+            "[...document.querySelectorAll('#votes circle')]"
+            ".map(e => [+e.dataset.vote, +e.getAttribute('cx'), +e.getAttribute('cy')])"
+        )
+        expected = example.votes[iteration, parent].flatten().tolist()
+        assert [vote[0] for vote in votes] == pytest.approx(expected, abs=6e-5)
+        grid = example.votes.shape[-1]
+        middle = self.model.config.kernel_size - 0.5  # of the first receptive field
+        for number, (_, x, y) in enumerate(votes):
+            assert (x, y) == (middle + 2 * (number % grid), middle + 2 * (number // grid))
+
+
+def stand_ins():
+    figure = Figure(figsize=(6, 3))
+    figure.subplots().plot([3, 1, 2])
+    return [report.Section("A figure", "What is seen.", "A curve that falls and rises.", figure)]
+
+
+@pytest.fixture(scope="module")
+def made(browser, tmp_path_factory):
+    return Shown(browser, tmp_path_factory.mktemp("page"), lively_model(), stand_ins())
+
+
+@pytest.fixture
+def shown(made):
+    made.browser.open(made.path)
+    return made
+
+
+def assert_quiet(shown):
+    assert shown.browser.complaints == []
+    loaded = [url for url in shown.browser.requests if not url.startswith("data:")]
+    assert loaded == [shown.path.as_uri()]
+
+
+def test_the_page_opens_from_disk_without_a_complaint_or_a_request(shown):
+    assert_quiet(shown)
+    first = shown.records.examples[0]
+    assert np.array_equal(shown.greys("input"), first.image[0])
+    shown.check_drawing(first, 2, first.predicted)
+    assert shown.run("document.querySelector('#figures img').naturalWidth") > 100
+
+
+def test_another_image_is_picked_with_keys(shown):
+    said = shown.text("said")
+    for _ in range(20):
+        shown.press("Tab")
+        if shown.run("document.activeElement.name") == "example":
+            break
+    outline = "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
+    assert shown.run(outline) == "solid"
+    shown.press("ArrowRight", times=14)
+    example = shown.records.examples[14]
+    assert example.label != example.predicted
+    assert np.array_equal(shown.greys("input"), example.image[0])
+    shown.check_drawing(example, 2, example.predicted)
+    now = shown.text("said")
+    assert now != said
+    assert f"Test image {example.number}, true class {example.label}." in now
+    assert f"the longest capsule is {example.predicted}" in now
+    assert "wrong ✗" in now
+    shown.press("ArrowLeft")
+    assert f"Test image {shown.records.examples[13].number}," in shown.text("said")
+    assert_quiet(shown)
+
+
+def test_misclassified_images_are_marked_by_more_than_colour(shown):
+    labels = shown.run("[...document.querySelectorAll('.pick')].map(e => e.textContent)")
+    styles = shown.run(
+        "[...document.querySelectorAll('.pick .face')].map(e => getComputedStyle(e).borderStyle)"
+    )
+    assert len(labels) == 20
+    shown.press("Tab")
+    for example, label, style in zip(shown.records.examples, labels, styles, strict=True):
+        right = example.label == example.predicted
+        wrong_name = f"✗ {example.label} → {example.predicted}"
+        assert label == (str(example.label) if right else wrong_name)
+        # the first one is picked, and then drawn solid
+        assert style == ("solid" if right else "dashed")
+
+
+def test_stepping_shows_every_iteration_of_the_records(shown):
+    example = shown.records.examples[0]
+    drawn = []
+    shown.focus("#iteration")
+    for iteration in (2, 1, 0):
+        shown.check_drawing(example, iteration, example.predicted)
+        expected = shown.drawn_by_torch(example, iteration, example.predicted)
+        assert np.abs(shown.greys("reconstruction") - expected[0]).max() <= GREY_LEVELS
+        entropy = shown.run("document.querySelector('#entropy [aria-current]').textContent")
+        assert float(entropy) == pytest.approx(float(example.entropy[iteration]), abs=1e-4)
+        assert f"Iteration {iteration + 1}:" in shown.text("said")
+        longest = float(example.lengths[iteration].max())
+        said = float(re.search(r"\|v\| = ([\d.]+):", shown.text("said"))[1])
+        assert said == pytest.approx(longest, abs=0.0051)
+        assert shown.text("iteration-number") == f"{iteration + 1} of 3"
+        drawn.append(shown.run("document.getElementById('coupling').innerHTML"))
+        shown.press("ArrowLeft")
+    assert len(set(drawn)) == 3
+    shown.focus("#next")
+    shown.press("Enter")
+    assert shown.text("iteration-number") == "2 of 3"
+    assert "1 of 3" not in shown.run("document.getElementById('coupling').ariaLabel")
+    assert_quiet(shown)
+
+
+def test_another_class_shows_its_votes_and_reconstruction(shown):
+    example = shown.records.examples[0]
+    other = (example.predicted + 3) % 10
+    shown.run(f"document.querySelector('#lengths input[value=\"{other}\"]').click()")
+    shown.check_drawing(example, 2, other)
+    expected = shown.drawn_by_torch(example, 2, other)
+    assert np.abs(shown.greys("reconstruction") - expected[0]).max() <= GREY_LEVELS
+
+
+def test_sliders_move_the_reconstruction_as_torch_would_and_reset_restores_it(shown):
+    example = shown.records.examples[1]
+    shown.focus("#right input")
+    shown.press("ArrowRight")
+    before = shown.greys("reconstruction")
+    assert np.ptp(before) > 100  # there is something to compare
+    shown.focus("#sliders label:nth-child(3) input")
+    shown.press("ArrowRight", times=25)
+    shown.focus("#sliders label:nth-child(16) input")
+    shown.press("ArrowLeft", times=30)  # no further than its end
+    after = shown.greys("reconstruction")
+    moved = [(2, 0.25), (15, -0.25)]
+    expected = shown.drawn_by_torch(example, 2, example.predicted, moved)
+    assert np.abs(after - expected[0]).max() <= GREY_LEVELS
+    assert np.abs(after - before).max() > 10
+    assert "2 dimensions moved" in shown.text("reconstruction-caption")
+    text = shown.run("document.querySelectorAll('#sliders input')[15].ariaValueText")
+    assert text.endswith("moved by −0.25")
+    shown.focus("#reset")
+    shown.press("Enter")
+    assert np.array_equal(shown.greys("reconstruction"), before)
+    values = shown.run("[...document.querySelectorAll('#sliders input')].map(e => +e.value)")
+    assert values == [0] * 16
+    assert_quiet(shown)
+
+
+def test_every_picture_and_control_has_a_name(shown):
+    nameless = shown.run(
+        "[...document.querySelectorAll('img, canvas, svg')]"
+        ".filter(e => !e.getAttribute('alt') && !e.getAttribute('aria-label'))"
+        ".map(e => e.outerHTML)"
+    )
+    assert nameless == []
+    tree = shown.browser.call("Accessibility.getFullAXTree")["nodes"]
+    named = 0
+    for node in tree:
+        role = node.get("role", {}).get("value")
+        if not node["ignored"] and role in ("slider", "radio", "button", "image", "link"):
+            assert node["name"]["value"], node
+            assert role != "slider" or node["name"]["value"].startswith(("Dimension", "Iteration"))
+            named += 1
+    assert named > 60
+    assert shown.run("document.getElementById('said').getAttribute('aria-live')") == "polite"
+    assert shown.run("document.documentElement.lang") == "en"
+
+
+def overlapping_names(shown):
+    """Pairs of neighbouring names in the coupling graph that lie over each other."""
+    boxes = shown.run(
+        "[...document.querySelectorAll('#coupling text')].filter(e => e.checkVisibility())"
+        ".map(e => [e.textContent, e.getBoundingClientRect()])"
+        ".map(([name, box]) => [name, box.left, box.right, box.top, box.bottom])"
+    )
+    return [
+        (one[0], other[0])
+        for number, one in enumerate(boxes)
+        for other in boxes[:number]
+        if one[1] < other[2] and other[1] < one[2] and one[3] < other[4] and other[3] < one[4]
+    ]
+
+
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_no_width_scrolls_sideways(made, width):
+    made.browser.open(made.path, width=width)
+    assert made.run("document.documentElement.scrollWidth") == width
+    assert made.run("document.querySelector('#coupling').clientWidth") > min(340, width / 2)
+    assert made.run("document.querySelectorAll('#sliders input')[0].clientWidth") > 60
+    assert overlapping_names(made) == []
+    assert_quiet(made)
+
+
+def test_the_coupling_is_drawn_anew_when_the_window_changes(made):
+    made.browser.open(made.path)
+    wide = made.run("document.querySelector('#coupling').viewBox.baseVal.width")
+    made.browser.resize(390, 800)
+    made.run("dispatchEvent(new Event('resize'))")
+    assert made.run("document.querySelector('#coupling').viewBox.baseVal.width") < wide
+    first = made.records.examples[0]
+    made.check_drawing(first, 2, first.predicted)
+
+
+def test_a_net_without_a_decoder_has_a_page_without_sliders(browser, tmp_path):
+    shown = Shown(browser, tmp_path, lively_model(decoder_hidden=None))
+    assert_quiet(shown)
+    assert shown.run("document.getElementById('decoding').checkVisibility()") is False
+    assert shown.run("document.getElementById('no-decoder').checkVisibility()") is True
+    shown.focus("#right input")
+    shown.press("ArrowRight")
+    example = shown.records.examples[1]
+    shown.check_drawing(example, 2, example.predicted)
+    assert_quiet(shown)
+
+
+def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path):
+    shown = Shown(browser, tmp_path, lively_model(routing="uniform", classes=3))
+    assert_quiet(shown)
+    assert shown.text("iteration-number") == "1 of 1"
+    for name in ("iteration", "previous", "next"):
+        assert shown.run(f"document.getElementById('{name}').disabled")
+    widths = shown.run(
+        "[...document.querySelectorAll('#coupling .edge.chosen')]"
+        ".map(e => +e.getAttribute('stroke-width'))"
+    )
+    assert len(set(widths)) == 1
+
+
+def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_path):
+    names = ("T-shirt/top", "</script><i>", "Ankle boot", "&amp;")
+    model = lively_model(image_channels=3, image_size=20, classes=4)
+    shown = Shown(browser, tmp_path, model, classes=names)
+    first = shown.records.examples[0]
+    assert np.array_equal(shown.pixels("input"), first.image.permute(1, 2, 0))
+    expected = shown.drawn_by_torch(first, 2, first.predicted).transpose(1, 2, 0)
+    assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
+    assert names[first.label] in shown.text("said")
+    starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
+    assert len(set(starts)) == 1
+    for width in (390, 1280):
+        browser.open(shown.path, width=width)
+        assert shown.run("document.documentElement.scrollWidth") == width
+    assert_quiet(shown)
+
+
+def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, tmp_path):
+    shown = Shown(browser, tmp_path, lively_model(classes=27, capsule_maps=32), images=9)
+    for width in (390, 1280):
+        browser.open(shown.path, width=width)
+        assert shown.run("document.documentElement.scrollWidth") == width
+        assert overlapping_names(shown) == []
+        blocks = shown.run(
+            "[...document.querySelectorAll('#coupling .block')]"
+            ".map(e => ['x', 'y', 'width'].map(name => +e.getAttribute(name)))"
+        )
+        assert len(blocks) == 32
+        sides = {(round(x, 3), round(y, 3)) for x, y, _ in blocks}
+        assert len(sides) == 32
+        assert all(side >= 26 for _, _, side in blocks)
+    first = shown.records.examples[0]
+    shown.check_drawing(first, 2, first.predicted)
+    assert_quiet(shown)
