@@ -29,6 +29,7 @@ AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
 FRAMES_PER_SECOND = 1
 MOST_LABELLED_CHILDREN = 40
+IMAGES_IN_A_ROW = 10
 SHARE_BELOW_ALL = 1e-12  # where bars on a logarithmic axis start
 
 
@@ -245,21 +246,28 @@ def reconstructions(
         classes: their names; numbers if not given.
 
     Returns:
-        N columns; wrong ones are framed and say so.
+        Pairs of rows of up to ten columns; wrong ones are framed and say so.
     """
-    figure = _figure(max(4, 1.1 * len(images)), 3)
-    above, below = figure.subplots(2, len(images), squeeze=False)
+    columns = min(len(images), IMAGES_IN_A_ROW)
+    pairs = math.ceil(len(images) / columns)
+    figure = _figure(max(4, 1.1 * columns), 3 * pairs)
+    panels = figure.subplots(2 * pairs, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
     for number, (true, seen) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
-        _show(above[number], images[number])
-        _show(below[number], drawn[number])
+        pair, column = divmod(number, columns)
+        above, below = panels[2 * pair : 2 * pair + 2, column]
+        _show(above, images[number])
+        _show(below, drawn[number])
         true_name, seen_name = (classes[k] if classes else str(k) for k in (true, seen))
         wrong = true != seen
-        above[number].set_title(f"is {true_name}")
-        below[number].set_xlabel(f"read {seen_name}" + (" (wrong)" if wrong else ""))
-        for side in below[number].spines.values():
+        above.set_title(f"is {true_name}")
+        below.set_xlabel(f"read {seen_name}" + (" (wrong)" if wrong else ""))
+        for side in below.spines.values():
             side.set(visible=wrong, linewidth=2, color=INK)
-    above[0].set_ylabel("image")
-    below[0].set_ylabel("reconstruction")
+        if column == 0:
+            above.set_ylabel("image")
+            below.set_ylabel("reconstruction")
     return figure
 
 
@@ -501,6 +509,7 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
     pixels = _numbers(image.permute(1, 2, 0))
     axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=3 if dimmed else 1)
     axes.set(xticks=[], yticks=[])
+    axes.set_axis_on()
     axes.spines[:].set_visible(dimmed)
 
 

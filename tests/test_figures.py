@@ -191,6 +191,16 @@ def test_reconstructions_stand_below_their_images_and_wrong_ones_say_so():
     drawn(figure)
 
 
+def test_many_reconstructions_stand_in_rows_of_ten():
+    images, labels = torch.rand(12, 1, 28, 28), torch.arange(12) % 10
+    figure = figures.reconstructions(images, 1 - images, labels, labels)
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 24
+    close(shown[20].images[0].get_array(), images[10, 0].numpy())
+    close(shown[23].images[0].get_array(), 1 - images[11, 0].numpy())
+    drawn(figure)
+
+
 def test_a_tweaked_pose_is_a_grid_of_dimensions_and_offsets():
     redrawn = torch.rand(3, 2, 1, 28, 28)
     figure = figures.tweaked_poses(redrawn, (-0.25, 0.25))

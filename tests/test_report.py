@@ -138,7 +138,7 @@ def test_the_report_has_every_figure_with_its_words(records):
     first = records.examples[0]
     votes = found[5].figure.axes[2].collections[0].get_array()  # the last iteration's
     assert_close(torch.tensor(votes.data), first.votes[2, first.predicted].flatten().double())
-    drawn = found[6].figure.axes[len(records.examples)].images[0].get_array()
+    drawn = found[6].figure.axes[10].images[0].get_array()
     assert_close(torch.tensor(drawn), records.drawn[0, 0].double())
 
 
