@@ -101,8 +101,8 @@ def test_a_net_on_300_digits_tells_most_of_the_others_from_image_files(
 def test_info_says_which_engines_can_run(graphcaps):
     status, out, _ = graphcaps("info")
     assert status == 0
-    assert "engine auto is builtin" in out
-    for engine in ("udf", "builtin", "scatter"):
+    assert "engine auto is fused" in out
+    for engine in ("fused", "udf", "builtin", "scatter"):
         assert f"{engine:8} can run" in out
 
 

@@ -240,7 +240,7 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
     ("changes", "said"),
     [
         (dict(iterations=0), "iterations must be at least 1; got 0"),
-        (dict(engine="dense"), "unknown engine 'dense'; choose one of auto, udf"),
+        (dict(engine="dense"), "unknown engine 'dense'; choose one of auto, fused, udf"),
         (dict(routing="em"), "unknown routing 'em'"),
         (dict(gradients="some"), "unknown gradients"),
     ],
