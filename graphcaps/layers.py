@@ -115,7 +115,7 @@ class CapsuleLayer(nn.Module):
             last alone.
         engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
             stores a vote, and gives no trace and no second derivatives; `"auto"` takes the kernel
-            where it applies. May be changed at any time, holds no parameters.
+            where it applies and is the faster one. May be changed at any time, holds no parameters.
         device, dtype: of `weight`, as in torch.
 
     Attributes:
@@ -214,9 +214,9 @@ class CapsuleLayer(nn.Module):
             check_structure(graph)
             check_weight_index(graph, kinds=len(self.weight))
         self._check_poses(u, graph)
-        if self._takes_the_kernel(u, return_trace):
-            return self._routed_by_the_kernel(u, graph)
         structure, samples = (self.graph, len(u)) if graph is None else (graph, 1)
+        if self._takes_the_kernel(u, samples, return_trace):
+            return self._routed_by_the_kernel(u, graph)
         with torch.autocast(u.device.type, enabled=False):
             if graph is None:
                 passing, u_hat = self._passing(samples, u.device), self._votes(u)
@@ -248,20 +248,23 @@ class CapsuleLayer(nn.Module):
             return uniform_routing(passing, u_hat)
         return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
 
-    def _takes_the_kernel(self, u: Tensor, return_trace: bool) -> bool:
-        if self.engine not in ("auto", "fused"):
+    def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
+        if self.engine == "auto":
+            worth_it = samples >= kernels.FEWEST_SAMPLES and not return_trace
+            return worth_it and kernels.why_not(u.device, u.dtype) is None
+        if self.engine != "fused":
             return False
         reason = kernels.why_not(u.device, u.dtype)
-        if self.engine == "fused" and reason is not None:
+        if reason is not None:
             raise RuntimeError(
                 f"engine 'fused' cannot run on {u.device}: {reason}. Use engine='auto'."
             )
-        if self.engine == "fused" and return_trace:
+        if return_trace:
             raise ValueError(
                 "engine 'fused' never has the votes that a trace is made of; use engine='auto', "
                 "which takes another one for a trace"
             )
-        return reason is None and not return_trace
+        return True
 
     def _routed_by_the_kernel(self, u: Tensor, graph: dgl.DGLGraph | None) -> Tensor:
         # the first iteration couples uniformly

@@ -383,6 +383,7 @@ def test_auto_takes_the_kernel_where_it_applies(monkeypatch):
     layer(torch.randn(64, 6, 4))
     assert len(called) == 1
     layer(torch.randn(64, 6, 4), return_trace=True)
+    layer(torch.randn(1, 6, 4))
     layer.bfloat16()(torch.randn(64, 6, 4, dtype=torch.bfloat16))
     assert len(called) == 1
     layer.engine = "fused"
@@ -404,6 +405,27 @@ def test_without_numba_fused_says_so_and_auto_falls_back(monkeypatch):
             layer(torch.randn(64, 6, 4))
     finally:
         dynamic_cpu.why_not.cache_clear()
+
+
+def test_torch_compile_is_told_to_look_elsewhere(monkeypatch):
+    called = count_routings(monkeypatch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5)
+    layer(torch.randn(64, 6, 4))
+    assert not called
+    layer.engine = "fused"
+    with pytest.raises(RuntimeError, match=r"torch\.compile cannot look into it"):
+        layer(torch.randn(64, 6, 4))
+
+
+def test_where_no_compiled_code_can_be_kept_it_is_compiled_anew():
+    program = """
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes = []
+from graphcaps.kernels import dynamic_cpu
+assert dynamic_cpu.why_not() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_edges_are_sorted_once_and_not_saved(monkeypatch):
@@ -483,7 +505,7 @@ def test_memory_is_that_of_children_and_parents_not_of_edges(batch):
         text=True,
         env={"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)},
     )
-    lanes = -(-batch // 16) * 16
+    lanes = 16 if batch <= 16 else 64
     of_children = 4 * lanes * children * 8
     of_parents = 4 * lanes * parents * 16
     votes = 4 * batch * children * parents * 16

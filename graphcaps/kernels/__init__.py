@@ -12,6 +12,8 @@ from torch import Tensor
 from graphcaps._dgl import dgl
 from graphcaps.kernels import dynamic_cpu
 
+FEWEST_SAMPLES = 8  # with fewer, lanes on the CPU stay empty, and passing messages is faster
+
 
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no kernel can route features of `dtype` on `device`, or None where one can.
@@ -19,6 +21,8 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
     >>> why_not(torch.device("cpu"), torch.bfloat16)
     'it computes in float32 and float64, not in torch.bfloat16'
     """
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into it; compile the modules around the layer"
     if device.type != "cpu":
         return f"it is for the CPU, not for {device.type}"
     if dtype not in dynamic_cpu.DTYPES:

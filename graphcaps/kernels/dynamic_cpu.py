@@ -21,8 +21,7 @@ from graphcaps.functional import squash
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 DTYPES = (torch.float32, torch.float64)
-LANES = (16, 64)  # multiples of 16; each is compiled on its own
-SMALL_BATCH = 32  # up to here, 64 lanes would be too empty
+LANES = (16, 64)  # of a batch that fits into the first, and of any other; each is compiled apart
 WORK_OF_A_THREAD = 1_000_000  # multiplications, below which starting one costs more than it gives
 
 
@@ -58,7 +57,7 @@ def prepare(graph: dgl.DGLGraph, kinds: int) -> Edges:
     return Edges(
         by_child=edges,
         parents=graph.num_nodes("parent"),
-        most=int(edges.start.diff().max()) if len(edges.start) > 1 else 0,
+        most=max([1, *edges.start.diff().tolist()]),
         apart=bool((owner[edges.kind.long()] == edges.child).all()),
     )
 
@@ -120,7 +119,7 @@ class _Parts:
     def __init__(self, u: Tensor, weight: Tensor, edges: Edges) -> None:
         self.batch, children, child_dim = u.shape
         parent_dim = weight.shape[2]
-        self.size = LANES[0] if self.batch <= SMALL_BATCH else LANES[1]
+        self.size = LANES[0] if self.batch <= LANES[0] else LANES[1]
         self.edges = edges
         self.u = self.in_lanes(u)
         self.weight = weight.detach().contiguous()
