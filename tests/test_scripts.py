@@ -33,7 +33,7 @@ def test_the_benchmark_measures_every_form_and_writes_what_it_measured(tmp_path)
     sizes = ("--layer.batch", "3", "--layer.children", "40", "--threads", "1", "--rounds", "3")
     out = script("bench_routing.py", *sizes, "--output", str(output))
     results = json.loads(output.read_text())
-    for form in ("dense", "udf", "builtin", "scatter"):
+    for form in ("dense", "fused", "udf", "builtin", "scatter"):
         assert f"| {form} |" in out
         assert results["relative_error"][form] < 1e-4
         for mode in ("forward", "forward+backward"):

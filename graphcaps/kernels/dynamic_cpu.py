@@ -92,7 +92,7 @@ class DynamicRouting(torch.autograd.Function):
         """`q^r = (∂squash/∂s)ᵀ (∂v^r + H_r)` and `H_{r-1} = H_r + Σ l^r_e û_e`, from the last r."""
         from graphcaps.kernels.passes import sum_logit_gradients
 
-        if torch.is_grad_enabled():  # create_graph=True; once_differentiable may keep silent
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable may say nothing
             raise RuntimeError(
                 "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
             )
@@ -143,8 +143,9 @@ class _Parts:
 
     def in_lanes(self, x: Tensor) -> Tensor:
         """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
-        padded = F.pad(x.detach(), (0, 0, 0, 0, 0, -len(x) % self.size))
-        return padded.unflatten(0, (-1, self.size)).permute(0, 2, 3, 1).contiguous()
+        missing = -len(x) % self.size
+        padded = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        return padded.detach().unflatten(0, (-1, self.size)).permute(0, 2, 3, 1).contiguous()
 
     def in_samples(self, x: Tensor) -> Tensor:
         """`[blocks, n, d, lanes]` to `[B, n, d]`."""

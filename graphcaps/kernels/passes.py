@@ -280,7 +280,7 @@ def exp_below_0(x):
     raise NotImplementedError("for compiled code alone")
 
 
-@overload(exp_below_0, inline="never", jit_options=dict(fastmath={"contract"}))
+@overload(exp_below_0, jit_options=dict(fastmath={"contract"}))
 def _exp_below_0(x):
     if x == types.float32:
         return _exp_of_float32
