@@ -1,15 +1,24 @@
 # make train: from a fresh clone to a trained and tested net. make test: all the tests.
+# make notebooks: runs each and writes its .ipynb. make bench: the layer's cost on this machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint format clean
+NOTEBOOKS := $(wildcard notebooks/*.py)
+
+.PHONY: train test notebooks bench lint format clean
 
 train: $(VENV)/.ready
 	$(BIN)/graphcaps train
 
 test: $(VENV)/.ready
 	$(BIN)/pytest
+
+notebooks: $(VENV)/.ready
+	$(BIN)/jupytext --to notebook --execute $(NOTEBOOKS)
+
+bench: $(VENV)/.ready
+	$(BIN)/python scripts/bench_routing.py --short
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check

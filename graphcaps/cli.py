@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from graphcaps import __version__
+from graphcaps import __version__, kernels
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import load_dataset
@@ -186,7 +186,10 @@ def _info() -> None:
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        print(f"{device} ({name}): engine auto is {choose_engine('auto', device)}")
+        no_kernel = kernels.why_not(device)
+        auto = "fused" if no_kernel is None else choose_engine("auto", device)
+        print(f"{device} ({name}): engine auto is {auto}")
+        print(f"  {'fused':8} {no_kernel or 'can run'}")
         for engine, kind in ENGINES.items():
             print(f"  {engine:8} {kind.why_not(device) or 'can run'}")
     if not torch.cuda.is_available():

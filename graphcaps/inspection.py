@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from graphcaps import reference
+from graphcaps import kernels, reference
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
 from graphcaps.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
@@ -145,6 +145,8 @@ def differences_from_dense(layer: CapsuleLayer, u: Tensor) -> dict[str, dict[str
 
     forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dense": dense}
     forms |= {e: by_engine(e) for e, kind in ENGINES.items() if kind.why_not(u.device) is None}
+    if kernels.why_not(u.device, u.dtype) is None:
+        forms["fused"] = by_engine("fused")
     truth = _with_gradients(dense, u.double(), layer.weight.double())
     return {
         form: {

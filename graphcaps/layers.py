@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from graphcaps import kernels
 from graphcaps._dgl import dgl
 from graphcaps.functional import squash
 from graphcaps.graph import batch_graph, check_structure, check_weight_index, is_complete
@@ -112,8 +113,9 @@ class CapsuleLayer(nn.Module):
         iterations: R, of dynamic routing; uniform routing has none.
         gradients: `"all"` lets gradients flow through every iteration, `"last"` through the
             last alone.
-        engine: `"auto"`, `"udf"`, `"builtin"` or `"scatter"`; may be changed at any time, holds
-            no parameters.
+        engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
+            stores a vote, and gives no trace and no second derivatives; `"auto"` takes the kernel
+            where it applies and is the faster one. May be changed at any time, holds no parameters.
         device, dtype: of `weight`, as in torch.
 
     Attributes:
@@ -154,7 +156,7 @@ class CapsuleLayer(nn.Module):
         for name, value, choices in (
             ("routing", routing, ROUTINGS),
             ("gradients", gradients, ("all", "last")),
-            ("engine", engine, ("auto", *ENGINES)),
+            ("engine", engine, ("auto", "fused", *ENGINES)),
         ):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
@@ -165,6 +167,7 @@ class CapsuleLayer(nn.Module):
         self.engine = engine
         self._complete = is_complete(graph)
         self._bound: dict[tuple, MessagePassing] = {}
+        self._edges: dict[torch.device, Any] = {}
         child, _ = graph.edges()
         weight_index = graph.edata["weight_index"]
         kinds = int(weight_index.max()) + 1 if graph.num_edges() else 0
@@ -199,14 +202,21 @@ class CapsuleLayer(nn.Module):
 
         Raises:
             ValueError: poses that do not fit graph and weight in shape, dtype or device, or (on
-                the CPU, where looking does not make the device wait) hold NaN or infinity.
+                the CPU, where looking does not make the device wait) hold NaN or infinity; a
+                trace asked of engine `"fused"`.
             RuntimeError: an engine that cannot run on the device of `u`.
         """
+        if self.routing not in ROUTINGS:
+            raise ValueError(
+                f"unknown routing {self.routing!r}; choose one of {', '.join(ROUTINGS)}"
+            )
         if graph is not None:
             check_structure(graph)
             check_weight_index(graph, kinds=len(self.weight))
         self._check_poses(u, graph)
         structure, samples = (self.graph, len(u)) if graph is None else (graph, 1)
+        if self._takes_the_kernel(u, samples, return_trace):
+            return self._routed_by_the_kernel(u, graph)
         with torch.autocast(u.device.type, enabled=False):
             if graph is None:
                 passing, u_hat = self._passing(samples, u.device), self._votes(u)
@@ -234,13 +244,41 @@ class CapsuleLayer(nn.Module):
         )
 
     def _iterations(self, passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
-        match self.routing:
-            case "dynamic":
-                return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
-            case "uniform":
-                return uniform_routing(passing, u_hat)
-            case other:
-                raise ValueError(f"unknown routing {other!r}; choose one of {', '.join(ROUTINGS)}")
+        if self.routing == "uniform":
+            return uniform_routing(passing, u_hat)
+        return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
+
+    def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
+        if self.engine == "auto":
+            worth_it = samples >= kernels.FEWEST_SAMPLES and not return_trace
+            return worth_it and kernels.why_not(u.device, u.dtype) is None
+        if self.engine != "fused":
+            return False
+        reason = kernels.why_not(u.device, u.dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"engine 'fused' cannot run on {u.device}: {reason}. Use engine='auto'."
+            )
+        if return_trace:
+            raise ValueError(
+                "engine 'fused' never has the votes that a trace is made of; use engine='auto', "
+                "which takes another one for a trace"
+            )
+        return True
+
+    def _routed_by_the_kernel(self, u: Tensor, graph: dgl.DGLGraph | None) -> Tensor:
+        # the first iteration couples uniformly
+        iterations = 1 if self.routing == "uniform" else self.iterations
+        with torch.autocast(u.device.type, enabled=False):
+            if graph is not None:
+                edges = kernels.prepare(graph, len(self.weight), u.device)
+                return kernels.routed(
+                    u.unsqueeze(0), self.weight, edges, iterations, self.gradients
+                ).squeeze(0)
+            if u.device not in self._edges:
+                self._edges[u.device] = kernels.prepare(self.graph, len(self.weight), u.device)
+            edges = self._edges[u.device]
+            return kernels.routed(u, self.weight, edges, iterations, self.gradients)
 
     def _passing(self, batch_size: int, device: torch.device) -> MessagePassing:
         key = (batch_size, device, self.engine)
@@ -281,7 +319,7 @@ class CapsuleLayer(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": {}}  # rebuilt on demand
+        return {**self.__dict__, "_bound": {}, "_edges": {}}  # rebuilt on demand
 
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""

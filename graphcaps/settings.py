@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from graphcaps.data import DATASETS
 
-Engine = Literal["auto", "udf", "builtin", "scatter"]
+Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,36 @@
-"""Sizes of a capsule layer enter; time and memory of every engine beside the dense form leave.
+"""Sizes of a capsule layer enter; time and memory of every form of it leave.
 
-All forms run in one process, one after the other in every round, so that whatever else the
-machine does meets them alike. Each is compared with the dense form in float64 first; one that is
-wrong is not timed. Memory is measured in a process of its own for each form.
+The forms are dense routing, eager and compiled, and each engine. Every form is first compared with
+dense routing in float64, output and gradients; one that is wrong is not timed. Times are taken in
+one process, form after form in every round; memory in a process of its own for each form.
 
-    python scripts/bench_routing.py --output benchmarks/routing-cpu.json
+    python scripts/bench_routing.py --output benchmarks/routing-cpu.json     # everything
+    python scripts/bench_routing.py --short                                  # under 2 minutes
 """
 
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from measuring import alternating, in_own_process, machine, peak_mib, quartiles, write
 from torch import Tensor
 from torch.nn import Parameter
 
 import graphcaps as gc
 from graphcaps._dgl import dgl
-from graphcaps.passing import ENGINES
 
-FORMS = ("dense", *ENGINES)
-MODES = ("forward", "forward+backward")
+FORMS = ("dense", "compiled", "udf", "builtin", "scatter", "fused")
+MODES = ("inference", "forward", "forward+backward")
 ALLOWED_ERROR = 1e-4  # relative to the largest value; float32 has 1e-7 for one operation
+MEBI = 2**20
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A capsule layer on a complete graph, votes and routing."""
+    """A capsule layer, votes and routing."""
 
     batch: int = 64
     children: int = 1152
@@ -42,6 +38,8 @@ class Layer:
     child_dim: int = 8
     parent_dim: int = 16
     iterations: int = 3
+    kept: float = 1.0
+    """Share of the edges of the complete graph, drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,12 @@ class Options:
     """Compare the engines of graphcaps with dense routing."""
 
     layer: Layer = Layer()
+    short: bool = False
+    """The layer alone: no sweeps, no large layer, a third of the rounds."""
     threads: int = 2
     """Of torch and of DGL."""
+    device: str = "cpu"
+    """cpu or cuda."""
     rounds: int = 15
     """How often each form is timed."""
     output: Path | None = None
@@ -59,17 +61,50 @@ class Options:
     """Print the peak memory of FORM:MODE alone; used by this script itself."""
 
 
-def make_form(form: str, layer: Layer, weight: Parameter) -> Callable[[Tensor], Tensor]:
+LARGE = Layer(batch=128, children=3872, parents=196)
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "batch": (1, 4, 16, 64, 128, 256),
+    "children": (144, 288, 576, 1152, 2304),
+    "iterations": (1, 2, 3, 5),
+    "kept": (1.0, 0.5, 0.25, 0.1),
+}
+SWEPT = ("dense", "builtin", "fused")
+
+
+def make_graph(layer: Layer) -> dgl.DGLGraph:
+    """The complete graph, or so many of its edges, each with a matrix of its own."""
+    if layer.kept == 1:
+        return gc.complete_graph(layer.children, layer.parents)
+    every = layer.children * layer.parents
+    generator = torch.Generator().manual_seed(1)
+    edges = torch.randperm(every, generator=generator)[: round(layer.kept * every)].sort().values
+    return gc.routing_graph(
+        edges // layer.parents,
+        edges % layer.parents,
+        children=layer.children,
+        parents=layer.parents,
+    )
+
+
+def make_form(
+    form: str, layer: Layer, graph: dgl.DGLGraph, weight: Parameter
+) -> Callable[[Tensor], Tensor]:
     """The layer as a function of poses `[B, I, K]`, which gives `[B, J, D]`."""
-    if form == "dense":
-        matrices = weight.unflatten(0, (layer.children, layer.parents))
+    if form in ("dense", "compiled"):
+        child, parent = (ends.long().to(weight.device) for ends in graph.edges())
+        mask = torch.zeros(layer.children, layer.parents, dtype=torch.bool, device=weight.device)
+        mask[child, parent] = True
 
         def dense(u: Tensor) -> Tensor:
+            if layer.kept == 1:
+                votes = gc.reference.votes(u, weight.unflatten(0, mask.shape))
+                return gc.reference.dynamic_routing(votes, layer.iterations)[0]
+            matrices = weight.new_zeros(*mask.shape, *weight.shape[1:])
+            matrices = matrices.index_put((child, parent), weight)
             votes = gc.reference.votes(u, matrices)
-            return gc.reference.dynamic_routing(votes, layer.iterations)[0]
+            return gc.reference.dynamic_routing(votes, layer.iterations, mask=mask)[0]
 
-        return dense
-    graph = gc.complete_graph(layer.children, layer.parents)
+        return dense if form == "dense" else torch.compile(dense)
     capsules = gc.CapsuleLayer(
         graph,
         layer.child_dim,
@@ -77,170 +112,175 @@ def make_form(form: str, layer: Layer, weight: Parameter) -> Callable[[Tensor], 
         iterations=layer.iterations,
         engine=form,
         dtype=weight.dtype,
+        device=weight.device,
     )
     capsules.weight = weight
     return capsules
 
 
-def make_input(layer: Layer, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Parameter]:
+def make_input(
+    layer: Layer, edges: int, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Parameter]:
     """Squashed poses and the matrices, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     poses = torch.randn(layer.batch, layer.children, layer.child_dim, generator=generator)
-    weight = torch.randn(
-        layer.children * layer.parents, layer.child_dim, layer.parent_dim, generator=generator
-    )
-    return gc.squash(poses).to(dtype).requires_grad_(), Parameter((0.1 * weight).to(dtype))
+    weight = torch.randn(edges, layer.child_dim, layer.parent_dim, generator=generator)
+    poses, weight = gc.squash(poses).to(device, dtype), (0.1 * weight).to(device, dtype)
+    return poses.requires_grad_(), Parameter(weight)
 
 
 def run(function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str) -> Tensor:
-    """One forward, without gradients, or one forward and backward."""
-    if mode == "forward":
+    """One forward for its result alone, one that could be differentiated, or one that is."""
+    u.grad = weight.grad = None
+    if mode == "inference":
         with torch.no_grad():
             return function(u)
-    u.grad = weight.grad = None
     v = function(u)
-    v.square().sum().backward()
+    if mode == "forward+backward":
+        v.square().sum().backward()
     return v
 
 
-def seconds(function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str) -> float:
-    """Wall-clock time of one `run`."""
-    started = time.perf_counter()
-    run(function, u, weight, mode)
-    return time.perf_counter() - started
+def errors(layer: Layer, graph: dgl.DGLGraph, forms: Iterator[str], device: str) -> dict[str, Any]:
+    """The largest error of output and gradients, relative to the largest value; or why not."""
+    small = replace(layer, batch=min(layer.batch, 8))  # samples are routed apart
+
+    def found(form: str, dtype: torch.dtype) -> list[Tensor]:
+        u, weight = make_input(small, graph.num_edges(), device, dtype)
+        v = run(make_form(form, small, graph, weight), u, weight, "forward+backward")
+        assert u.grad is not None and weight.grad is not None
+        return [v.detach(), u.grad, weight.grad]
+
+    truth = found("dense", torch.float64)
+    said: dict[str, Any] = {}
+    for form in forms:
+        try:
+            pairs = zip(found(form, torch.float32), truth, strict=True)
+            said[form] = max(
+                float((x - right).abs().max() / right.abs().max()) for x, right in pairs
+            )
+        except Exception as problem:  # a compiler or a GPU that is not there: said, not hidden
+            said[form] = f"cannot run: {str(problem).strip().splitlines()[0]}"
+    return said
 
 
-def gradients(form: str, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-    """Output and both gradients of one form."""
-    u, weight = make_input(layer, dtype)
-    v = run(make_form(form, layer, weight), u, weight, "forward+backward")
-    assert u.grad is not None and weight.grad is not None
-    return [v.detach(), u.grad, weight.grad]
+def measure(
+    layer: Layer, forms: tuple[str, ...], modes: tuple[str, ...], options: Options
+) -> dict[str, Any]:
+    """Every form that is right, in every mode: seconds of each round."""
+    graph = make_graph(layer)
+    wrong = errors(layer, graph, iter(forms), options.device)
+    right = [f for f in forms if isinstance(wrong[f], float) and wrong[f] <= ALLOWED_ERROR]
+    u, weight = make_input(layer, graph.num_edges(), options.device)
+    functions = {form: make_form(form, layer, graph, weight) for form in right}
+    seconds = {}
+    for mode in modes:
+        calls = {f: _call(function, u, weight, mode) for f, function in functions.items()}
+        seconds[mode] = alternating(calls, options.rounds)
+    return {"layer": asdict(layer), "relative_error": wrong, "seconds": seconds}
 
 
-def relative_error(form: str, layer: Layer, truth: list[Tensor]) -> float:
-    """The largest error of output and gradients, relative to the largest value of each."""
-    found = gradients(form, layer, torch.float32)
-    return max(
-        float((x - right).abs().max() / right.abs().max())
-        for x, right in zip(found, truth, strict=True)
+def _call(
+    function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str
+) -> Callable[[], Tensor]:
+    return lambda: run(function, u, weight, mode)
+
+
+def peak_memory(form: str, mode: str, layer: Layer, device: str) -> float:
+    """MiB that one run needs beyond its inputs, its output and its gradients."""
+    graph = make_graph(layer)
+    u, weight = make_input(layer, graph.num_edges(), device)
+    function = make_form(form, layer, graph, weight)
+    one = u if form == "compiled" else u[:1].detach().requires_grad_()  # compiled for one size
+    run(function, one, weight, mode)  # libraries load, loops are compiled
+    u.grad = weight.grad = None
+    results = layer.batch * layer.parents * layer.parent_dim
+    if mode == "forward+backward":
+        results += u.numel() + weight.numel()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(function, u, weight, mode)
+        return (torch.cuda.max_memory_allocated() - before - 4 * results) / MEBI
+    return peak_mib(lambda: run(function, u, weight, mode)) - 4 * results / MEBI
+
+
+def peak_apart(form: str, mode: str, layer: Layer, options: Options) -> float:
+    """The same in a process of its own."""
+    sizes = [f"--layer.{name.replace('_', '-')}={n}" for name, n in asdict(layer).items()]
+    printed = in_own_process(
+        __file__,
+        *sizes,
+        f"--threads={options.threads}",
+        f"--device={options.device}",
+        f"--memory-of={form}:{mode}",
     )
+    return float(printed.split()[-1])
 
 
-def peak_memory(form: str, mode: str, layer: Layer) -> float:
-    """MiB that one run needs beyond what is there before it; Linux alone can tell."""
-    u, weight = make_input(layer)
-    function = make_form(form, layer, weight)
-    run(function, u[:1].detach().requires_grad_(), weight, mode)  # libraries load, pools fill
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run(function, u, weight, mode)
-    return (_status("VmHWM") - before) / 1024
-
-
-def measure(options: Options) -> dict:
-    """Every form in every mode: seconds of each round, MiB, error; and the cost of the graph."""
-    layer = options.layer
-    truth = gradients("dense", layer, torch.float64)
-    errors = {form: relative_error(form, layer, truth) for form in FORMS}
-    right = [form for form in FORMS if errors[form] <= ALLOWED_ERROR]
-    u, weight = make_input(layer)
-    functions = {form: make_form(form, layer, weight) for form in right}
-    first = {form: seconds(function, u, weight, "forward") for form, function in functions.items()}
-    times: dict[str, dict[str, list[float]]] = {f: {m: [] for m in MODES} for f in right}
-    for function in functions.values():
-        run(function, u, weight, "forward+backward")
-    for _ in range(options.rounds):
-        for mode in MODES:
-            for form, function in functions.items():
-                times[form][mode].append(seconds(function, u, weight, mode))
-    return {
-        "layer": asdict(layer),
-        "machine": {
-            "processor": _processor(),
-            "threads": options.threads,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "dgl": dgl.__version__,
-        },
-        "relative_error": errors,
-        "first_forward_seconds": first,
-        "seconds": times,
-        "peak_mib": {f: {m: _measured_apart(f, m, options) for m in MODES} for f in right},
-    }
-
-
-def table(results: dict) -> str:
-    """The figures as Markdown: medians, quartiles, and ratios to the dense form."""
+def table(results: dict[str, Any]) -> str:
+    """The layer's figures as Markdown: medians, quartiles, ratios to the eager dense form."""
     lines = [
-        "| form | forward | × dense | forward + backward | × dense "
-        "| peak memory, forward | forward + backward |",
+        "| form | inference | × dense | forward + backward | × dense "
+        "| peak memory, inference | forward + backward |",
         "|---|---|---|---|---|---|---|",
     ]
-    dense = results["seconds"]["dense"]
-    for form, times in results["seconds"].items():
+    seconds, peaks = results["seconds"], results["peak_mib"]
+    for form, error in results["relative_error"].items():
+        if form not in peaks:
+            lines.append(f"| {form} | {error if isinstance(error, str) else 'wrong'} |||||||")
+            continue
         cells = [form]
-        for mode in MODES:
-            low, middle, high = (1e3 * q for q in statistics.quantiles(times[mode], n=4))
-            ratio = statistics.median(times[mode]) / statistics.median(dense[mode])
+        for mode in ("inference", "forward+backward"):
+            low, middle, high = (1e3 * q for q in quartiles(seconds[mode][form]))
+            ratio = middle / 1e3 / quartiles(seconds[mode]["dense"])[1]
             cells += [f"{middle:.0f} ms ({low:.0f} to {high:.0f})", f"{ratio:.2f}"]
-        cells += [f"{results['peak_mib'][form][mode]:.0f} MiB" for mode in MODES]
+        cells += [f"{peaks[form][mode]:.0f} MiB" for mode in ("inference", "forward+backward")]
         lines.append(f"| {' | '.join(cells)} |")
-    wrong = set(FORMS) - set(results["seconds"])
-    lines += [f"{form}: wrong, error {results['relative_error'][form]:.1e}" for form in wrong]
     return "\n".join(lines)
 
 
-def _measured_apart(form: str, mode: str, options: Options) -> float:
-    sizes = [f"--layer.{name.replace('_', '-')}={n}" for name, n in asdict(options.layer).items()]
-    command = [sys.executable, __file__, *sizes, f"--threads={options.threads}"]
-    done = subprocess.run(
-        [*command, f"--memory-of={form}:{mode}"],
-        check=True,
-        capture_output=True,
-        text=True,
-        # every large block is then given back when it is freed, and counts only while in use
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+def describe(layer: dict[str, Any]) -> str:
+    """A layer in words."""
+    return (
+        f"{layer['children']} → {layer['parents']} capsules, {layer['child_dim']} → "
+        f"{layer['parent_dim']}, {layer['iterations']} iterations, batch {layer['batch']}"
     )
-    return float(done.stdout)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
-    options = tyro.cli(Options)
+    """Measure, print, write the JSON."""
+    options = tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,))
     torch.set_num_threads(options.threads)
     if options.memory_of is not None:
         form, mode = options.memory_of.split(":")
-        print(peak_memory(form, mode, options.layer))
+        print(peak_memory(form, mode, options.layer, options.device))
         return
-    results = measure(options)
-    layer, machine = results["layer"], results["machine"]
-    print(
-        f"{layer['children']} → {layer['parents']} capsules, {layer['child_dim']} → "
-        f"{layer['parent_dim']}, {layer['iterations']} iterations, batch {layer['batch']}; "
-        f"{machine['threads']} threads, {machine['processor']}, torch {machine['torch']}, "
-        f"DGL {machine['dgl']}; median of {options.rounds} rounds and quartiles\n"
-    )
-    print(table(results))
-    for form, first in results["first_forward_seconds"].items():
-        later = statistics.median(results["seconds"][form]["forward"])
-        print(f"{form}: first forward {1e3 * first:.0f} ms, later ones {1e3 * later:.0f} ms")
+    if options.short:
+        options = replace(options, rounds=max(2, options.rounds // 3))
+    results: dict[str, Any] = {"machine": machine(options.threads), "rounds": options.rounds}
+    results |= measure(options.layer, FORMS, MODES, options)
+    right = results["seconds"]["inference"]
+    results["peak_mib"] = {
+        form: {mode: peak_apart(form, mode, options.layer, options) for mode in MODES}
+        for form in right
+    }
+    print(describe(results["layer"]), results["machine"], "\n", table(results), sep="\n")
+    if not options.short:
+        results["sweeps"] = {
+            name: [
+                measure(replace(options.layer, **{name: value}), SWEPT, MODES[::2], options)
+                for value in values
+            ]
+            for name, values in SWEEPS.items()
+        }
+        few = replace(options, rounds=2)
+        results["large"] = measure(LARGE, ("fused",), MODES[::2], few) | {
+            "peak_mib": {mode: peak_apart("fused", mode, LARGE, options) for mode in MODES[::2]}
+        }
+        print(f"\n{describe(asdict(LARGE))}, fused:", results["large"]["peak_mib"], "MiB")
     if options.output is not None:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        write(options.output, results)
 
 
 if __name__ == "__main__":

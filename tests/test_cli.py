@@ -115,8 +115,8 @@ def test_without_a_run_the_shipped_net_tells_the_digit(graphcaps, tmp_path):
 def test_info_says_which_engines_can_run(graphcaps):
     status, out, _ = graphcaps("info")
     assert status == 0
-    assert "engine auto is builtin" in out
-    for engine in ("udf", "builtin", "scatter"):
+    assert "engine auto is fused" in out
+    for engine in ("fused", "udf", "builtin", "scatter"):
         assert f"{engine:8} can run" in out
 
 

@@ -72,7 +72,7 @@ def test_differences_from_dense_are_small_and_see_an_engine_that_errs(monkeypatc
     layer = gc.CapsuleLayer(gc.complete_graph(12, 3), 4, 5)
     u = gc.squash(torch.randn(2, 12, 4))
     units = differences_from_dense(layer, u)
-    assert {"dense", "udf", "builtin", "scatter"} <= set(units)
+    assert {"dense", "udf", "builtin", "scatter", "fused"} <= set(units)
     assert all(0 <= unit < 32 for form in units.values() for unit in form.values())
     from graphcaps.passing import ENGINES
 

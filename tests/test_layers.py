@@ -170,7 +170,7 @@ def saved_and_loaded(layer):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded]
 )
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fused", *ENGINES])
 def test_a_layer_that_has_run_survives_copy_pickle_and_save(copied, engine):
     layer = small_layer(engine)
     u = torch.randn(2, 6, 4)
@@ -182,8 +182,9 @@ def test_a_layer_that_has_run_survives_copy_pickle_and_save(copied, engine):
     assert torch.equal(layer(u), expected)
 
 
-def test_a_layer_that_has_run_is_saved_without_its_batched_graphs():
-    layer = small_layer()
+@pytest.mark.parametrize("engine", ["fused", *ENGINES])
+def test_a_layer_that_has_run_is_saved_without_its_batched_graphs(engine):
+    layer = small_layer(engine)
     fresh = len(pickle.dumps(layer))
     layer(torch.randn(50, 6, 4))
     assert len(pickle.dumps(layer)) == fresh
@@ -240,7 +241,7 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
     ("changes", "said"),
     [
         (dict(iterations=0), "iterations must be at least 1; got 0"),
-        (dict(engine="dense"), "unknown engine 'dense'; choose one of auto, udf"),
+        (dict(engine="dense"), "unknown engine 'dense'; choose one of auto, fused, udf"),
         (dict(routing="em"), "unknown routing 'em'"),
         (dict(gradients="some"), "unknown gradients"),
     ],

@@ -1,1 +1,71 @@
-"""Poses, matrices and a graph enter, routed capsules leave; votes and logits are never stored."""
+"""Poses, matrices and a graph enter, routed capsules leave; votes and logits are never stored.
+
+The derivation is in README.md beside this file. A kernel serves one kind of device: here is where
+it is chosen.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graphcaps._dgl import dgl
+from graphcaps.kernels import dynamic_cpu
+
+FEWEST_SAMPLES = 8  # with fewer, lanes on the CPU stay empty, and passing messages is faster
+
+
+def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no kernel can route features of `dtype` on `device`, or None where one can.
+
+    >>> why_not(torch.device("cpu"), torch.bfloat16)
+    'it computes in float32 and float64, not in torch.bfloat16'
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into it; compile the modules around the layer"
+    if device.type != "cpu":
+        return f"it is for the CPU, not for {device.type}"
+    if dtype not in dynamic_cpu.DTYPES:
+        return f"it computes in float32 and float64, not in {dtype}"
+    return dynamic_cpu.why_not()
+
+
+def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> dynamic_cpu.Edges:
+    """What the kernel for `device` needs of a graph, whatever the batch; not written on.
+
+    Args:
+        graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
+        kinds: number of matrices, M.
+        device: one for which `why_not` gives None.
+    """
+    return dynamic_cpu.prepare(graph, kinds)
+
+
+def routed(
+    u: Tensor,
+    weight: Tensor,
+    edges: dynamic_cpu.Edges,
+    iterations: int,
+    gradients: Literal["all", "last"] = "all",
+) -> Tensor:
+    """Dynamic routing (Sabour et al. 2017, procedure 1) of votes that are never stored.
+
+    Has first derivatives alone; asked for the second, autograd raises RuntimeError.
+
+    Args:
+        u: poses, `[B, I, K]`.
+        weight: matrices, `[M, K, D]`.
+        edges: from `prepare`, on the device of `u`.
+        iterations: R, at least 1; with 1, this is uniform routing.
+        gradients: `"all"` lets gradients flow through every iteration, `"last"` through the last
+            alone.
+
+    Returns:
+        Parents, `[B, J, D]`.
+
+    >>> from graphcaps import complete_graph
+    >>> edges = prepare(complete_graph(6, 3), kinds=18, device=torch.device("cpu"))
+    >>> routed(torch.rand(2, 6, 4), torch.rand(18, 4, 5), edges, iterations=3).shape
+    torch.Size([2, 3, 5])
+    """
+    return dynamic_cpu.DynamicRouting.apply(u, weight, edges, iterations, gradients)

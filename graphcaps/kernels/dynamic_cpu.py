@@ -1,0 +1,217 @@
+"""Poses, matrices and sorted edges enter, routed capsules leave, and their gradients: on the CPU.
+
+The derivation is in README.md beside this file, the loops are in passes.py. Here the samples are
+laid side by side, the children are parted among threads, and what is left for dense tensors, the
+squash of the parents, is computed.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphcaps._dgl import dgl
+from graphcaps.functional import squash
+from graphcaps.kernels.edges import SortedEdges, sort_edges
+
+DTYPES = (torch.float32, torch.float64)
+LANES = (16, 64)  # of a batch that fits into the first, and of any other; each is compiled apart
+WORK_OF_A_THREAD = 1_000_000  # multiplications, below which starting one costs more than it gives
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the compiled loops cannot run, or None where they can."""
+    try:
+        import graphcaps.kernels.passes  # noqa: F401
+    except ImportError as error:
+        return f"it is compiled by numba, which cannot be imported ({error}); pip install numba"
+    return None
+
+
+class Edges(NamedTuple):
+    """What routing on the CPU needs of a graph, whatever the batch."""
+
+    by_child: SortedEdges
+    parents: int
+    most: int  # edges of one child
+    apart: bool  # no matrix serves two children
+
+
+def prepare(graph: dgl.DGLGraph, kinds: int) -> Edges:
+    """Sort the edges of a graph by child.
+
+    Args:
+        graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
+        kinds: number of matrices, M.
+    """
+    edges = sort_edges(graph, "child", kinds, torch.device("cpu"))
+    owner = torch.zeros(kinds, dtype=torch.int32)
+    owner[edges.kind.long()] = edges.child
+    return Edges(
+        by_child=edges,
+        parents=graph.num_nodes("parent"),
+        most=max([1, *edges.start.diff().tolist()]),
+        apart=bool((owner[edges.kind.long()] == edges.child).all()),
+    )
+
+
+class DynamicRouting(torch.autograd.Function):
+    """Dynamic routing from u `[B, I, K]` and weight `[M, K, D]` to v `[B, J, D]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        edges: Edges,
+        iterations: int,
+        gradients: Literal["all", "last"],
+    ) -> Tensor:
+        """`s^r_j = Σ c^r_e û_e` with `c^r = softmax(û · V_{r-1})`, and `V_r = V_{r-1} + v^r`."""
+        from graphcaps.kernels.passes import sum_votes
+
+        V, s = u.new_zeros(len(u), edges.parents, weight.shape[2]), []
+        with _Parts(u, weight, edges) as parts:
+            for r in range(iterations):
+                s.append(parts.sum(sum_votes, parts.in_lanes(V), r == 0))
+                v = squash(s[r])
+                V = V + v
+        ctx.save_for_backward(u, weight, torch.stack(s))
+        ctx.edges, ctx.gradients = edges, gradients
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+        """`q^r = (∂squash/∂s)ᵀ (∂v^r + H_r)` and `H_{r-1} = H_r + Σ l^r_e û_e`, from the last r."""
+        from graphcaps.kernels.passes import sum_logit_gradients
+
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable may say nothing
+            raise RuntimeError(
+                "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
+            )
+        u, weight, s = ctx.saved_tensors
+        through_all = ctx.gradients == "all"
+        last = len(s) - 1
+        H = torch.zeros_like(dv)
+        with _Parts(u, weight, ctx.edges) as parts:
+            V = [parts.in_lanes(V) for V in squash(s).cumsum(dim=0)]
+            q = [parts.in_lanes(H)] * len(s)
+            for r in range(last, -1 if through_all else last - 1, -1):
+                q[r] = parts.in_lanes(_squash_gradient(s[r], dv if r == last else H))
+                if through_all and r > 0:
+                    H = H + parts.sum(sum_logit_gradients, V[r - 1], q[r])
+            du, dweight = parts.gradients(
+                torch.stack(V), torch.stack(q), through_all, ctx.needs_input_grad
+            )
+        return du, dweight, None, None, None
+
+
+class _Parts:
+    """The samples side by side in lanes, the children in as many parts as threads are worth it."""
+
+    def __init__(self, u: Tensor, weight: Tensor, edges: Edges) -> None:
+        self.batch, children, child_dim = u.shape
+        parent_dim = weight.shape[2]
+        self.size = LANES[0] if self.batch <= LANES[0] else LANES[1]
+        self.edges = edges
+        self.u = self.in_lanes(u)
+        self.weight = weight.detach().contiguous()
+        start = edges.by_child.start.numpy()
+        work = self.batch * int(start[-1]) * child_dim * parent_dim
+        count = max(1, min(torch.get_num_threads(), children, work // WORK_OF_A_THREAD))
+        shares = np.linspace(0, start[-1], count + 1)[1:-1]
+        bounds = [0, *np.searchsorted(start, shares).tolist(), children]
+        self.children = list(itertools.pairwise(bounds))
+        self.threads: Executor | None = None
+
+    def __enter__(self) -> "_Parts":
+        # threads of this call alone: kept ones would be missing in a forked process
+        if len(self.children) > 1:
+            self.threads = ThreadPoolExecutor(len(self.children))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.threads is not None:
+            self.threads.shutdown()
+
+    def in_lanes(self, x: Tensor) -> Tensor:
+        """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
+        missing = -len(x) % self.size
+        padded = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        return padded.detach().unflatten(0, (-1, self.size)).permute(0, 2, 3, 1).contiguous()
+
+    def in_samples(self, x: Tensor) -> Tensor:
+        """`[blocks, n, d, lanes]` to `[B, n, d]`."""
+        return x.permute(0, 3, 1, 2).flatten(0, 1)[: self.batch].contiguous()
+
+    def sum(self, one_pass: Callable, *features: Any) -> Tensor:
+        """What one pass over all edges sums into the parents, `[B, J, D]`."""
+        blocks, parent_dim = len(self.u), self.weight.shape[2]
+        size = (len(self.children), blocks, self.edges.parents, parent_dim, self.size)
+        sums = self.u.new_zeros(size)
+        self._run(one_pass, features, [(x,) for x in sums])
+        return self.in_samples(sums.sum(dim=0))
+
+    def gradients(
+        self, V: Tensor, q: Tensor, through_all: bool, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of u and weight, as far as they are needed."""
+        from graphcaps.kernels.passes import add_gradients
+
+        nothing = self.u.new_zeros(0)
+        du = torch.zeros_like(self.u) if needed[0] else nothing.view(0, 0, 0, 0)
+        copies = 1 if self.edges.apart else len(self.children)
+        dweight = self.u.new_zeros(copies if needed[1] else 0, *self.weight.shape)
+        outputs = [
+            (du, dweight[min(part, copies - 1)] if needed[1] else nothing.view(0, 0, 0))
+            for part in range(len(self.children))
+        ]
+        rounds = (0 if through_all else len(q) - 1, len(q))
+        self._run(add_gradients, (V, q, rounds, through_all), outputs)
+        return (
+            self.in_samples(du) if needed[0] else None,
+            (dweight[0] if copies == 1 else dweight.sum(dim=0)) if needed[1] else None,
+        )
+
+    def _run(self, one_pass: Callable, features: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Walk over the edges, each part of the children in a thread of its own."""
+        edges = self.edges.by_child
+        common = *_arrays(self.u, self.weight), _arrays(edges.start, edges.parent, edges.kind)
+        lanes = (0,) * (self.size // 16)  # by its length: a type, so that loops have known ends
+        most, parent_dim = self.edges.most, self.weight.shape[2]
+
+        def run(children: tuple[int, int], output: Sequence[Tensor]) -> None:
+            scratch = _arrays(
+                self.u.new_empty(2, most, parent_dim, self.size),
+                self.u.new_empty(2, most, self.size),
+                self.u.new_empty(2, self.size),
+                self.u.new_empty(self.edges.parents, parent_dim, self.size),
+                self.u.new_empty(self.u.shape[2], self.size),
+            )
+            one_pass(*common, children, *_arrays(*features), lanes, scratch, *_arrays(*output))
+
+        if self.threads is None:
+            run(self.children[0], outputs[0])
+        else:
+            for _ in self.threads.map(run, self.children, outputs):  # raises what a thread raised
+                pass
+
+
+def _arrays(*arguments: Any) -> tuple:
+    """Tensors as the arrays that they are."""
+    return tuple(x.numpy() if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _squash_gradient(s: Tensor, dv: Tensor) -> Tensor:
+    """`(∂squash/∂s)ᵀ ∂v`."""
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(squash(s), s, dv)
+    return gradient

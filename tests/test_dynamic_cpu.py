@@ -1,0 +1,513 @@
+"""The laws of routing, for the CPU kernel: from poses and matrices to parents, without votes."""
+
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from by_hand import route_by_hand
+from hypothesis import given
+from hypothesis import strategies as st
+from routings import ALGORITHMS, Case, cases, complete, route_densely
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps import kernels
+from graphcaps._dgl import dgl
+from graphcaps.kernels import dynamic_cpu
+
+CPU = torch.device("cpu")
+MATRICES = 3  # where edges share them
+
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch):
+    """Even the smallest graph is parted among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(dynamic_cpu, "WORK_OF_A_THREAD", 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def shared(case):
+    """A matrix for each edge, of few."""
+    return [(2 * i + j) % MATRICES for i, j in case.edges]
+
+
+def own(case):
+    return list(range(len(case.edges)))
+
+
+def make_input(case, kinds, child_dim=3, dtype=torch.float64, scale=1.0):
+    u = torch.randn(case.batch, case.children, child_dim, dtype=torch.float64)
+    matrices = max(kinds, default=0) + 1
+    weight = scale * torch.randn(matrices, child_dim, case.dim, dtype=torch.float64)
+    return u.to(dtype), weight.to(dtype)
+
+
+def route_by_kernel(case, kinds, u, weight, algorithm="dynamic", gradients="all"):
+    ends = [*zip(*case.edges, strict=True)] or [(), ()]
+    graph = gc.routing_graph(
+        *ends, children=case.children, parents=case.parents, weight_index=kinds
+    )
+    iterations = 1 if algorithm == "uniform" else case.iterations
+    edges = kernels.prepare(graph, len(weight), CPU)
+    return kernels.routed(u, weight, edges, iterations, gradients)
+
+
+def route_by_reference(case, kinds, u, weight, algorithm="dynamic", gradients="all"):
+    child = [i for i, _ in case.edges]
+    u_hat = torch.einsum("bek,ekd->bed", u[:, child], weight[kinds]).flatten(0, 1)
+    return route_densely(case, u_hat, algorithm, gradients)[0]
+
+
+def with_gradients(route, case, kinds, u, weight, *args):
+    """v, and the gradients of a fixed random functional of it."""
+    u, weight = u.detach().requires_grad_(), weight.detach().requires_grad_()
+    v = route(case, kinds, u, weight, *args)
+    generator = torch.Generator().manual_seed(1)
+    functional = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)
+    loss = (v * functional).sum() + 0 * (u.sum() + weight.sum())  # where there is no edge
+    return v.detach(), *torch.autograd.grad(loss, (u, weight))
+
+
+@every_algorithm
+@pytest.mark.parametrize("kinds_of", [shared, own])
+@given(case=cases(), child_dim=st.sampled_from([1, 3, 8, 11]))
+def test_outputs_and_all_gradients_equal_the_reference(algorithm, kinds_of, case, child_dim):
+    kinds = kinds_of(case)
+    u, weight = make_input(case, kinds, child_dim)
+    got = with_gradients(route_by_kernel, case, kinds, u, weight, algorithm)
+    expected = with_gradients(route_by_reference, case, kinds, u, weight, algorithm)
+    for actual, right in zip(got, expected, strict=True):
+        assert_close(actual, right, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_gradients_of_the_last_iteration_alone_equal_the_reference(iterations):
+    case = complete(5, 3, iterations=iterations)
+    kinds = own(case)
+    u, weight = make_input(case, kinds)
+    last = with_gradients(route_by_kernel, case, kinds, u, weight, "dynamic", "last")
+    expected = with_gradients(route_by_reference, case, kinds, u, weight, "dynamic", "last")
+    every = with_gradients(route_by_kernel, case, kinds, u, weight, "dynamic", "all")
+    for actual, right in zip(last, expected, strict=True):
+        assert_close(actual, right)
+    if iterations > 1:
+        assert not torch.allclose(last[1], every[1], rtol=0.01)
+
+
+@every_algorithm
+@pytest.mark.parametrize("batch", [2, 40])  # few lanes, and many
+@pytest.mark.parametrize(
+    ("children", "parents"), [(1, 1), (1, 7), (7, 1), (3, 5), (129, 3), (5, 131), (1152, 10)]
+)
+def test_float32_errs_no_more_than_the_dense_form(algorithm, batch, children, parents):
+    """Against float64; besides the dense form's own error, 4 units of float32 are allowed."""
+    case = complete(children, parents, batch=batch, dim=8)
+    kinds = own(case)
+    u, weight = make_input(case, kinds, child_dim=8, scale=(8 * children) ** -0.5)
+    u, weight = u.float(), weight.float()
+    truth = with_gradients(route_by_reference, case, kinds, u.double(), weight.double(), algorithm)
+    kernel = with_gradients(route_by_kernel, case, kinds, u, weight, algorithm)
+    dense = with_gradients(route_by_reference, case, kinds, u, weight, algorithm)
+    names = ("v", "gradient of u", "gradient of weight")
+    for name, right, got, rival in zip(names, truth, kernel, dense, strict=True):
+        unit = torch.finfo(torch.float32).eps * right.abs().max()
+        error, allowed = (got - right).abs().max(), (rival - right).abs().max() + 4 * unit
+        assert error <= allowed, f"{name}: {error / unit:.1f} units, allowed {allowed / unit:.1f}"
+
+
+@every_algorithm
+@every_dtype
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 32, 33, 64, 65, 129])
+def test_any_batch_size_equals_the_reference(algorithm, dtype, batch):
+    case = complete(6, 3, batch=batch)
+    kinds = own(case)
+    u, weight = make_input(case, kinds, dtype=dtype)
+    got = with_gradients(route_by_kernel, case, kinds, u, weight, algorithm)
+    expected = with_gradients(route_by_reference, case, kinds, u, weight, algorithm)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for actual, right in zip(got, expected, strict=True):
+        assert_close(actual, right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(("children", "parents"), [(6, 3), (0, 3), (6, 0)])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_without_samples_or_edges_the_parents_are_zero(children, parents, batch):
+    case = complete(children, parents, batch=batch)
+    u, weight = make_input(case, own(case))
+    v, du, dweight = with_gradients(route_by_kernel, case, own(case), u, weight)
+    assert v.shape == (batch, parents, case.dim)
+    assert du.shape == u.shape
+    assert dweight.shape == weight.shape
+    if batch == 0 or not case.edges:
+        assert all(x.eq(0).all() for x in (v, du, dweight))
+
+
+@every_algorithm
+@every_dtype
+@pytest.mark.parametrize(
+    ("children", "parents", "dim"), [(1, 1, 1), (1, 7, 5), (7, 1, 4), (131, 3, 9), (5, 133, 16)]
+)
+def test_sizes_of_one_odd_and_beyond_128_equal_the_reference(
+    algorithm, dtype, children, parents, dim
+):
+    case = complete(children, parents, batch=3, dim=dim)
+    kinds = shared(case)
+    u, weight = make_input(case, kinds, child_dim=dim, dtype=dtype, scale=(3 * dim) ** -0.5)
+    got = with_gradients(route_by_kernel, case, kinds, u, weight, algorithm)
+    expected = with_gradients(route_by_reference, case, kinds, u, weight, algorithm)
+    for actual, right in zip(got, expected, strict=True):
+        assert_close(actual, right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_gradients_are_those_of_finite_differences(iterations):
+    case = Case(3, 4, [(0, 0), (2, 1), (0, 1), (0, 3), (2, 3)], 2, 3, iterations)
+    u, weight = (x.requires_grad_() for x in make_input(case, shared(case)))
+    assert torch.autograd.gradcheck(
+        lambda u, weight: route_by_kernel(case, shared(case), u, weight), (u, weight)
+    )
+
+
+@every_dtype
+@given(case=cases())
+def test_a_sample_is_routed_alike_alone_and_in_a_batch(dtype, case):
+    kinds = shared(case)
+    u, weight = make_input(case, kinds, dtype=dtype)
+    together = route_by_kernel(case, kinds, u, weight)
+    for sample in range(case.batch):
+        alone = route_by_kernel(case, kinds, u[sample : sample + 1], weight)
+        assert_close(alone[0], together[sample])
+
+
+@every_dtype
+@given(case=cases(), random=st.randoms(use_true_random=False))
+def test_the_order_of_the_edges_does_not_matter(dtype, case, random):
+    kinds = shared(case)
+    order = random.sample(range(len(kinds)), len(kinds))
+    shuffled = case._replace(edges=[case.edges[e] for e in order])
+    u, weight = make_input(case, kinds, dtype=dtype)
+    assert_close(
+        route_by_kernel(shuffled, [kinds[e] for e in order], u, weight),
+        route_by_kernel(case, kinds, u, weight),
+    )
+
+
+@every_dtype
+@given(case=cases(), random=st.randoms(use_true_random=False))
+def test_names_of_children_and_parents_do_not_matter(dtype, case, random):
+    child = random.sample(range(case.children), case.children)
+    parent = random.sample(range(case.parents), case.parents)
+    renamed = case._replace(edges=[(child[i], parent[j]) for i, j in case.edges])
+    kinds = shared(case)
+    u, weight = make_input(case, kinds, dtype=dtype)
+    u_renamed = torch.empty_like(u)
+    u_renamed[:, child] = u
+    v = route_by_kernel(case, kinds, u, weight)
+    assert_close(route_by_kernel(renamed, kinds, u_renamed, weight)[:, parent], v)
+
+
+@every_algorithm
+@every_dtype
+def test_routing_is_finite_at_zero_poses(algorithm, dtype):
+    case = Case(3, 3, [(0, 0), (0, 1), (2, 1)], batch=2, dim=4, iterations=3)
+    _, weight = make_input(case, own(case), dtype=dtype)
+    zeros = torch.zeros(2, 3, 3, dtype=dtype)
+    v, *gradients = with_gradients(route_by_kernel, case, own(case), zeros, weight, algorithm)
+    assert v.eq(0).all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@every_dtype
+@pytest.mark.parametrize("batch", [2, 40])
+def test_large_votes_do_not_overflow(dtype, batch):
+    """Logits far beyond where exp alone is infinite."""
+    case = complete(4, 3, batch=batch)
+    u, weight = make_input(case, own(case), dtype=dtype, scale=1e4)
+    v, *gradients = with_gradients(route_by_kernel, case, own(case), u, weight)
+    expected = route_by_reference(case, own(case), u, weight)
+    assert_close(v, expected, rtol=1e-3, atol=1e-3)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@every_dtype
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_hidden(dtype, number):
+    case = complete(20, 3, batch=2)
+    u, weight = make_input(case, own(case), dtype=dtype)
+    weight[31] = number
+    v, du, dweight = with_gradients(route_by_kernel, case, own(case), u, weight)
+    assert v.isnan().any(dim=2).all()  # through the coupling of its child, in every parent
+    assert du.isnan().any()
+    assert dweight.isnan().any()
+
+
+def test_the_exponential_is_that_of_torch():
+    """Within 2 units, down to the smallest normal numbers."""
+    import numba
+    import numpy as np
+
+    from graphcaps.kernels.passes import exp_below_0
+
+    @numba.njit
+    def exponentials(x):
+        return np.array([exp_below_0(number) for number in x])
+
+    x = -torch.cat([torch.linspace(0, 87, 100_001), torch.logspace(-20, 0, 1000)])
+    exact = x.double().exp()
+    error = (torch.from_numpy(exponentials(x.numpy())).double() / exact - 1).abs()
+    assert error.max() < 2 * torch.finfo(torch.float32).eps
+    assert exponentials(np.float32([0, -1e9])).tolist() == [1.0, pytest.approx(1.6e-38, abs=1e-38)]
+    assert np.isnan(exponentials(np.float32([np.nan]))).all()
+
+
+@every_dtype
+def test_two_edges_between_the_same_nodes_are_two_votes(dtype):
+    pairs, kinds = [(0, 0), (0, 0), (0, 1), (1, 1)], [0, 2, 1, 0]
+    u = torch.randn(1, 2, 3, dtype=dtype)
+    weight = torch.randn(3, 3, 4, dtype=dtype)
+    graph = gc.routing_graph(*zip(*pairs, strict=True), weight_index=kinds)
+    v = kernels.routed(u, weight, kernels.prepare(graph, 3, CPU), iterations=3)
+    u_hat = [(weight[m].T @ u[0, i]).tolist() for (i, _), m in zip(pairs, kinds, strict=True)]
+    by_hand, _ = route_by_hand(pairs, u_hat, 2, 2, 3)
+    assert_close(v[0], torch.tensor(by_hand, dtype=dtype))
+
+
+@given(case=cases())
+def test_a_gradient_that_is_not_needed_is_not_computed(case):
+    kinds = shared(case)
+    u, weight = make_input(case, kinds)
+    _, du, dweight = with_gradients(route_by_kernel, case, kinds, u, weight)
+    functional = torch.randn(
+        case.batch,
+        case.parents,
+        case.dim,
+        generator=torch.Generator().manual_seed(1),
+        dtype=u.dtype,
+    )
+    for wanted, other, right in ((u, weight, du), (weight, u, dweight)):
+        wanted = wanted.detach().requires_grad_()
+        pair = (wanted, other) if right is du else (other, wanted)
+        v = route_by_kernel(case, kinds, *pair)
+        (got,) = torch.autograd.grad((v * functional).sum(), wanted)
+        assert_close(got, right)
+        assert other.grad is None
+
+
+def test_second_derivatives_are_refused():
+    case = complete(3, 2)
+    u, weight = (x.requires_grad_() for x in make_input(case, own(case)))
+    v = route_by_kernel(case, own(case), u, weight)
+    with pytest.raises(RuntimeError, match="use engine='scatter' for the second"):
+        torch.autograd.grad(v.sum(), u, create_graph=True)
+
+
+def test_the_same_threads_give_the_same_numbers():
+    case = complete(200, 5, batch=40)
+    u, weight = make_input(case, shared(case), dtype=torch.float32)
+    first = with_gradients(route_by_kernel, case, shared(case), u, weight)
+    for _ in range(5):
+        again = with_gradients(route_by_kernel, case, shared(case), u, weight)
+        assert all(map(torch.equal, first, again))
+
+
+@every_algorithm
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_fused_layer_gives_what_others_give_and_has_their_weights(algorithm, batch):
+    graph = gc.routing_graph(
+        [3, 0, 0, 2, 3], [0, 2, 0, 2, 3], children=4, parents=5, weight_index=[1, 0, 2, 0, 1]
+    )
+    fused, builtin = (
+        gc.CapsuleLayer(graph, 3, 2, routing=algorithm, engine=engine)
+        for engine in ("fused", "builtin")
+    )
+    assert list(fused.state_dict()) == ["weight"]
+    fused.load_state_dict(builtin.state_dict())
+    results = []
+    for layer in (fused, builtin):
+        u = torch.randn(batch, 4, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        v = layer(u)
+        results.append((v, *torch.autograd.grad(v.square().sum(), (u, layer.weight))))
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected)
+
+
+@every_algorithm
+def test_a_ragged_batch_gives_what_its_graphs_give_alone(algorithm):
+    own_graph = gc.routing_graph([0, 1, 2], [0, 1, 1])
+    layer = gc.CapsuleLayer(own_graph, 3, 2, routing=algorithm, engine="fused")
+    graphs = [
+        gc.routing_graph([0, 1, 1], [0, 0, 1], weight_index=[2, 0, 1]),
+        gc.routing_graph([], [], children=2, parents=1, weight_index=[]),
+        gc.routing_graph([0], [3], children=5, weight_index=[1]),
+    ]
+    poses = [torch.randn(graph.num_nodes("child"), 3) for graph in graphs]
+    together = layer(torch.cat(poses), graph=dgl.batch(graphs))
+    alone = [layer(u, graph=graph) for u, graph in zip(poses, graphs, strict=True)]
+    assert_close(together, torch.cat(alone))
+    layer.engine = "builtin"
+    assert_close(together, layer(torch.cat(poses), graph=dgl.batch(graphs)))
+
+
+def test_a_trace_is_refused_by_the_kernel_and_given_by_auto():
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+    u = torch.randn(2, 6, 4)
+    with pytest.raises(ValueError, match=r"'fused' never has the votes.*use engine='auto'"):
+        layer(u, return_trace=True)
+    expected = layer(u)
+    layer.engine = "auto"
+    v, trace = layer(u, return_trace=True)
+    assert_close(v, expected)
+    assert trace.c.shape == (3, 2, 18)
+
+
+def count_routings(monkeypatch):
+    called = []
+    right = kernels.routed
+    monkeypatch.setattr(kernels, "routed", lambda *args: called.append(1) or right(*args))
+    return called
+
+
+def test_auto_takes_the_kernel_where_it_applies(monkeypatch):
+    called = count_routings(monkeypatch)
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5)
+    layer(torch.randn(64, 6, 4))
+    assert len(called) == 1
+    layer(torch.randn(64, 6, 4), return_trace=True)
+    layer(torch.randn(1, 6, 4))
+    layer.bfloat16()(torch.randn(64, 6, 4, dtype=torch.bfloat16))
+    assert len(called) == 1
+    layer.engine = "fused"
+    with pytest.raises(RuntimeError, match=r"'fused' cannot run on cpu.*not in torch.bfloat16"):
+        layer(torch.randn(64, 6, 4, dtype=torch.bfloat16))
+
+
+def test_without_numba_fused_says_so_and_auto_falls_back(monkeypatch):
+    called = count_routings(monkeypatch)
+    monkeypatch.delitem(sys.modules, "graphcaps.kernels.passes", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    dynamic_cpu.why_not.cache_clear()
+    try:
+        layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5)
+        assert layer(torch.randn(64, 6, 4)).shape == (64, 3, 5)
+        assert not called
+        layer.engine = "fused"
+        with pytest.raises(RuntimeError, match=r"'fused' cannot run on cpu.*pip install numba"):
+            layer(torch.randn(64, 6, 4))
+    finally:
+        dynamic_cpu.why_not.cache_clear()
+
+
+def test_torch_compile_is_told_to_look_elsewhere(monkeypatch):
+    called = count_routings(monkeypatch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5)
+    layer(torch.randn(64, 6, 4))
+    assert not called
+    layer.engine = "fused"
+    with pytest.raises(RuntimeError, match=r"torch\.compile cannot look into it"):
+        layer(torch.randn(64, 6, 4))
+
+
+def test_where_no_compiled_code_can_be_kept_it_is_compiled_anew():
+    program = """
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes = []
+from graphcaps.kernels import dynamic_cpu
+assert dynamic_cpu.why_not() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_edges_are_sorted_once_and_not_saved(monkeypatch):
+    sorted_graphs = []
+    right = kernels.prepare
+    monkeypatch.setattr(
+        kernels, "prepare", lambda graph, *args: sorted_graphs.append(graph) or right(graph, *args)
+    )
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+    for size in (1, 2, 40, 2):
+        layer(torch.randn(size, 6, 4))
+    assert sorted_graphs == [layer.graph]
+    assert layer._edges
+    assert not layer.__getstate__()["_edges"]
+
+
+def test_poses_that_are_not_finite_are_refused_at_the_door():
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+    with pytest.raises(gc.layers.NonFinitePosesError, match="12 of 12"):
+        layer(torch.full((2, 6, 4), torch.nan))
+
+
+def test_several_threads_may_route_at_once():
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+    poses = [torch.randn(size, 6, 4) for size in range(1, 9)]
+    expected = [layer(u) for u in poses]
+    with ThreadPoolExecutor(8) as threads:
+        for got, right in zip(threads.map(layer, poses), expected, strict=True):
+            assert_close(got, right)
+
+
+def _route_in_child(layer, u):
+    with torch.no_grad():
+        return layer(u).numpy()
+
+
+def test_a_forked_process_may_route_after_its_parent_has():
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+    u = torch.randn(2, 6, 4)
+    expected = _route_in_child(layer, u)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        got = pool.apply_async(_route_in_child, (layer, u)).get(timeout=60)
+    assert_close(torch.from_numpy(got), torch.from_numpy(expected))
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+import graphcaps as gc
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+children, parents, batch = map(int, sys.argv[1:])
+layer = gc.CapsuleLayer(gc.complete_graph(children, parents), 8, 16, engine="fused")
+u = torch.randn(batch, children, 8, requires_grad=True)
+layer(u).sum().backward()
+u.grad.zero_(), layer.weight.grad.zero_()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+du, dweight = torch.autograd.grad(layer(u).sum(), (u, layer.weight))
+print((status("VmHWM") - before) * 1024 - du.nbytes - dweight.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak")
+@pytest.mark.parametrize("batch", [64, 7])
+def test_memory_is_that_of_children_and_parents_not_of_edges(batch):
+    """Beyond inputs, outputs and gradients."""
+    children, parents = 1152, 100
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(children), str(parents), str(batch)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)},
+    )
+    lanes = 16 if batch <= 16 else 64
+    of_children = 4 * lanes * children * 8
+    of_parents = 4 * lanes * parents * 16
+    votes = 4 * batch * children * parents * 16
+    allowed = 4 * of_children + 40 * of_parents
+    assert int(done.stdout) < allowed < votes / 4
