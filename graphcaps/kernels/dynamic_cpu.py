@@ -144,12 +144,20 @@ class _Parts:
     def in_lanes(self, x: Tensor) -> Tensor:
         """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
         missing = -len(x) % self.size
-        padded = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-        return padded.detach().unflatten(0, (-1, self.size)).permute(0, 2, 3, 1).contiguous()
+        blocks = (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x).detach().split(self.size)
+        lanes = x.new_empty(-(-len(x) // self.size), *x.shape[1:], self.size)
+        for rows, block in zip(
+            lanes, blocks, strict=False
+        ):  # as matrices: torch is quick with them
+            rows.flatten(0, 1).copy_(block.flatten(1).T)
+        return lanes
 
     def in_samples(self, x: Tensor) -> Tensor:
         """`[blocks, n, d, lanes]` to `[B, n, d]`."""
-        return x.permute(0, 3, 1, 2).flatten(0, 1)[: self.batch].contiguous()
+        samples = x.new_empty(self.batch, *x.shape[1:3])
+        for rows, block in zip(samples.split(self.size), x, strict=False):
+            rows.flatten(1).copy_(block.flatten(0, 1).T[: len(rows)])
+        return samples
 
     def sum(self, one_pass: Callable, *features: Any) -> Tensor:
         """What one pass over all edges sums into the parents, `[B, J, D]`."""
