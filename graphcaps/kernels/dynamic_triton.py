@@ -1,8 +1,8 @@
 """Poses and matrices enter, routed capsules leave, on CUDA: no vote is ever in global memory."""
 
 # Kernels take pointers and sizes by position, without types; V is the letter of the design.
-# ruff: noqa: N803, N806, PLR0917
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806, PLR0917, RUF005
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,11 +27,10 @@ def _kernel(function: Any) -> Any:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-WIDEST_TILE = 512  # J·D, both rounded up to powers of two: more does not fit in registers
-LONGEST_POSE = 32  # K of the tiles, for the same reason
+WIDEST_TILE = 320  # J·D of a complete graph: the votes of more parents do not fit in registers
+LONGEST_POSE = 32  # K, likewise
+MOST_TILES = 64  # of children, whose partial sums are kept
 PROGRAMS = 512  # that keep a GPU busy; where a graph gives fewer, its sums are cut into parts
-if triton is not None:
-    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def why_not(device: torch.device) -> str | None:
     """
     if triton is None:
         return "triton is not installed"
-    if device.type == "cuda" or (INTERPRETED.value and device.type == "cpu"):
+    interpreted = not isinstance(_dot, triton.JITFunction)  # TRITON_INTERPRET=1, for tests
+    if device.type == ("cpu" if interpreted else "cuda"):
         return None
     return f"Triton's kernels run on CUDA, not on {device.type}"
 
@@ -211,7 +211,7 @@ class _AnyGraph:
             child_dim=child_dim,
             parent_dim=weight.shape[2],
             block_n=block_n,
-            block_k=min(_power_of_two_for_dot(child_dim, u.dtype), 32),
+            block_k=max(8, min(_power_of_two(child_dim), 32)),  # a dot product has at least 8 terms
             block_d=block_d,
             num_warps=2 if block_n * block_d <= 1024 else 4,
         )
@@ -263,7 +263,7 @@ class _AnyGraph:
         _launch(
             _gradient_of_matrices, grid, *self._by("kind"), *shared, partial, weight.numel(), **how
         )
-        return du, partial.sum(0).to(weight.dtype) if parts > 1 else partial[0]
+        return du, _sum_of_parts(partial, weight)
 
     def _sums_into_parents(self, r: int, earlier: Tensor, q: Tensor | None) -> Tensor:
         parents = max(1, self.edges.parents)
@@ -290,85 +290,54 @@ class _AnyGraph:
         return self.u, self.weight, edges.start, *others
 
 
-class _Tiles:
-    """One pass per iteration, for complete graphs: a program has all parents of its children."""
-
-    lse = None
-
-    def __init__(self, u: Tensor, weight: Tensor, edges: TritonEdges) -> None:
-        self.u, self.weight = u, weight
-        batch, children, child_dim = u.shape
-        block_j = _power_of_two(edges.parents)
-        block_d = max(_power_of_two(weight.shape[2]), -(-16 // block_j))
-        self.width = block_j * block_d
-        self.counts = (batch, children)
-        self.sizes = dict(
-            parents=edges.parents,
-            child_dim=child_dim,
-            parent_dim=weight.shape[2],
-            block_k=_power_of_two_for_dot(child_dim, u.dtype),
-            block_j=block_j,
-            block_d=block_d,
-        )
+class _CompleteGraph(_AnyGraph):
+    """One pass per iteration: a program has a tile of children with all their parents."""
 
     def weighted_votes(self, r: int, earlier: Tensor) -> Tensor:
-        """Partial sums of c·û, `[parts, B, J, D]`."""
-        return self._sums_into_parents(earlier, None)
+        """Partial sums of c·û, `[tiles, B, J, D]`."""
+        return self._sums_of_tiles(r, earlier, None)
 
     def weighted_gradients(self, r: int, earlier: Tensor, q: Tensor) -> Tensor:
-        """Partial sums of l·û, `[parts, B, J, D]`."""
-        return self._sums_into_parents(earlier, q)
+        """Partial sums of l·û, `[tiles, B, J, D]`."""
+        return self._sums_of_tiles(r, earlier, q)
 
-    def gradients(self, earlier: Tensor, q: Tensor, through_logits: bool) -> tuple[Tensor, Tensor]:
-        """The gradients of u and W."""
-        batch, children = self.counts
-        first = 0 if through_logits else len(q) - 1
-        block_n = 16
-        block_c = min(2, _power_of_two(children))
-        tiles = _blocks(children, block_c)
-        parts = max(1, min(_blocks(PROGRAMS, tiles), _blocks(batch, block_n)))
-        du, partial = torch.empty_like(self.u), _partial(self.weight, parts)
-        _launch(
-            _gradients_of_tile,
-            (tiles, parts),
-            *(self.u, self.weight, earlier[first:], q[first:], q[0].numel()),
-            *(du, partial, self.weight.numel(), *self.counts),
-            rounds=len(q) - first,
-            through_logits=through_logits,
-            block_c=block_c,
-            block_n=block_n,
-            num_warps=8 if self.width > 128 else 4,
-            **self.sizes,
-        )
-        return du, partial.sum(0).to(self.weight.dtype) if parts > 1 else partial[0]
-
-    def _sums_into_parents(self, earlier: Tensor, q: Tensor | None) -> Tensor:
-        batch, children = self.counts
-        block_n = max(16, min(64, 4096 // self.width))
+    def _sums_of_tiles(self, r: int, earlier: Tensor, q: Tensor | None) -> Tensor:
+        batch, children, _ = self.counts
+        sizes = self._sizes_of_tiles()
         # from the graph alone, so that an image is summed in the same order in every batch
-        children_of_program = max(8, _blocks(children, 64))
-        tiles = _blocks(children, children_of_program)
+        children_of_tile = max(8, _blocks(children, MOST_TILES))
+        tiles = _blocks(children, children_of_tile)
         partial = earlier.new_empty(tiles, *earlier.shape)
         _launch(
             _sum_tile_into_parents,
-            (tiles, _blocks(batch, block_n)),
+            (tiles, _blocks(batch, sizes["block_n"])),
             *(self.u, self.weight, earlier, earlier if q is None else q),
-            *(partial, earlier.numel(), *self.counts, children_of_program),
+            *(self.lse[r], self.lse[r] if q is None else self.mean[r], batch, children),
+            *(children_of_tile, partial, earlier.numel()),
             of_gradients=q is not None,
-            block_n=block_n,
-            num_warps=8 if self.width > 256 else 4,
-            **self.sizes,
+            **sizes,
         )
         return partial
+
+    def _sizes_of_tiles(self) -> dict[str, int]:
+        parents, block_d = self.edges.parents, self.sizes["block_d"]
+        return dict(
+            parents=parents,
+            child_dim=self.sizes["child_dim"],
+            parent_dim=self.sizes["parent_dim"],
+            block_n=32 if parents * block_d <= 160 else 16,
+            block_k=self.sizes["block_k"],
+            block_d=block_d,
+            num_warps=4,
+        )
 
 
 def _passes(
     u: Tensor, weight: Tensor, edges: TritonEdges, iterations: int, lse: Tensor | None = None
-) -> _AnyGraph | _Tiles:
-    width = _power_of_two(edges.parents) * _power_of_two(weight.shape[2])
-    if edges.complete and width <= WIDEST_TILE and u.shape[2] <= LONGEST_POSE:
-        return _Tiles(u, weight, edges)
-    return _AnyGraph(u, weight, edges, iterations, lse)
+) -> _AnyGraph:
+    width = edges.parents * max(16, _power_of_two(weight.shape[2]))
+    tiles = edges.complete and width <= WIDEST_TILE and u.shape[2] <= LONGEST_POSE
+    return (_CompleteGraph if tiles else _AnyGraph)(u, weight, edges, iterations, lse)
 
 
 def _squash_sums(
@@ -425,6 +394,10 @@ def _partial(weight: Tensor, parts: int) -> Tensor:
     return weight.new_empty((parts, *weight.shape), dtype=dtype)
 
 
+def _sum_of_parts(partial: Tensor, weight: Tensor) -> Tensor:
+    return partial.sum(0).to(weight.dtype) if len(partial) > 1 else partial[0]
+
+
 def _blocks(count: int, size: int) -> int:
     return -(-count // size)
 
@@ -434,21 +407,14 @@ def _power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _power_of_two_for_dot(count: int, dtype: torch.dtype) -> int:
-    return max(_power_of_two(count), 8 if dtype == torch.float32 else 16)
-
-
 # Kernels. Features of parents (V, q) are float32 [B, J, D], those of children [B, I]; a program
 # has a block of images, `images`, int64 because an image's offset may pass 2³¹.
 
 
 @_kernel
 def _dot(a, b, total):
-    """Products in full float32, or of bfloat16 on tensor cores; sums in float32."""
-    if INTERPRETED:  # the interpreter would multiply the bits of bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    """Products and sums in full float32, not in TensorFloat-32; bfloat16 is widened exactly."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
 
 
 @_kernel
@@ -473,7 +439,7 @@ def _matrix(
 ):
     """W of one kind, [K, D]."""
     k, d = first_k + tl.arange(0, block_k), tl.arange(0, block_d)
-    offset = (kind.to(tl.int64) * child_dim + k)[:, None] * parent_dim + d
+    offset = (tl.cast(kind, tl.int64) * child_dim + k)[:, None] * parent_dim + d
     return tl.load(weight + offset, mask=(k < child_dim)[:, None] & (d < parent_dim), other=0.0)
 
 
@@ -781,7 +747,7 @@ def _gradient_of_poses(
             block_d,
         )
         matrix = _matrix(weight, kind, first_k, child_dim, parent_dim, block_k, block_d)
-        total = _dot(gradient.to(matrix.dtype), tl.trans(matrix), total)
+        total = _dot(gradient, tl.trans(matrix), total)
     k = first_k + tl.arange(0, block_k)
     offset = (images * children + child)[:, None] * child_dim + k
     tl.store(du + offset, total, mask=(images < batch)[:, None] & (k < child_dim))
@@ -860,19 +826,11 @@ def _gradient_of_matrices(
             block_d,
         )
         pose = _poses(u, images, child, batch, children, first_k, child_dim, block_k)
-        total = _dot(tl.trans(pose), gradient.to(pose.dtype), total)
+        total = _dot(tl.trans(pose), gradient, total)
     k, d = first_k + tl.arange(0, block_k), tl.arange(0, block_d)
     offset = part.to(tl.int64) * size_of_part
     offset += (kind.to(tl.int64) * child_dim + k)[:, None] * parent_dim + d
     tl.store(partial + offset, total, mask=(k < child_dim)[:, None] & (d < parent_dim))
-
-
-@_kernel
-def _softmax(logit, there):
-    """Over the last dimension, where `there`."""
-    logit = tl.where(there, logit, float("-inf"))
-    power = tl.exp(logit - tl.max(logit, -1, keep_dims=True))
-    return power / tl.sum(power, -1, keep_dims=True)
 
 
 @_kernel
@@ -881,135 +839,69 @@ def _sum_tile_into_parents(
     weight,
     earlier,
     q,
-    partial,
-    size_of_part,
+    lse,
+    mean,
     batch,
     children,
-    children_of_program,
+    children_of_tile,
+    partial,
+    size_of_part,
     of_gradients: tl.constexpr,
     parents: tl.constexpr,
     child_dim: tl.constexpr,
     parent_dim: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-    block_j: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """Σ c û, or Σ l û with l = c (a − Σ c a), over a tile of children, into all parents."""
-    tile = tl.program_id(0)
+    """Σ c û and the log-sum-exp, or Σ l û and Σ c a, of a tile of children with all parents."""
+    tile, d = tl.program_id(0), tl.arange(0, block_d)
     images = tl.program_id(1).to(tl.int64) * block_n + tl.arange(0, block_n)
-    column = tl.arange(0, block_j * block_d)  # one for each (j, d)
-    j, d = column // block_d, column % block_d
-    at_column = (j < parents) & (d < parent_dim)
-    there = tl.arange(0, block_j) < parents
-    at_parents = images[:, None] * (parents * parent_dim) + (j * parent_dim + d)
-    here = (images < batch)[:, None] & at_column
-    V = tl.load(earlier + at_parents, mask=here, other=0.0)
-    if of_gradients:
-        q_here = tl.load(q + at_parents, mask=here, other=0.0)
-    total = tl.zeros([block_n, block_j, block_d], tl.float32)
-    first = tile * children_of_program
-    for child in range(first, tl.minimum(first + children_of_program, children)):
+    zeros = tl.zeros([block_n, block_d], tl.float32)
+    totals = ()  # one entry for each parent, as in all tuples here
+    for _ in tl.static_range(parents):
+        totals = totals + (zeros,)
+    first = tile * children_of_tile
+    for child in range(first, tl.minimum(first + children_of_tile, children)):
         pose = _poses(u, images, child, batch, children, 0, child_dim, block_k)
-        matrix = _matrices_of_child(
-            weight, child, parents, child_dim, parent_dim, block_k, block_j, block_d
-        )
-        u_hat = _dot(pose, matrix, tl.zeros([block_n, block_j * block_d], tl.float32))
-        logit = tl.sum(tl.reshape(u_hat * V, [block_n, block_j, block_d]), 2)
-        coefficient = _softmax(logit, there)
+        u_hats, logits, most = (), (), tl.full([block_n], float("-inf"), tl.float32)
+        for j in tl.static_range(parents):
+            kind = tl.cast(child, tl.int64) * parents + j
+            matrix = _matrix(weight, kind, 0, child_dim, parent_dim, block_k, block_d)
+            u_hat = _dot(pose, matrix, zeros)
+            V = _at_parent(earlier, images, j, batch, parents, parent_dim, block_d)
+            logit = tl.sum(u_hat * V, 1)
+            most = tl.maximum(most, logit)
+            u_hats, logits = u_hats + (u_hat,), logits + (logit,)
+        power = tl.zeros([block_n], tl.float32)
+        for j in tl.static_range(parents):
+            power += tl.exp(logits[j] - most)
+        coefficients, mean_here = (), tl.zeros([block_n], tl.float32)
+        for j in tl.static_range(parents):
+            coefficient = tl.exp(logits[j] - most) / power
+            if of_gradients:
+                q_here = _at_parent(q, images, j, batch, parents, parent_dim, block_d)
+                a = tl.sum(u_hats[j] * q_here, 1)
+                mean_here += coefficient * a
+                coefficients = coefficients + ((coefficient, a),)
+            else:
+                coefficients = coefficients + ((coefficient,),)
+        sums = ()
+        for j in tl.static_range(parents):
+            coefficient = coefficients[j][0]
+            if of_gradients:
+                coefficient *= coefficients[j][1] - mean_here
+            sums = sums + (totals[j] + coefficient[:, None] * u_hats[j],)
+        totals = sums
+        at_child = images * children + child
         if of_gradients:
-            a = tl.sum(tl.reshape(u_hat * q_here, [block_n, block_j, block_d]), 2)
-            coefficient *= a - tl.sum(coefficient * a, 1, keep_dims=True)
-        total += coefficient[:, :, None] * tl.reshape(u_hat, [block_n, block_j, block_d])
-    offset = tile.to(tl.int64) * size_of_part + at_parents
-    tl.store(partial + offset, tl.reshape(total, [block_n, block_j * block_d]), mask=here)
-
-
-@_kernel
-def _matrices_of_child(
-    weight,
-    child,
-    parents: tl.constexpr,
-    child_dim: tl.constexpr,
-    parent_dim: tl.constexpr,
-    block_k: tl.constexpr,
-    block_j: tl.constexpr,
-    block_d: tl.constexpr,
-):
-    """W from one child to all parents, [K, J·D]."""
-    column, k = tl.arange(0, block_j * block_d), tl.arange(0, block_k)
-    j, d = column // block_d, column % block_d
-    offset = (j * child_dim + k[:, None]) * parent_dim + d
-    offset += tl.cast(child, tl.int64) * (parents * child_dim * parent_dim)
-    mask = (k < child_dim)[:, None] & (j < parents) & (d < parent_dim)
-    return tl.load(weight + offset, mask=mask, other=0.0)
-
-
-@_kernel
-def _gradients_of_tile(
-    u,
-    weight,
-    earlier,
-    q,
-    size_at_parents,
-    du,
-    partial,
-    size_of_part,
-    batch,
-    children,
-    rounds: tl.constexpr,
-    through_logits: tl.constexpr,
-    parents: tl.constexpr,
-    child_dim: tl.constexpr,
-    parent_dim: tl.constexpr,
-    block_c: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    block_j: tl.constexpr,
-    block_d: tl.constexpr,
-):
-    """∂u of a few children for every images-th block, and what these images add to ∂W."""
-    part = tl.program_id(1)
-    child = tl.program_id(0) * block_c + tl.arange(0, block_c)
-    column, k = tl.arange(0, block_j * block_d), tl.arange(0, block_k)
-    j, d = column // block_d, column % block_d
-    there = tl.arange(0, block_j) < parents
-    at_matrix = child.to(tl.int64)[:, None, None] * (parents * child_dim * parent_dim)
-    at_matrix += ((j * child_dim + k[:, None]) * parent_dim + d)[None, :, :]
-    matrix_there = ((k < child_dim)[:, None] & (j < parents) & (d < parent_dim))[None, :, :]
-    matrix_there = matrix_there & (child < children)[:, None, None]
-    matrix = tl.load(weight + at_matrix, mask=matrix_there, other=0.0)  # [C, K, J·D]
-    total = tl.zeros([block_c, block_k, block_j * block_d], tl.float32)
-    for block in range(part, tl.cdiv(batch, block_n), tl.num_programs(1)):
-        images = tl.cast(block, tl.int64) * block_n + tl.arange(0, block_n)
-        at_pose = (images[None, :] * children + child[:, None])[:, :, None] * child_dim + k
-        pose_there = (images < batch)[None, :, None] & (child < children)[:, None, None]
-        pose_there = pose_there & (k < child_dim)[None, None, :]
-        pose = tl.load(u + at_pose, mask=pose_there, other=0.0)  # [C, images, K]
-        zeros = tl.zeros([block_c, block_n, block_j * block_d], tl.float32)
-        u_hat = _dot(pose, matrix, zeros)
-        gradient = tl.reshape(zeros, [block_c, block_n, block_j, block_d])
-        at_parents = images[:, None] * (parents * parent_dim) + (j * parent_dim + d)
-        here = (images < batch)[:, None] & (j < parents) & (d < parent_dim)
-        for r in tl.static_range(rounds):
-            offset = at_parents + r * tl.cast(size_at_parents, tl.int64)
-            V = tl.load(earlier + offset, mask=here, other=0.0)[None, :, :]
-            q_here = tl.load(q + offset, mask=here, other=0.0)[None, :, :]
-            shape: tl.constexpr = [block_c, block_n, block_j, block_d]
-            coupling = _softmax(tl.sum(tl.reshape(u_hat * V, shape), 3), there)
-            q_apart = tl.reshape(q_here, [1, block_n, block_j, block_d])
-            gradient += coupling[:, :, :, None] * q_apart
-            if through_logits:
-                a = tl.sum(tl.reshape(u_hat * q_here, shape), 3)
-                logit = coupling * (a - tl.sum(coupling * a, 2, keep_dims=True))
-                gradient += logit[:, :, :, None] * tl.reshape(V, [1, block_n, block_j, block_d])
-        flat = tl.reshape(gradient, [block_c, block_n, block_j * block_d]).to(matrix.dtype)
-        pose_gradient = _dot(
-            flat, tl.trans(matrix, 0, 2, 1), tl.zeros([block_c, block_n, block_k], tl.float32)
-        )
-        tl.store(du + at_pose, pose_gradient, mask=pose_there)
-        total = _dot(tl.trans(pose, 0, 2, 1), flat, total)
-    tl.store(partial + part.to(tl.int64) * size_of_part + at_matrix, total, mask=matrix_there)
+            tl.store(mean + at_child, mean_here, mask=images < batch)
+        else:
+            tl.store(lse + at_child, most + tl.log(power), mask=images < batch)
+    there = (images < batch)[:, None] & (d < parent_dim)
+    for j in tl.static_range(parents):
+        offset = (images * parents + j)[:, None] * parent_dim + d
+        tl.store(partial + tile.to(tl.int64) * size_of_part + offset, totals[j], mask=there)
 
 
 @_kernel
