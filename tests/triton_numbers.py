@@ -272,10 +272,8 @@ def test_differentiating_twice_is_refused():
 )
 def test_what_cannot_be_routed_is_refused(changes, said):
     asked = dict(u=torch.zeros(2, 9, 4), weight=torch.zeros(27, 4, 5)) | changes
-    asked = {
-        k: x.to(DEVICE) if k in changes and getattr(x, "is_meta", 1) == 0 else x
-        for k, x in asked.items()
-    }
+    for name in ("u", "weight"):
+        asked[name] = asked[name] if asked[name].is_meta else asked[name].to(DEVICE)
     with pytest.raises(ValueError, match=said):
         routed(edges=LAYERS["complete"].edges, **asked)
 
