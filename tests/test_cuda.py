@@ -74,7 +74,7 @@ def triton_layer(children, parents, batch, dtype=torch.float32):
 
 
 def dense_layer(u, weight, gradient, parents, dtype):
-    """v, du and dW of the reference, which takes no account of TensorFloat-32: it is off."""
+    """v, du and dW by the reference."""
     u, weight = (x.detach().to(dtype).requires_grad_() for x in (u, weight))
     u_hat = reference.votes(u, weight.unflatten(0, (-1, parents)))
     v, _ = reference.dynamic_routing(u_hat, 3)

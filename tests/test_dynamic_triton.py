@@ -36,7 +36,7 @@ def test_the_numbers_are_right():
     assert re.search(r"\d+ passed", done.stdout)
 
 
-def launches(monkeypatch, graph, sizes, dtype, *, tiles=True):
+def launches(monkeypatch, graph, sizes, dtype=torch.float32, *, tiles=True, iterations=3):
     """Every kernel that forward and backward would launch, with what it would be given."""
     batch, child_dim, parent_dim = sizes
     kinds = graph.num_edges()
@@ -52,14 +52,15 @@ def launches(monkeypatch, graph, sizes, dtype, *, tiles=True):
     edges = replace(edges, complete=edges.complete and tiles)
     u = torch.zeros(batch, graph.num_nodes("child"), child_dim, dtype=dtype, requires_grad=True)
     weight = torch.zeros(kinds, child_dim, parent_dim, dtype=dtype, requires_grad=True)
-    routed(u, weight, edges).sum().backward()
+    routed(u, weight, edges, iterations).sum().backward()
     return list(found.values())
 
 
 def compiled(kernel, args, constants, target):
     """As at a launch, but for a GPU that need not be there."""
-    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": True}
-    constants = {name: value for name, value in constants.items() if name != "num_warps"}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    options["enable_fp_fusion"] = True
+    constants = {name: value for name, value in constants.items() if name not in options}
     signature, attributes = dict.fromkeys(constants, "constexpr"), {}
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, torch.Tensor):
@@ -113,16 +114,25 @@ def test_at_the_layers_real_size_nothing_spills(monkeypatch, dtype, target, tile
 
 
 @pytest.mark.parametrize(
-    ("graph", "sizes"),
+    ("graph", "sizes", "tiles"),
     [
-        (gc.complete_graph(1, 1), (1, 1, 1)),
-        (gc.routing_graph([0, 2], [1, 0], parents=3), (3, 7, 33)),
-        (gc.complete_graph(3, 2), (3, 5, 3)),
+        (gc.complete_graph(1, 1), (1, 1, 1), True),
+        (gc.complete_graph(1, 1), (1, 1, 1), False),
+        (gc.routing_graph([0, 2], [1, 0], parents=3), (3, 7, 33), False),
     ],
 )
-def test_odd_sizes_and_sizes_of_1_compile(monkeypatch, graph, sizes):
-    for kernel, _, args, constants in launches(monkeypatch, graph, sizes, torch.float32):
+def test_odd_sizes_and_sizes_of_1_compile(monkeypatch, graph, sizes, tiles):
+    for kernel, _, args, constants in launches(monkeypatch, graph, sizes, tiles=tiles):
         assert compiled(kernel, args, constants, 90).metadata.shared <= SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize(("parent_dim", "iterations"), [(256, 3), (16, 10)])
+def test_long_outputs_and_many_iterations_fit_in_shared_memory(monkeypatch, parent_dim, iterations):
+    graph, sizes = gc.routing_graph([0, 0], [0, 1]), (64, 16, parent_dim)
+    found = launches(monkeypatch, graph, sizes, iterations=iterations)
+    for kernel, _, args, constants in found[-2:]:  # ∂u and ∂W hold most
+        code = compiled(kernel, args, constants, 80)
+        assert code.metadata.shared <= SHARED_MEMORY[80], kernel.__name__
 
 
 def test_on_the_cpu_it_is_refused_with_the_reason():

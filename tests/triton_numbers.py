@@ -43,7 +43,8 @@ class Layer(NamedTuple):
         """u, W and the gradient of v."""
         children, parents = (self.graph.num_nodes(end) for end in ("child", "parent"))
         u = torch.randn(self.batch, children, self.child_dim)
-        weight = torch.randn(self.kinds, self.child_dim, self.parent_dim)
+        # votes of unit numbers; c errs by the rounding of a logit, which dense softmax may not
+        weight = torch.randn(self.kinds, self.child_dim, self.parent_dim) / self.child_dim**0.5
         gradient = torch.randn(self.batch, parents, self.parent_dim)
         return tuple(x.to(DEVICE, dtype) for x in (u, weight, gradient))
 
@@ -60,6 +61,7 @@ LAYERS = {
     "one child": Layer(gc.complete_graph(1, 5), batch=2),
     "one parent": Layer(gc.complete_graph(5, 1), batch=2, tiles=False),
     "poses beyond a block": Layer(gc.complete_graph(2, 2), 17, child_dim=37, parent_dim=3),
+    "long poses, one parent": Layer(gc.complete_graph(2, 1), 2, child_dim=20, parent_dim=66),
     "long outputs": Layer(gc.complete_graph(2, 2), 2, child_dim=3, parent_dim=130),
     "more images than a block": Layer(gc.complete_graph(2, 3), 70, child_dim=2, parent_dim=2),
     "sparse": Layer(SPARSE),
@@ -291,4 +293,5 @@ def test_the_kernels_that_are_meant_run(monkeypatch):
             by_tiles.add(name)
         else:
             assert dynamic_triton._sum_into_parents in ran
-    assert by_tiles == {"complete", "few", "sizes of 1", "one child", "more images than a block"}
+    small = {"complete", "few", "sizes of 1", "one child", "more images than a block"}
+    assert by_tiles == small | {"long poses, one parent"}

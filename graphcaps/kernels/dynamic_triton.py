@@ -214,8 +214,11 @@ class _AnyGraph:
             child_dim=child_dim,
             parent_dim=weight.shape[2],
             block_n=block_n,
-            block_k=max(8, min(_power_of_two(child_dim), 32)),  # a dot product has at least 8 terms
+            # a dot product has at least 8 terms; more than so many numbers of W fill shared memory
+            block_k=max(8, min(_power_of_two(child_dim), 32, 2048 // block_d)),
             block_d=block_d,
+            # loading ahead takes shared memory for every iteration's V and q
+            num_stages=3 if block_d <= 64 and iterations <= 4 else 1,
             num_warps=2 if block_n * block_d <= 1024 else 4,
         )
 
@@ -329,7 +332,7 @@ class _CompleteGraph(_AnyGraph):
             child_dim=self.sizes["child_dim"],
             parent_dim=self.sizes["parent_dim"],
             block_n=32 if parents * block_d <= 160 else 16,
-            block_k=self.sizes["block_k"],
+            block_k=max(8, _power_of_two(self.sizes["child_dim"])),  # all of K at once
             block_d=block_d,
             num_warps=4,
         )
