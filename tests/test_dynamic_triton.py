@@ -19,7 +19,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 NUMBERS = Path(__file__).with_name("triton_numbers.py")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have, by CUDA's manual
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    90: 227 * 1024,
+}  # bytes a program may have, by CUDA's manual
 
 
 def test_the_numbers_are_right():
@@ -126,13 +130,13 @@ def test_odd_sizes_and_sizes_of_1_compile(monkeypatch, graph, sizes, tiles):
         assert compiled(kernel, args, constants, 90).metadata.shared <= SHARED_MEMORY[90]
 
 
-@pytest.mark.parametrize(("parent_dim", "iterations"), [(256, 3), (16, 10)])
+@pytest.mark.parametrize(("parent_dim", "iterations"), [(256, 3), (16, 12)])
 def test_long_outputs_and_many_iterations_fit_in_shared_memory(monkeypatch, parent_dim, iterations):
     graph, sizes = gc.routing_graph([0, 0], [0, 1]), (64, 16, parent_dim)
     found = launches(monkeypatch, graph, sizes, iterations=iterations)
     for kernel, _, args, constants in found[-2:]:  # ∂u and ∂W hold most
-        code = compiled(kernel, args, constants, 80)
-        assert code.metadata.shared <= SHARED_MEMORY[80], kernel.__name__
+        code = compiled(kernel, args, constants, 86)
+        assert code.metadata.shared <= SHARED_MEMORY[86], kernel.__name__
 
 
 def test_on_the_cpu_it_is_refused_with_the_reason():
