@@ -250,7 +250,7 @@ class CapsuleLayer(nn.Module):
 
     def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
         if self.engine == "auto":
-            worth_it = samples >= kernels.FEWEST_SAMPLES and not return_trace
+            worth_it = samples >= kernels.fewest_samples(u.device) and not return_trace
             return worth_it and kernels.why_not(u.device, u.dtype) is None
         if self.engine != "fused":
             return False

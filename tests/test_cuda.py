@@ -1,5 +1,6 @@
 """On a GPU, the same numbers as on the CPU; `builtin` and `udf` only where DGL has CUDA."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from routings import ENGINES
 from torch.testing import assert_close
 
 import graphcaps as gc
+from graphcaps import reference
 from graphcaps._dgl import why_not_on
+from graphcaps.kernels.dynamic_triton import TritonEdges, routed
 from graphcaps.settings import TrainSettings
 from graphcaps.training import train
 
@@ -43,6 +46,18 @@ def test_a_layer_gives_on_the_gpu_what_it_gives_on_the_cpu(engine, graph):
         assert_close(got.cpu(), right)
 
 
+@pytest.mark.parametrize("engine", ["fused", "auto"])
+@pytest.mark.parametrize(
+    "graph", [gc.complete_graph(40, 10), gc.routing_graph([5, 0, 0, 2], [1, 2, 0, 2], parents=4)]
+)
+def test_a_layer_without_votes_gives_on_the_gpu_what_it_gives_on_the_cpu(engine, graph):
+    layer = gc.CapsuleLayer(graph, 8, 16, engine="builtin")
+    u = torch.randn(9, graph.num_nodes("child"), 8)
+    expected = layer(u)
+    layer.engine = engine
+    assert_close(layer.to("cuda")(u.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_ragged_batch_is_routed_on_the_gpu(engine):
     device = on_device(engine)
@@ -58,3 +73,75 @@ def test_a_net_is_trained_on_the_gpu(amp, tmp_path):
     asked = dict(dataset=str(DIGITS), run_dir=tmp_path / "run", preset="small", device="cuda")
     result = train(TrainSettings(**asked, epochs=12, batch_size=49, amp=amp))
     assert result["test_errors"] < 50
+
+
+def triton_layer(children, parents, batch, dtype=torch.float32):
+    """Edges, u, W and a gradient of v for a complete graph, on the GPU."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device, kinds = torch.device("cuda"), children * parents
+    edges = TritonEdges.of(gc.complete_graph(children, parents), kinds, device)
+    u = torch.randn(batch, children, 8, device=device, dtype=dtype, requires_grad=True)
+    weight = (0.1 * torch.randn(kinds, 8, 16, device=device)).to(dtype).requires_grad_()
+    return edges, u, weight, torch.randn(batch, parents, 16, device=device).to(dtype)
+
+
+def dense_layer(u, weight, gradient, parents, dtype):
+    """v, du and dW by the reference."""
+    u, weight = (x.detach().to(dtype).requires_grad_() for x in (u, weight))
+    u_hat = reference.votes(u, weight.unflatten(0, (-1, parents)))
+    v, _ = reference.dynamic_routing(u_hat, 3)
+    return v.detach(), *torch.autograd.grad(v, (u, weight), gradient.to(dtype))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(("children", "parents", "batch"), [(1152, 10, 33), (3872, 196, 1)])
+def test_triton_errs_little_more_than_the_dense_form(
+    monkeypatch, children, parents, batch, complete
+):
+    """Against float64; besides twice the dense form's own error, 16 units are allowed."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    edges, u, weight, gradient = triton_layer(children, parents, batch)
+    edges = replace(edges, complete=complete)
+    v = routed(u, weight, edges)
+    got = (v.detach(), *torch.autograd.grad(v, (u, weight), gradient))
+    truth = dense_layer(u, weight, gradient, parents, torch.float64)
+    rival = dense_layer(u, weight, gradient, parents, torch.float32)
+    for name, right, actual, other in zip(("v", "du", "dW"), truth, got, rival, strict=True):
+        unit = torch.finfo(torch.float32).eps * right.abs().max()
+        error, allowed = (actual - right).abs().max(), 2 * (other - right).abs().max() + 16 * unit
+        assert error <= allowed, f"{name}: {error / unit:.1f} units, allowed {allowed / unit:.1f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_gives_equal_bits_and_never_stores_the_votes(dtype):
+    batch, children, parents = 128, 1152, 10
+    edges, u, weight, gradient = triton_layer(children, parents, batch, dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = []
+    for _ in range(2):
+        v = routed(u, weight, edges)
+        results.append((v.detach(), *torch.autograd.grad(v, (u, weight), gradient)))
+    assert all(map(torch.equal, *results))
+    votes = batch * children * parents * 16 * dtype.itemsize
+    assert torch.cuda.max_memory_allocated() - before < votes
+
+
+def test_triton_counts_beyond_31_bits():
+    """The last image's offset passes 2³¹; routed alone it does not."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device, children, batch, dim = torch.device("cuda"), 1 << 17, 130, 128
+    if torch.cuda.get_device_properties(device).total_memory < 24 << 30:
+        pytest.skip("needs a GPU with 24 GiB")
+    child = torch.arange(children)
+    graph = gc.routing_graph(child, 0 * child, weight_index=0 * child)
+    edges = TritonEdges.of(graph, 1, device)
+    u = torch.randn(batch, children, dim, device=device, dtype=torch.bfloat16)
+    assert u.numel() > 2**31
+    weight = torch.randn(1, dim, 16, device=device, dtype=torch.bfloat16)
+    alone, last = u[-1:].clone().requires_grad_(), u.requires_grad_()
+    v_alone, v_last = routed(alone, weight, edges), routed(last, weight, edges)
+    assert_close(v_last[-1:], v_alone)
+    (du_alone,) = torch.autograd.grad(v_alone.sum(), alone)
+    (du_last,) = torch.autograd.grad(v_last.sum(), last)
+    assert_close(du_last[-1:], du_alone)

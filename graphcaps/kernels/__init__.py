@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from graphcaps._dgl import dgl
-from graphcaps.kernels import dynamic_cpu
-
-FEWEST_SAMPLES = 8  # with fewer, lanes on the CPU stay empty, and passing messages is faster
+from graphcaps.kernels import dynamic_cpu, dynamic_triton
+from graphcaps.kernels.dynamic_cpu import Edges
+from graphcaps.kernels.dynamic_triton import TritonEdges
 
 
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -23,14 +23,19 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
     """
     if torch.compiler.is_compiling():
         return "torch.compile cannot look into it; compile the modules around the layer"
-    if device.type != "cpu":
-        return f"it is for the CPU, not for {device.type}"
-    if dtype not in dynamic_cpu.DTYPES:
-        return f"it computes in float32 and float64, not in {dtype}"
-    return dynamic_cpu.why_not()
+    kernel = dynamic_cpu if device.type == "cpu" else dynamic_triton
+    if dtype not in kernel.DTYPES:
+        names = " and ".join(str(known).removeprefix("torch.") for known in kernel.DTYPES)
+        return f"it computes in {names}, not in {dtype}"
+    return kernel.why_not(device)
 
 
-def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> dynamic_cpu.Edges:
+def fewest_samples(device: torch.device) -> int:
+    """With fewer samples than this, passing messages is faster."""
+    return 8 if device.type == "cpu" else 1  # lanes on the CPU would stay empty
+
+
+def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> Edges | TritonEdges:
     """What the kernel for `device` needs of a graph, whatever the batch; not written on.
 
     Args:
@@ -38,13 +43,15 @@ def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> dynamic_cp
         kinds: number of matrices, M.
         device: one for which `why_not` gives None.
     """
-    return dynamic_cpu.prepare(graph, kinds)
+    if device.type == "cpu":
+        return dynamic_cpu.prepare(graph, kinds)
+    return TritonEdges.of(graph, kinds, device)
 
 
 def routed(
     u: Tensor,
     weight: Tensor,
-    edges: dynamic_cpu.Edges,
+    edges: Edges | TritonEdges,
     iterations: int,
     gradients: Literal["all", "last"] = "all",
 ) -> Tensor:
@@ -68,4 +75,6 @@ def routed(
     >>> routed(torch.rand(2, 6, 4), torch.rand(18, 4, 5), edges, iterations=3).shape
     torch.Size([2, 3, 5])
     """
+    if isinstance(edges, TritonEdges):
+        return dynamic_triton.routed(u, weight, edges, iterations, gradients)
     return dynamic_cpu.DynamicRouting.apply(u, weight, edges, iterations, gradients)

@@ -26,8 +26,10 @@ WORK_OF_A_THREAD = 1_000_000  # multiplications, below which starting one costs 
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why the compiled loops cannot run, or None where they can."""
+def why_not(device: torch.device) -> str | None:
+    """Why the compiled loops cannot run on `device`, or None where they can."""
+    if device.type != "cpu":
+        return f"it is for the CPU, not for {device.type}"
     try:
         import graphcaps.kernels.passes  # noqa: F401
     except ImportError as error:

@@ -1,0 +1,297 @@
+"""Numbers of the Triton kernels: on a GPU where there is one, otherwise in Triton's interpreter.
+
+`test_dynamic_triton.py` starts these, with TRITON_INTERPRET=1 where there is no GPU: triton must
+not have been imported without it.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graphcaps as gc
+from graphcaps import reference
+from graphcaps.kernels import dynamic_triton
+from graphcaps.kernels.dynamic_triton import TritonEdges, routed
+from graphcaps.votes import votes_along_edges
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Layer(NamedTuple):
+    """A graph and the sizes of what is routed on it."""
+
+    graph: object
+    batch: int = 3
+    child_dim: int = 4
+    parent_dim: int = 5
+    tiles: bool = True  # where the graph is complete
+
+    @property
+    def kinds(self):
+        index = self.graph.edata["weight_index"]
+        return int(index.max()) + 1 if len(index) else 0
+
+    @property
+    def edges(self):
+        edges = TritonEdges.of(self.graph, self.kinds, DEVICE)
+        return replace(edges, complete=edges.complete and self.tiles)
+
+    def numbers(self, dtype=torch.float32):
+        """u, W and the gradient of v."""
+        children, parents = (self.graph.num_nodes(end) for end in ("child", "parent"))
+        u = torch.randn(self.batch, children, self.child_dim)
+        # votes of unit numbers; c errs by the rounding of a logit, which dense softmax may not
+        weight = torch.randn(self.kinds, self.child_dim, self.parent_dim) / self.child_dim**0.5
+        gradient = torch.randn(self.batch, parents, self.parent_dim)
+        return tuple(x.to(DEVICE, dtype) for x in (u, weight, gradient))
+
+
+SPARSE = gc.routing_graph([5, 0, 0, 2, 5], [1, 2, 0, 2, 0], children=6, parents=4)
+SHARED = gc.routing_graph(
+    [3, 1, 0, 0, 2, 3, 1], [0, 1, 0, 2, 2, 2, 0], weight_index=[1, 0, 3, 1, 1, 0, 0]
+)
+LAYERS = {
+    "complete": Layer(gc.complete_graph(9, 3)),
+    "few": Layer(gc.complete_graph(3, 2), 2),
+    "few, not by tiles": Layer(gc.complete_graph(3, 2), 2, tiles=False),
+    "sizes of 1": Layer(gc.complete_graph(1, 1), batch=1, child_dim=1, parent_dim=1),
+    "one child": Layer(gc.complete_graph(1, 5), batch=2),
+    "one parent": Layer(gc.complete_graph(5, 1), batch=2, tiles=False),
+    "poses beyond a block": Layer(gc.complete_graph(2, 2), 17, child_dim=37, parent_dim=3),
+    "long poses, one parent": Layer(gc.complete_graph(2, 1), 2, child_dim=20, parent_dim=66),
+    "long outputs": Layer(gc.complete_graph(2, 2), 2, child_dim=3, parent_dim=130),
+    "more images than a block": Layer(gc.complete_graph(2, 3), 70, child_dim=2, parent_dim=2),
+    "sparse": Layer(SPARSE),
+    "shared matrices": Layer(SHARED),
+}
+
+
+def differentiated(function, u, weight, gradient):
+    """v and the gradients of u and W."""
+    u, weight = u.detach().requires_grad_(), weight.detach().requires_grad_()
+    v = function(u, weight)
+    du, dweight = torch.autograd.grad(v, (u, weight), gradient)
+    return v.detach(), du, dweight
+
+
+def by_kernels(layer, numbers, iterations=3, gradients="all"):
+    edges = layer.edges
+    return differentiated(lambda u, w: routed(u, w, edges, iterations, gradients), *numbers)
+
+
+def densely(layer, numbers, iterations=3, gradients="all", dtype=torch.float64):
+    """The same by the reference, from votes that are there."""
+    child, parent = (ends.long() for ends in layer.graph.edges())
+    index = layer.graph.edata["weight_index"]
+    children, parents = (layer.graph.num_nodes(end) for end in ("child", "parent"))
+    mask = torch.zeros(children, parents, dtype=torch.bool)
+    mask[child, parent] = True
+
+    def route(u, weight):
+        on_edges = torch.einsum("bek,ekd->bed", u[:, child], weight[index])
+        u_hat = u.new_zeros(len(u), children, parents, weight.shape[2])
+        u_hat = u_hat.index_put((torch.arange(len(u))[:, None], child, parent), on_edges)
+        return reference.dynamic_routing(u_hat, iterations, mask=mask, gradients=gradients)[0]
+
+    return differentiated(route, *(x.cpu().to(dtype) for x in numbers))
+
+
+def assert_near(got, truth, units, rival=None):
+    """Within so many units of the largest number, besides twice what a rival errs."""
+    for name, actual, right, other in zip(
+        ("v", "du", "dW"), got, truth, rival or truth, strict=True
+    ):
+        if right.numel():
+            unit = torch.finfo(actual.dtype).eps * right.abs().max()
+            error = (actual.cpu().double() - right).abs().max()
+            allowed = 2 * (other.double() - right).abs().max() + units * unit
+            assert error <= allowed, f"{name}: {error / unit:.1f}, allowed {allowed / unit:.1f}"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_equal_the_reference(name):
+    """Besides twice the error of the dense form in float32, 16 units are allowed."""
+    layer = LAYERS[name]
+    numbers = layer.numbers()
+    got, truth = by_kernels(layer, numbers), densely(layer, numbers)
+    assert_near(got, truth, 16, rival=densely(layer, numbers, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize(("iterations", "gradients"), [(1, "all"), (2, "all"), (3, "last")])
+def test_every_number_of_iterations_and_the_last_alone_equal_the_reference(
+    iterations, gradients, tiles
+):
+    layer = Layer(gc.complete_graph(2, 3), 2, tiles=tiles)
+    numbers = layer.numbers()
+    got = by_kernels(layer, numbers, iterations, gradients)
+    truth = densely(layer, numbers, iterations, gradients)
+    rival = densely(layer, numbers, iterations, gradients, torch.float32)
+    assert_near(got, truth, 16, rival)
+
+
+def test_sums_cut_into_parts_equal_the_reference(monkeypatch):
+    monkeypatch.setattr(dynamic_triton, "EDGES_OF_PART", 2)
+    layer = Layer(gc.complete_graph(5, 1), 2, tiles=False)
+    numbers = layer.numbers()
+    rival = densely(layer, numbers, dtype=torch.float32)
+    assert_near(by_kernels(layer, numbers), densely(layer, numbers), 16, rival)
+
+
+def test_gradients_of_the_last_iteration_differ_from_those_of_all():
+    layer = LAYERS["few"]
+    numbers = layer.numbers()
+    last, every = (by_kernels(layer, numbers, 3, gradients) for gradients in ("last", "all"))
+    assert torch.equal(last[0], every[0])
+    assert not torch.allclose(last[1], every[1], rtol=0.01)
+
+
+def test_routing_once_is_uniform_routing():
+    layer = Layer(SPARSE)
+    u, weight, _ = layer.numbers()
+    child, _ = layer.graph.edges()
+    u_hat = votes_along_edges(u.cpu(), weight.cpu(), child.long(), torch.arange(layer.kinds))
+    (only,) = gc.uniform_routing(gc.bind(gc.batch_graph(SPARSE, layer.batch)), u_hat)
+    v = routed(u, weight, layer.edges, iterations=1)
+    assert_close(v.cpu(), only.v.view(v.shape))
+
+
+def test_two_edges_between_the_same_nodes_are_two_votes():
+    graph = gc.routing_graph([0, 0, 0, 1], [0, 0, 1, 1])
+    layer = Layer(graph)
+    numbers = layer.numbers()
+    child, _ = graph.edges()
+    passing = gc.bind(gc.batch_graph(graph, layer.batch), "scatter")
+
+    def route(u, weight):
+        u_hat = votes_along_edges(u, weight, child.long(), torch.arange(4))
+        *_, last = gc.dynamic_routing(passing, u_hat, iterations=3)
+        return last.v.view(layer.batch, 2, -1)
+
+    truth = differentiated(route, *(x.cpu().double() for x in numbers))
+    assert_near(by_kernels(layer, numbers), truth, 64)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(gc.routing_graph([], [], children=3, parents=2)),
+        Layer(gc.complete_graph(3, 2), batch=0),
+        Layer(SPARSE, batch=0),
+    ],
+)
+def test_where_there_is_nothing_to_route_there_are_zeros(layer):
+    numbers = layer.numbers()
+    for got, like in zip(by_kernels(layer, numbers), numbers[2:] + numbers[:2], strict=True):
+        assert torch.equal(got, torch.zeros_like(like))
+
+
+def test_a_parent_without_children_is_zero_and_a_child_without_parents_has_no_gradient():
+    layer = Layer(SPARSE)
+    v, du, _ = by_kernels(layer, layer.numbers())
+    assert v[:, 3].eq(0).all() and v[:, :3].ne(0).all()
+    assert du[:, [1, 3, 4]].eq(0).all() and du[:, [0, 2, 5]].ne(0).all()
+
+
+@pytest.mark.parametrize("name", ["few", "sparse"])
+def test_zero_poses_give_zeros_and_finite_gradients(name):
+    u, weight, gradient = LAYERS[name].numbers()
+    v, du, dweight = by_kernels(LAYERS[name], (0 * u, weight, gradient))
+    assert v.eq(0).all()
+    assert du.eq(0).all()  # squash has slope 0 there
+    assert dweight.eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["few", "few, not by tiles"])
+def test_large_votes_do_not_overflow(name):
+    """Logits far beyond where exp alone is infinite: every v_j has length 1, or nearly so."""
+    u, weight, gradient = LAYERS[name].numbers()
+    numbers = (1e3 * u, weight, gradient)
+    got = by_kernels(LAYERS[name], numbers)
+    assert all(x.isfinite().all() for x in got)
+    truth, _, _ = densely(LAYERS[name], numbers)
+    assert_close(got[0].cpu().double(), truth, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["few", "sparse"])
+def test_an_image_is_routed_alike_alone_and_in_a_batch(name):
+    layer = LAYERS[name]
+    u, weight, _ = layer.numbers()
+    together = routed(u, weight, layer.edges)
+    for image in range(layer.batch):
+        alone = routed(u[image : image + 1], weight, layer.edges)
+        assert_close(alone[0], together[image], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["few", "shared matrices"])
+def test_equal_calls_give_equal_bits(name):
+    numbers = LAYERS[name].numbers()
+    once, again = (by_kernels(LAYERS[name], numbers) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("name", ["few", "shared matrices"])
+def test_bfloat16_errs_by_its_rounding_of_what_leaves(name):
+    """Inputs are exact in float32, sums too: 1 unit of bfloat16 at the largest number is left."""
+    layer = LAYERS[name]
+    numbers = layer.numbers(torch.bfloat16)
+    got = by_kernels(layer, numbers)
+    assert {x.dtype for x in got} == {torch.bfloat16}
+    truth = densely(layer, numbers)
+    assert_near(got, truth, 1)
+
+
+def test_poses_and_matrices_need_not_be_contiguous():
+    layer = LAYERS["few"]
+    u, weight, gradient = layer.numbers()
+    strided = (u.mT.contiguous().mT, weight.mT.contiguous().mT, gradient[:1].expand_as(gradient))
+    dense = tuple(x.contiguous() for x in strided)
+    assert all(map(torch.equal, by_kernels(layer, strided), by_kernels(layer, dense)))
+
+
+def test_differentiating_twice_is_refused():
+    layer = Layer(gc.complete_graph(2, 2), 1)
+    u, weight, _ = layer.numbers()
+    u.requires_grad_()
+    (du,) = torch.autograd.grad(routed(u, weight, layer.edges).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="has first derivatives alone"):
+        du.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(u=torch.zeros(2, 8, 4)), r"expected u as \[batch, 9, K\]; got \[2, 8, 4\]"),
+        (dict(weight=torch.zeros(27, 3, 5)), r"expected weight as \[27, 4, D\]; got \[27, 3, 5\]"),
+        (dict(u=torch.zeros(2, 9, 4).double()), "got torch.float64 and torch.float32"),
+        (dict(iterations=0), "iterations must be at least 1; got 0"),
+        (dict(gradients="al"), "unknown gradients 'al'"),
+        (dict(weight=torch.zeros(27, 4, 5, device="meta")), "move all to one device"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(changes, said):
+    asked = dict(u=torch.zeros(2, 9, 4), weight=torch.zeros(27, 4, 5)) | changes
+    for name in ("u", "weight"):
+        asked[name] = asked[name] if asked[name].is_meta else asked[name].to(DEVICE)
+    with pytest.raises(ValueError, match=said):
+        routed(edges=LAYERS["complete"].edges, **asked)
+
+
+def test_the_kernels_that_are_meant_run(monkeypatch):
+    """Tiles for complete graphs whose matrices and votes fit, two passes otherwise."""
+    ran = []
+    monkeypatch.setattr(dynamic_triton, "_launch", lambda kernel, *_, **__: ran.append(kernel))
+    by_tiles = set()
+    for name, layer in LAYERS.items():
+        ran.clear()
+        u, weight, _ = layer.numbers()
+        routed(u, weight, layer.edges)
+        if dynamic_triton._sum_tile_into_parents in ran:
+            by_tiles.add(name)
+        else:
+            assert dynamic_triton._sum_into_parents in ran
+    small = {"complete", "few", "sizes of 1", "one child", "more images than a block"}
+    assert by_tiles == small | {"long poses, one parent"}
