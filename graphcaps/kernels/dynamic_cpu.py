@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphcaps._dgl import dgl
-from graphcaps.functional import squash
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
-DTYPES = (torch.float32, torch.float64)
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+DTYPES = tuple(NUMPY_DTYPES)
 LANES = (16, 64)  # of a batch that fits into the first, and of any other; each is compiled apart
-WORK_OF_A_THREAD = 1_000_000  # multiplications, below which starting one costs more than it gives
+WORK_OF_A_THREAD = 1_000_000
 
 
 @functools.cache
@@ -83,7 +83,7 @@ class DynamicRouting(torch.autograd.Function):
         with _Parts(u, weight, edges) as parts:
             for r in range(iterations):
                 s.append(parts.sum(sum_votes, parts.in_lanes(V), r == 0))
-                v = squash(s[r])
+                v = _squash(s[r])
                 V = V + v
         ctx.save_for_backward(u, weight, torch.stack(s))
         ctx.edges, ctx.gradients = edges, gradients
@@ -103,7 +103,7 @@ class DynamicRouting(torch.autograd.Function):
         last = len(s) - 1
         H = torch.zeros_like(dv)
         with _Parts(u, weight, ctx.edges) as parts:
-            V = [parts.in_lanes(V) for V in squash(s).cumsum(dim=0)]
+            V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, s))]
             q = [parts.in_lanes(H)] * len(s)
             for r in range(last, -1 if through_all else last - 1, -1):
                 q[r] = parts.in_lanes(_squash_gradient(s[r], dv if r == last else H))
@@ -136,7 +136,7 @@ class _Parts:
     def __enter__(self) -> "_Parts":
         # threads of this call alone: kept ones would be missing in a forked process
         if len(self.children) > 1:
-            self.threads = ThreadPoolExecutor(len(self.children))
+            self.threads = ThreadPoolExecutor(len(self.children) - 1)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -165,7 +165,7 @@ class _Parts:
         """What one pass over all edges sums into the parents, `[B, J, D]`."""
         blocks, parent_dim = len(self.u), self.weight.shape[2]
         size = (len(self.children), blocks, self.edges.parents, parent_dim, self.size)
-        sums = self.u.new_zeros(size)
+        sums = _zeros(self.u.dtype, size)
         self._run(one_pass, features, [(x,) for x in sums])
         return self.in_samples(sums.sum(dim=0))
 
@@ -175,14 +175,10 @@ class _Parts:
         """Those of u and weight, as far as they are needed."""
         from graphcaps.kernels.passes import add_gradients
 
-        nothing = self.u.new_zeros(0)
-        du = torch.zeros_like(self.u) if needed[0] else nothing.view(0, 0, 0, 0)
-        copies = 1 if self.edges.apart else len(self.children)
-        dweight = self.u.new_zeros(copies if needed[1] else 0, *self.weight.shape)
-        outputs = [
-            (du, dweight[min(part, copies - 1)] if needed[1] else nothing.view(0, 0, 0))
-            for part in range(len(self.children))
-        ]
+        dtype, copies = self.u.dtype, 1 if self.edges.apart else len(self.children)
+        du = _zeros(dtype, self.u.shape if needed[0] else (0, 0, 0, 0))
+        dweight = _zeros(dtype, (copies, *(self.weight.shape if needed[1] else (0, 0, 0))))
+        outputs = [(du, dweight[min(part, copies - 1)]) for part in range(len(self.children))]
         rounds = (0 if through_all else len(q) - 1, len(q))
         self._run(add_gradients, (V, q, rounds, through_all), outputs)
         return (
@@ -207,11 +203,11 @@ class _Parts:
             )
             one_pass(*common, children, *_arrays(*features), lanes, scratch, *_arrays(*output))
 
-        if self.threads is None:
-            run(self.children[0], outputs[0])
-        else:
-            for _ in self.threads.map(run, self.children, outputs):  # raises what a thread raised
-                pass
+        parts = list(zip(self.children, outputs, strict=True))
+        others = [self.threads.submit(run, *part) for part in parts[1:]] if self.threads else []
+        run(*parts[0])
+        for other in others:
+            other.result()  # raises what its thread raised
 
 
 def _arrays(*arguments: Any) -> tuple:
@@ -219,9 +215,29 @@ def _arrays(*arguments: Any) -> tuple:
     return tuple(x.numpy() if isinstance(x, Tensor) else x for x in arguments)
 
 
+# By numpy, for torch's own threads keep a core busy for milliseconds after they have worked, and
+# the next pass would have to share it.
+
+
+def _zeros(dtype: torch.dtype, size: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.zeros(size, NUMPY_DTYPES[dtype]))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _squash(s: Tensor) -> Tensor:
+    """`s |s| / (1 + |s|²)`."""
+    values = s.detach().numpy()
+    square = np.square(values).sum(axis=-1, keepdims=True)
+    return torch.from_numpy(values * (np.sqrt(square) / (1 + square)))
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def _squash_gradient(s: Tensor, dv: Tensor) -> Tensor:
-    """`(∂squash/∂s)ᵀ ∂v`."""
-    with torch.enable_grad():
-        s = s.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(squash(s), s, dv)
-    return gradient
+    """`(∂squash/∂s)ᵀ ∂v`; 0 where s is."""
+    values, gradient = s.detach().numpy(), dv.detach().numpy()
+    square = np.square(values).sum(axis=-1, keepdims=True)
+    norm = np.sqrt(square)
+    unit = values / np.where(norm > 0, norm, 1)
+    along = (unit * gradient).sum(axis=-1, keepdims=True)
+    slope = norm * (1 - square) / (1 + square) ** 2
+    return torch.from_numpy(norm / (1 + square) * gradient + slope * along * unit)

@@ -80,6 +80,8 @@ def sum_logit_gradients(u, weight, edges, children, V, q, lanes, scratch, H):
             sums[:] = 0
             for i in range(begin, min(begin + group, children[1])):
                 first, degree = start[i], start[i + 1] - start[i]
+                if degree < 2:
+                    continue  # all of its coupling is with one parent, whatever the logit
                 ends = parent[first:]
                 _votes(u[block, i], weight, kind[first:], degree, lanes, u_hat)
                 _coupling(u_hat, V[block], ends, degree, False, lanes, row, c)
@@ -111,7 +113,7 @@ def add_gradients(
             for r in range(rounds[0], rounds[1]):
                 V_before = V[max(r - 1, 0), block]  # of r = 0 nothing is read
                 _coupling(u_hat, V_before, ends, degree, r == 0, lanes, row, c)
-                if through_logits and r > 0:
+                if through_logits and r > 0 and degree > 1:
                     _logit_gradients(u_hat, q[r, block], ends, degree, c, lanes, row, gradient)
                     for e in range(degree):
                         _add_scaled(du_hat[e], gradient[e], V_before[ends[e]], lanes)
@@ -152,7 +154,7 @@ def _votes(u, weight, kind, degree, lanes, u_hat):
 @compiled
 def _coupling(u_hat, V, parent, degree, uniform, lanes, row, c):
     """The softmax of `û · V` over the edges of one child, or that of equal logits."""
-    if uniform:
+    if uniform or degree == 1:
         c[:degree] = 1 / degree
         return
     largest, total = row[0], row[1]
