@@ -262,7 +262,7 @@ def reconstructions(
         true_name, seen_name = (classes[k] if classes else str(k) for k in (true, seen))
         wrong = true != seen
         above.set_title(f"is {true_name}")
-        below.set_xlabel(f"read {seen_name}" + (" (wrong)" if wrong else ""))
+        below.set_xlabel(f"read {seen_name}" + ("\n(wrong)" if wrong else ""))
         for side in below.spines.values():
             side.set(visible=wrong, linewidth=2, color=INK)
         if column == 0:

@@ -15,17 +15,22 @@ import torch
 
 from graphcaps._dgl import dgl
 
+PAUSE = 0.03  # seconds
+
 
 def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each function in each round, one after the other in every round.
 
-    Whatever else the machine does then meets all of them alike. Each runs once before, untimed.
+    Whatever else the machine does then meets all of them alike. Each runs once before, untimed,
+    and after a pause: torch's threads keep cores busy for milliseconds after their work, which
+    would be counted for the next form.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(rounds):
         for name, function in functions.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             function()
             if torch.cuda.is_available():

@@ -29,14 +29,22 @@ STYLES = {"dense": ("s:", "#9a9a9a"), "builtin": ("^--", "#4292c6"), "fused": ("
 
 def main() -> None:
     """Write both."""
-    readme = (ROOT / "README.md").read_text()
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
+    draw_sweeps(_read("routing-cpu")).savefig(BENCHMARKS / "routing-cpu.png", dpi=100)
+
+
+def with_tables(readme: str) -> str:
+    """The README with the figures of the files in their places."""
     routing, training = _read("routing-cpu"), _read("training-cpu")
-    readme = _put(readme, "routing-cpu", f"{_machine(routing)}\n\n{bench_routing.table(routing)}")
-    readme = _put(readme, "large-cpu", _large(routing))
-    readme = _put(readme, "kept-cpu", _kept(routing))
-    said = f"{_machine(training)}\n\n{bench_training.table(training)}"
-    (ROOT / "README.md").write_text(_put(readme, "training-cpu", said))
-    draw_sweeps(routing).savefig(BENCHMARKS / "routing-cpu.png", dpi=100)
+    for name, content in {
+        "routing-cpu": f"{_machine(routing)}\n\n{bench_routing.table(routing)}",
+        "large-cpu": _large(routing),
+        "kept-cpu": _kept(routing),
+        "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
+    }.items():
+        readme = _put(readme, name, content)
+    return readme
 
 
 def draw_sweeps(results: dict[str, Any]) -> Figure:

@@ -186,7 +186,7 @@ def test_reconstructions_stand_below_their_images_and_wrong_ones_say_so():
         close(above[n].images[0].get_array(), images[n, 0].numpy())
         close(below[n].images[0].get_array(), redrawn[n, 0].numpy())
     assert [axes.get_title() for axes in above] == ["is 3", "is 5"]
-    assert [axes.get_xlabel() for axes in below] == ["read 3", "read 6 (wrong)"]
+    assert [axes.get_xlabel() for axes in below] == ["read 3", "read 6\n(wrong)"]
     assert [axes.spines["top"].get_visible() for axes in below] == [False, True]
     drawn(figure)
 

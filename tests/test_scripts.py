@@ -78,3 +78,14 @@ def test_layers_that_the_training_benchmark_compares_compute_what_they_say(monke
     u = torch.randn(2, 6, 4)
     assert_close(bench_training.Unrouted(uniform)(u), uniform(u))
     assert_close(bench_training.Dense(dynamic)(u), dynamic(u))
+
+
+def test_the_readmes_tables_are_those_of_the_measured_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import write_benchmarks
+
+    readme = (ROOT / "README.md").read_text()
+    assert write_benchmarks.with_tables(readme) == readme
+    spoiled = readme.replace("| fused | ", "| fused | 1")
+    assert spoiled != readme
+    assert write_benchmarks.with_tables(spoiled) == readme
