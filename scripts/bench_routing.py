@@ -180,6 +180,17 @@ def measure(
     return {"layer": asdict(layer), "relative_error": wrong, "seconds": seconds}
 
 
+def measure_kept(form: str, mode: str, options: Options) -> dict[str, list[float]]:
+    """One form on graphs with ever fewer edges, one after the other in every round."""
+    calls = {}
+    for share in SWEEPS["kept"]:
+        layer = replace(options.layer, kept=share)
+        graph = make_graph(layer)
+        u, weight = make_input(layer, graph.num_edges(), options.device)
+        calls[str(share)] = _call(make_form(form, layer, graph, weight), u, weight, mode)
+    return alternating(calls, options.rounds)
+
+
 def _call(
     function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str
 ) -> Callable[[], Tensor]:
@@ -274,6 +285,7 @@ def main() -> None:
             ]
             for name, values in SWEEPS.items()
         }
+        results["kept"] = measure_kept("fused", MODES[-1], options)
         few = replace(options, rounds=2)
         results["large"] = measure(LARGE, ("fused",), MODES[::2], few) | {
             "peak_mib": {mode: peak_apart("fused", mode, LARGE, options) for mode in MODES[::2]}

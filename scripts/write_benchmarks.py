@@ -79,10 +79,7 @@ def _large(results: dict[str, Any]) -> str:
 
 
 def _kept(results: dict[str, Any]) -> str:
-    cost = {
-        case["layer"]["kept"]: quartiles(case["seconds"]["forward+backward"]["fused"])[1]
-        for case in results["sweeps"]["kept"]
-    }
+    cost = {float(share): quartiles(x)[1] for share, x in results["kept"].items()}
     parts = [f"{share:.0%} of the edges: {x / cost[1.0]:.2f}" for share, x in cost.items()]
     return f"Cost of `fused`, forward + backward, on pruned graphs. {'; '.join(parts)}."
 
