@@ -19,7 +19,7 @@ from graphcaps.data import load_dataset
 from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CONFIG, CapsNet
-from graphcaps.passing import ENGINES, choose_engine
+from graphcaps.passing import ENGINES
 from graphcaps.report import write_report
 from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
@@ -186,10 +186,8 @@ def _info() -> None:
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        no_kernel = kernels.why_not(device)
-        auto = "fused" if no_kernel is None else choose_engine("auto", device)
-        print(f"{device} ({name}): engine auto is {auto}")
-        print(f"  {'fused':8} {no_kernel or 'can run'}")
+        print(f"{device} ({name}): engine auto is {kernels.choose_engine('auto', device)}")
+        print(f"  {'fused':8} {kernels.why_not(device) or 'can run'}")
         for engine, kind in ENGINES.items():
             print(f"  {engine:8} {kind.why_not(device) or 'can run'}")
     if not torch.cuda.is_available():

@@ -249,16 +249,12 @@ class CapsuleLayer(nn.Module):
         return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
 
     def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
-        if self.engine == "auto":
-            worth_it = samples >= kernels.fewest_samples(u.device) and not return_trace
-            return worth_it and kernels.why_not(u.device, u.dtype) is None
-        if self.engine != "fused":
+        if self.engine not in ("auto", "fused"):
             return False
-        reason = kernels.why_not(u.device, u.dtype)
-        if reason is not None:
-            raise RuntimeError(
-                f"engine 'fused' cannot run on {u.device}: {reason}. Use engine='auto'."
-            )
+        if kernels.choose_engine(self.engine, u.device, u.dtype) != "fused":
+            return False
+        if self.engine == "auto":
+            return samples >= kernels.fewest_samples(u.device) and not return_trace
         if return_trace:
             raise ValueError(
                 "engine 'fused' never has the votes that a trace is made of; use engine='auto', "

@@ -21,10 +21,10 @@ from graphcaps._dgl import dgl
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
 from graphcaps.evaluation import as_input, evaluate
+from graphcaps.kernels import choose_engine
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.losses import capsnet_loss
 from graphcaps.model import CapsNet
-from graphcaps.passing import choose_engine
 from graphcaps.settings import (
     Recipe,
     TrainSettings,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -19,8 +20,6 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
     Raises:
         OSError: as `write_whole`.
     """
-    import safetensors.torch  # only the program's extra has it
-
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in module.state_dict().items()
@@ -39,8 +38,6 @@ def load_weights(path: Path, module: nn.Module) -> None:
         FileNotFoundError: there is no such file.
         ValueError: a broken file, or the weights of another model.
     """
-    import safetensors.torch
-
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:

@@ -85,7 +85,7 @@ def test_dgl_is_imported_in_one_place():
 def test_routing_needs_none_of_what_training_needs():
     program = """
 import sys
-for name in ("torchvision", "safetensors", "tyro", "PIL", "mlxtend", "tensorboard"):
+for name in ("torchvision", "tyro", "PIL", "mlxtend", "matplotlib", "tensorboard"):
     sys.modules[name] = None
 import torch
 import graphcaps as gc

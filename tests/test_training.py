@@ -167,6 +167,11 @@ def test_a_step_sees_the_planned_images_shifted(tmp_path, monkeypatch):
         assert torch.equal(image, expected[:, 2:30, 2:30])
 
 
+def test_training_names_the_engine_that_it_takes(tmp_path):
+    assert "engine fused on cpu" in trainer(tmp_path / "auto").describe()
+    assert "engine udf on cpu" in trainer(tmp_path / "udf", engine="udf").describe()
+
+
 def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.75, 0.25])
     evaluated, saved = [], []
@@ -287,7 +292,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "uniform"])
-@pytest.mark.parametrize("engine", ["udf", "builtin", "scatter"])
+@pytest.mark.parametrize("engine", ["udf", "builtin", "scatter", "fused"])
 def test_every_engine_and_routing_trains(engine, routing, tmp_path):
     result = train(settings(tmp_path / "run", epochs=1, engine=engine, routing=routing))
     assert result["test_images"] == 100

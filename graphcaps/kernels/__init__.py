@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graphcaps import passing
 from graphcaps._dgl import dgl
 from graphcaps.kernels import dynamic_cpu, dynamic_triton
 from graphcaps.kernels.dynamic_cpu import Edges
@@ -28,6 +29,29 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
         names = " and ".join(str(known).removeprefix("torch.") for known in kernel.DTYPES)
         return f"it computes in {names}, not in {dtype}"
     return kernel.why_not(device)
+
+
+def choose_engine(engine: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The engine that takes a batch large enough for a kernel: `"fused"`, or one of `passing`.
+
+    Args:
+        engine: `"auto"`, `"fused"`, or a name in `passing.ENGINES`.
+        device: where the features are.
+        dtype: of the features.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a named engine that cannot run, with the reason.
+
+    >>> choose_engine("fused", torch.device("cpu"))
+    'fused'
+    """
+    reason = why_not(device, dtype)
+    if engine == "fused" and reason is not None:
+        raise RuntimeError(f"engine 'fused' cannot run on {device}: {reason}. Use engine='auto'.")
+    if engine == "fused" or (engine == "auto" and reason is None):
+        return "fused"
+    return passing.choose_engine(engine, device)
 
 
 def fewest_samples(device: torch.device) -> int:
