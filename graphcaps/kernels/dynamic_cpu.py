@@ -148,9 +148,8 @@ class _Parts:
         missing = -len(x) % self.size
         blocks = (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x).detach().split(self.size)
         lanes = x.new_empty(-(-len(x) // self.size), *x.shape[1:], self.size)
-        for rows, block in zip(
-            lanes, blocks, strict=False
-        ):  # as matrices: torch is quick with them
+        # as matrices, which torch is quick to transpose; an empty batch has a block and no rows
+        for rows, block in zip(lanes, blocks, strict=False):
             rows.flatten(0, 1).copy_(block.flatten(1).T)
         return lanes
 

@@ -337,9 +337,8 @@ class _CompleteGraph(_AnyGraph):
             child_dim=self.sizes["child_dim"],
             parent_dim=self.sizes["parent_dim"],
             block_n=32 if parents * block_d <= 160 else 16,
-            block_k=max(
-                _fewest_terms(), _power_of_two(self.sizes["child_dim"])
-            ),  # all of K at once
+            # all of K at once
+            block_k=max(_fewest_terms(), _power_of_two(self.sizes["child_dim"])),
             block_d=block_d,
             num_warps=4,
         )
@@ -664,10 +663,12 @@ def _sum_into_parents(
 
 @_kernel
 def _gradient_of_votes(
-    u_hat,
+    u,
+    weight,
     images,
     child,
     parent,
+    kind,
     earlier,
     q,
     size_at_parents,
@@ -679,11 +680,27 @@ def _gradient_of_votes(
     parents,
     rounds: tl.constexpr,
     through_logits: tl.constexpr,
+    child_dim: tl.constexpr,
     parent_dim: tl.constexpr,
     block_n: tl.constexpr,
+    block_k: tl.constexpr,
     block_d: tl.constexpr,
 ):
     """∂û = Σ_r (c q + l V) of one edge, [images, D]."""
+    u_hat = _votes(
+        u,
+        weight,
+        images,
+        child,
+        kind,
+        batch,
+        children,
+        child_dim,
+        parent_dim,
+        block_n,
+        block_k,
+        block_d,
+    )
     gradient = tl.zeros([block_n, block_d], tl.float32)
     at_child = images * children + child
     for _ in tl.static_range(rounds):
@@ -734,25 +751,13 @@ def _gradient_of_poses(
     total = tl.zeros([block_n, block_k], tl.float32)
     for e in range(tl.load(start + child), tl.load(start + child + 1)):
         parent, kind = tl.load(parent_of + e), tl.load(kind_of + e)
-        u_hat = _votes(
+        gradient = _gradient_of_votes(
             u,
             weight,
             images,
             child,
-            kind,
-            batch,
-            children,
-            child_dim,
-            parent_dim,
-            block_n,
-            block_k,
-            block_d,
-        )
-        gradient = _gradient_of_votes(
-            u_hat,
-            images,
-            child,
             parent,
+            kind,
             earlier,
             q,
             size_at_parents,
@@ -764,8 +769,10 @@ def _gradient_of_poses(
             parents,
             rounds,
             through_logits,
+            child_dim,
             parent_dim,
             block_n,
+            block_k,
             block_d,
         )
         matrix = _matrix(weight, kind, first_k, child_dim, parent_dim, block_k, block_d)
@@ -813,25 +820,13 @@ def _gradient_of_matrices(
         e = first + pair // image_blocks
         images = pair % image_blocks * block_n + tl.arange(0, block_n)
         child, parent = tl.load(child_of + e), tl.load(parent_of + e)
-        u_hat = _votes(
+        gradient = _gradient_of_votes(
             u,
             weight,
             images,
             child,
-            kind,
-            batch,
-            children,
-            child_dim,
-            parent_dim,
-            block_n,
-            block_k,
-            block_d,
-        )
-        gradient = _gradient_of_votes(
-            u_hat,
-            images,
-            child,
             parent,
+            kind,
             earlier,
             q,
             size_at_parents,
@@ -843,8 +838,10 @@ def _gradient_of_matrices(
             parents,
             rounds,
             through_logits,
+            child_dim,
             parent_dim,
             block_n,
+            block_k,
             block_d,
         )
         pose = _poses(u, images, child, batch, children, first_k, child_dim, block_k)
