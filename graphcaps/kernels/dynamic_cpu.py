@@ -214,7 +214,7 @@ def _arrays(*arguments: Any) -> tuple:
     return tuple(x.numpy() if isinstance(x, Tensor) else x for x in arguments)
 
 
-# By numpy, for torch's own threads keep a core busy for milliseconds after they have worked, and
+# By numpy, for torch's own threads keep a core busy for a while after they have worked, and
 # the next pass would have to share it.
 
 
