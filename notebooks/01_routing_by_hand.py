@@ -115,8 +115,8 @@ figures.coupling_histogram(trace.c, PARENTS)
 # ## The graph, as routing goes on
 #
 # Children below, parents above. An edge is as wide and dark as its coupling; the area of a parent
-# is the length of its output. First all edges are equal; in the end each child has one parent: a
-# *parse tree*.
+# is the length of its output. First all edges are equal; in the end most children have one parent:
+# a *parse tree*.
 
 # %%
 graphs = [trace.networkx(0, number) for number in range(ITERATIONS)]
@@ -125,7 +125,7 @@ written = Path("01_coupling.gif").write_bytes(figures.gif(animation))
 
 # %% [markdown]
 # ![The coupling graph of 20 children and 10 parents, a frame for each of ten iterations: from equal
-# edges to one strong edge for each child](01_coupling.gif)
+# edges to one strong edge for most children](01_coupling.gif)
 
 # %%
 figures.coupling_graph(graphs[-1], title="The last iteration")

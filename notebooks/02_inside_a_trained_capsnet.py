@@ -136,8 +136,12 @@ figures.reconstructions(
     overlap.expand(2, -1, -1, -1),
     torch.cat([one.reconstruction for one in both]),
     torch.tensor([0, 1]),
-    torch.tensor([0, 1]),
+    both[0].lengths.argmax(dim=1).expand(2),
 )
+
+# %% [markdown]
+# It reads the 0 alone: the capsule of the 1 stays short, and what the decoder draws from it is no
+# digit.
 
 # %% [markdown]
 # ## Does routing know when it is wrong?

@@ -57,7 +57,7 @@ def draw_sweeps(results: dict[str, Any]) -> Figure:
             times = [1e3 * quartiles(c["seconds"]["forward+backward"][form])[1] for c in cases]
             axes.plot(at, times, style, color=color, markeredgecolor="#222222", label=form)
         axes.set(xlabel=NAMES[name], xscale="log", yscale="log")
-        axes.set_xticks(at, [f"{x:g}" for x in at])
+        axes.set_xticks(at, [f"{x:g}" for x in at], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", color="#e5e5e5")
