@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl
+from graphcaps.capture import Captured
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
 from graphcaps.evaluation import as_input, evaluate
@@ -109,7 +110,7 @@ class Trainer:
         run: where everything is written.
 
     Raises:
-        ValueError: data that no CapsNet can be trained on.
+        ValueError: data that no CapsNet can be trained on; a CUDA graph that cannot be recorded.
         RuntimeError: an engine that cannot run on the device.
     """
 
@@ -128,6 +129,8 @@ class Trainer:
                 f"{workers.size} processes share every batch equally: expected a batch size "
                 f"that {workers.size} divides, got {recipe.batch_size}"
             )
+        if settings.cuda_graph:
+            _check_capture(settings, workers)
         self.settings, self.recipe = settings, recipe
         self.data, self.workers, self.run = data, workers, run
         self.batch_size, self.epochs = recipe.batch_size, recipe.epochs
@@ -158,6 +161,7 @@ class Trainer:
         self._look_every = 1 if workers.device.type == "cpu" else STEPS_PER_RECORD
         self._unseen: list[Tensor] = []  # loss and right answers of a step, where computed
         self._steps_seen, self._last_seen, self._stopping = 0, (math.nan, 0.0), False
+        self._captured: Captured | None = None
         self._writer: Any = None
         self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
         self._images = data.train.images.to(workers.device)
@@ -275,24 +279,43 @@ class Trainer:
     def _take_step(self, chosen: Tensor, shifts: Tensor) -> None:
         """One step on a batch; what came of it is kept where it was computed, to be looked at."""
         mine = slice(self.workers.rank, None, self.workers.size)
-        images = as_input(shift(self._images[chosen[mine]], shifts[mine]), self.model)
-        labels = self._labels[chosen[mine]]
-        self.optimizer.zero_grad()
+        batch = chosen[mine], shifts[mine]
+        if self.settings.cuda_graph:
+            if self._captured is None:
+                self._captured = Captured(self._loss_and_gradients, batch)
+            self._keep(*self._captured(*batch))
+        else:
+            self.optimizer.zero_grad()
+            loss, correct = self._loss(*batch)
+            self._keep(loss, correct)  # one that is not finite must not reach the backward pass
+            loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+
+    def _loss(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the number of right answers."""
+        images = as_input(shift(self._images[chosen], shifts), self.model)
+        labels = self._labels[chosen]
         try:
             with torch.autocast(
                 self.workers.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"
             ):
                 output = self.parallel(images, labels)
             loss = capsnet_loss(output, images, labels)
-            correct = (output.lengths.argmax(dim=1) == labels).sum()
         except NonFinitePosesError:
-            loss, correct = torch.full((), torch.nan), torch.zeros(())
+            return torch.full((), torch.nan), torch.zeros(())
+        return loss, (output.lengths.argmax(dim=1) == labels).sum()
+
+    def _loss_and_gradients(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad()
+        loss, correct = self._loss(chosen, shifts)
+        loss.backward()
+        return loss.detach(), correct
+
+    def _keep(self, loss: Tensor, correct: Tensor) -> None:
         self._unseen.append(torch.stack([loss.detach(), correct]).double())
         if len(self._unseen) >= self._look_every:
-            self._look()  # before the backward pass, which a loss that is not finite must not reach
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
+            self._look()
 
     def _look(self) -> None:
         """Wait for the device: add up losses and right answers, see whether anyone wants to stop.
@@ -477,6 +500,21 @@ def _check_data(data: Dataset) -> None:
             raise ValueError(
                 f"the {name} images of {data.name} are {list(split.images.shape[1:])}, "
                 f"the training images {list(shape[1:])}; they must be alike"
+            )
+
+
+def _check_capture(settings: TrainSettings, workers: Workers) -> None:
+    """A CUDA graph is recorded of what runs on one GPU and by torch or Triton."""
+    engine = choose_engine(settings.engine, workers.device)
+    for wrong, reason in (
+        (workers.device.type != "cuda", f"this is trained on {workers.device}"),
+        (workers.size > 1, f"{workers.size} processes train together"),
+        (engine not in ("fused", "scatter"), f"engine {engine} launches work by DGL"),
+    ):
+        if wrong:
+            raise ValueError(
+                "--cuda-graph is for one process with a CUDA device and engine fused or scatter; "
+                f"{reason}"
             )
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import graphcaps as gc
 from graphcaps import reference
 from graphcaps._dgl import why_not_on
+from graphcaps.capture import Captured
 from graphcaps.kernels.dynamic_triton import TritonEdges, routed
 from graphcaps.settings import TrainSettings
 from graphcaps.training import train
@@ -68,11 +69,29 @@ def test_a_ragged_batch_is_routed_on_the_gpu(engine):
     assert_close(layer.to(device)(u.to(device), graph=graph).cpu(), expected)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_net_is_trained_on_the_gpu(amp, tmp_path):
+def test_a_net_is_trained_on_the_gpu(amp, cuda_graph, tmp_path):
     asked = dict(dataset=str(DIGITS), run_dir=tmp_path / "run", preset="small", device="cuda")
-    result = train(TrainSettings(**asked, epochs=12, batch_size=49, amp=amp))
-    assert result["test_errors"] < 50
+    asked |= dict(epochs=12, batch_size=49, amp=amp, cuda_graph=cuda_graph)
+    assert train(TrainSettings(**asked))["test_errors"] < 50
+
+
+@pytest.mark.parametrize("engine", ["fused", "scatter"])
+def test_what_is_replayed_is_what_is_computed(engine):
+    model = gc.CapsNet.from_preset("small", engine=engine).to("cuda")
+
+    def loss_and_gradients(images, labels):
+        model.zero_grad()
+        loss = gc.capsnet_loss(model(images, labels), images, labels)
+        loss.backward()
+        return loss.detach(), *(p.grad for p in model.parameters())
+
+    batches = [(torch.rand(7, 1, 28, 28).cuda(), torch.randint(10, (7,)).cuda()) for _ in range(2)]
+    plain = [[x.clone() for x in loss_and_gradients(*batch)] for batch in batches]
+    captured = Captured(loss_and_gradients, batches[0])
+    for batch, right in zip(batches, plain, strict=True):
+        assert_close([x.clone() for x in captured(*batch)], right, rtol=1e-3, atol=1e-5)
 
 
 def triton_layer(children, parents, batch, dtype=torch.float32):

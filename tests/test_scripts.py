@@ -65,7 +65,22 @@ def test_a_training_step_is_timed_with_and_without_routing(tmp_path):
     out = script("bench_training.py", *sizes, "--output", str(output))
     results = json.loads(output.read_text())
     assert "| without routing | " in out
+    for form in ("dense", "udf", "builtin", "scatter", "fused"):
+        assert f"| {form} | " in out
+        assert results["relative_error"][form] < 1e-4
     assert {len(x) for x in results["seconds"].values()} == {2}
+
+
+def test_no_training_step_is_timed_that_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_training
+
+    options = bench_training.Options(preset="small", batch=2)
+    monkeypatch.setattr(builtin.BuiltinEngine, "agreement", lambda self, u_hat, v: u_hat[:, :1] * 0)
+    trainings = {form: bench_training.Training(form, options) for form in ("dense", "builtin")}
+    wrong = bench_training.errors(trainings)
+    assert wrong["dense"] == 0
+    assert wrong["builtin"] > bench_training.ALLOWED_ERROR
 
 
 def test_layers_that_the_training_benchmark_compares_compute_what_they_say(monkeypatch):

@@ -32,6 +32,7 @@ ORDER = [
     "evaluation",
     "checkpoints",
     "workers",
+    "capture",
     "training",
     "inspection",
     "figures",

@@ -4,6 +4,7 @@ import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import fake_cuda_graph
 import pytest
 import torch
 from torch.testing import assert_close
@@ -269,6 +270,66 @@ def test_an_interrupt_is_heeded_at_the_next_look(tmp_path, monkeypatch):
     with pytest.raises(TrainingInterrupt):
         train(settings(tmp_path / "run", checkpoint_every=4))
     assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000004"
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """CUDA graphs by a stand-in, and none of the checks that read numbers, as on a GPU."""
+
+    def multi_hot(labels, batch, classes):
+        return torch.zeros(batch, classes, dtype=torch.int64).scatter(1, labels[:, None], 1)
+
+    monkeypatch.setattr(training, "_check_capture", lambda *_: None)
+    monkeypatch.setattr(gc.CapsuleLayer, "_check_poses", lambda *_: None)
+    for module in (gc.losses, gc.model):
+        monkeypatch.setattr(module, "multi_hot", multi_hot)
+    return fake_cuda_graph.install(monkeypatch)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_captured_run_ends_with_the_very_weights_of_a_plain_one(tmp_path, request, amp):
+    asked = dict(engine="scatter", checkpoint_every=4, amp=amp)
+    plain = train(settings(tmp_path / "plain", **asked))
+    graphs = request.getfixturevalue("captures")
+    captured = train(settings(tmp_path / "captured", **asked, cuda_graph=True))
+    assert len(graphs) == 1
+    assert weights(tmp_path / "captured") == weights(tmp_path / "plain")
+    assert captured["test_loss"] == plain["test_loss"]
+
+
+def test_a_run_is_resumed_with_a_cuda_graph_or_without(tmp_path, request, monkeypatch):
+    plain = train(settings(tmp_path / "plain", engine="scatter"))
+    graphs = request.getfixturevalue("captures")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path / "run", engine="scatter", cuda_graph=True))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainSettings(run_dir=tmp_path / "run", resume=True))
+    assert len(graphs) == 1
+    again = train(TrainSettings(run_dir=tmp_path / "run", resume=True, cuda_graph=True))
+    assert len(graphs) == 2
+    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
+    assert again["test_loss"] == plain["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "engine", "said"),
+    [
+        ("cpu", 1, "auto", "this is trained on cpu"),
+        ("cuda", 2, "scatter", "2 processes train together"),
+        ("cuda", 1, "builtin", "engine builtin launches work by DGL"),
+    ],
+)
+def test_a_cuda_graph_that_cannot_be_recorded_is_refused(
+    device, processes, engine, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "choose_engine", lambda *_: engine)
+    workers = Workers(rank=0, size=processes, device=torch.device(device))
+    with pytest.raises(ValueError, match=f"--cuda-graph is for one process.*{said}"):
+        training._check_capture(settings(tmp_path, engine=engine, cuda_graph=True), workers)
 
 
 def test_a_rate_far_too_high_diverges_and_never_saves_what_is_not_finite(tmp_path):
