@@ -63,7 +63,7 @@ class Options:
 
 LARGE = Layer(batch=128, children=3872, parents=196)
 SWEEPS: dict[str, tuple[Any, ...]] = {
-    "batch": (1, 4, 16, 64, 128, 256),
+    "batch": (1, 4, 16, 32, 64, 128, 256),
     "children": (144, 288, 576, 1152, 2304),
     "iterations": (1, 2, 3, 5),
     "kept": (1.0, 0.5, 0.25, 0.1),

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -21,15 +22,18 @@ PAUSE = 0.03  # seconds
 def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each function in each round, one after the other in every round.
 
-    Whatever else the machine does then meets all of them alike. Each runs once before, untimed,
-    and after a pause: torch's threads keep cores busy for milliseconds after their work, which
-    would be counted for the next form.
+    Whatever else the machine does then meets all of them alike, and so does what another one leaves
+    behind, since every round has an order of its own. Each runs once before, untimed, and after a
+    pause: torch's threads keep cores busy for milliseconds after their work, which would be counted
+    for the next form.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
+    orders = random.Random(0)
     for _ in range(rounds):
-        for name, function in functions.items():
+        for name in orders.sample(list(functions), len(functions)):
+            function = functions[name]
             time.sleep(PAUSE)
             started = time.perf_counter()
             function()

@@ -105,7 +105,7 @@ def test_gradients_of_the_last_iteration_alone_equal_the_reference(iterations):
 
 
 @every_algorithm
-@pytest.mark.parametrize("batch", [2, 40])  # few lanes, and many
+@pytest.mark.parametrize("batch", [2, 60])  # few lanes, and many
 @pytest.mark.parametrize(
     ("children", "parents"), [(1, 1), (1, 7), (7, 1), (3, 5), (129, 3), (5, 131), (1152, 10)]
 )
@@ -127,7 +127,7 @@ def test_float32_errs_no_more_than_the_dense_form(algorithm, batch, children, pa
 
 @every_algorithm
 @every_dtype
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 32, 33, 64, 65, 129])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 32, 33, 48, 49, 64, 65, 70, 129])
 def test_any_batch_size_equals_the_reference(algorithm, dtype, batch):
     case = complete(6, 3, batch=batch)
     kinds = own(case)
@@ -509,5 +509,5 @@ def test_memory_is_that_of_children_and_parents_not_of_edges(batch):
     of_children = 4 * lanes * children * 8
     of_parents = 4 * lanes * parents * 16
     votes = 4 * batch * children * parents * 16
-    allowed = 4 * of_children + 40 * of_parents
+    allowed = 2 * of_children + 40 * of_parents
     assert int(done.stdout) < allowed < votes / 4

@@ -7,13 +7,13 @@ squash of the parents, is computed.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphcaps._dgl import dgl
@@ -21,8 +21,8 @@ from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 DTYPES = tuple(NUMPY_DTYPES)
-LANES = (16, 64)  # of a batch that fits into the first, and of any other; each is compiled apart
-WORK_OF_A_THREAD = 1_000_000
+LANES = (16, 32, 48, 64)  # each is compiled apart, when it is first wanted
+WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; half a millisecond
 
 
 @functools.cache
@@ -80,12 +80,13 @@ class DynamicRouting(torch.autograd.Function):
         from graphcaps.kernels.passes import sum_votes
 
         V, s = u.new_zeros(len(u), edges.parents, weight.shape[2]), []
-        with _Parts(u, weight, edges) as parts:
+        with _Parts(weight, edges, batch=len(u)) as parts:
+            in_lanes = parts.in_lanes(u)
             for r in range(iterations):
-                s.append(parts.sum(sum_votes, parts.in_lanes(V), r == 0))
+                s.append(parts.sum(sum_votes, in_lanes, parts.in_lanes(V), r == 0))
                 v = _squash(s[r])
                 V = V + v
-        ctx.save_for_backward(u, weight, torch.stack(s))
+        ctx.save_for_backward(in_lanes, weight, torch.stack(s))
         ctx.edges, ctx.gradients = edges, gradients
         return v
 
@@ -102,15 +103,15 @@ class DynamicRouting(torch.autograd.Function):
         through_all = ctx.gradients == "all"
         last = len(s) - 1
         H = torch.zeros_like(dv)
-        with _Parts(u, weight, ctx.edges) as parts:
+        with _Parts(weight, ctx.edges, batch=len(dv)) as parts:
             V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, s))]
             q = [parts.in_lanes(H)] * len(s)
             for r in range(last, -1 if through_all else last - 1, -1):
                 q[r] = parts.in_lanes(_squash_gradient(s[r], dv if r == last else H))
                 if through_all and r > 0:
-                    H = H + parts.sum(sum_logit_gradients, V[r - 1], q[r])
+                    H = H + parts.sum(sum_logit_gradients, u, V[r - 1], q[r])
             du, dweight = parts.gradients(
-                torch.stack(V), torch.stack(q), through_all, ctx.needs_input_grad
+                u, torch.stack(V), torch.stack(q), through_all, ctx.needs_input_grad
             )
         return du, dweight, None, None, None
 
@@ -118,19 +119,27 @@ class DynamicRouting(torch.autograd.Function):
 class _Parts:
     """The samples side by side in lanes, the children in as many parts as threads are worth it."""
 
-    def __init__(self, u: Tensor, weight: Tensor, edges: Edges) -> None:
-        self.batch, children, child_dim = u.shape
-        parent_dim = weight.shape[2]
-        self.size = LANES[0] if self.batch <= LANES[0] else LANES[1]
-        self.edges = edges
-        self.u = self.in_lanes(u)
-        self.weight = weight.detach().contiguous()
+    def __init__(self, weight: Tensor, edges: Edges, batch: int) -> None:
+        self.weight, self.edges, self.batch = weight.detach().contiguous(), edges, batch
+        blocks = max(1, math.ceil(batch / LANES[-1]))
+        self.size = next(lanes for lanes in LANES if lanes * blocks >= batch)
+        _, child_dim, parent_dim = weight.shape
         start = edges.by_child.start.numpy()
-        work = self.batch * int(start[-1]) * child_dim * parent_dim
+        children, work = len(start) - 1, batch * int(start[-1]) * child_dim * parent_dim
         count = max(1, min(torch.get_num_threads(), children, work // WORK_OF_A_THREAD))
         shares = np.linspace(0, start[-1], count + 1)[1:-1]
         bounds = [0, *np.searchsorted(start, shares).tolist(), children]
         self.children = list(itertools.pairwise(bounds))
+        self.scratch = [
+            _arrays(
+                weight.new_empty(2, edges.most, parent_dim, self.size),
+                weight.new_empty(2, edges.most, self.size),
+                weight.new_empty(2, self.size),
+                weight.new_empty(edges.parents, parent_dim, self.size),
+                weight.new_empty(2, child_dim, self.size),
+            )
+            for _ in self.children
+        ]
         self.threads: Executor | None = None
 
     def __enter__(self) -> "_Parts":
@@ -145,66 +154,57 @@ class _Parts:
 
     def in_lanes(self, x: Tensor) -> Tensor:
         """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
-        missing = -len(x) % self.size
-        blocks = (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x).detach().split(self.size)
-        lanes = x.new_empty(-(-len(x) // self.size), *x.shape[1:], self.size)
-        # as matrices, which torch is quick to transpose; an empty batch has a block and no rows
-        for rows, block in zip(lanes, blocks, strict=False):
-            rows.flatten(0, 1).copy_(block.flatten(1).T)
+        from graphcaps.kernels.passes import lay_in_lanes
+
+        x = x.detach().contiguous()
+        lanes = x.new_empty(-(-self.batch // self.size), *x.shape[1:], self.size)
+        lay_in_lanes(*_arrays(x, lanes))
         return lanes
 
-    def in_samples(self, x: Tensor) -> Tensor:
-        """`[blocks, n, d, lanes]` to `[B, n, d]`."""
-        samples = x.new_empty(self.batch, *x.shape[1:3])
-        for rows, block in zip(samples.split(self.size), x, strict=False):
-            rows.flatten(1).copy_(block.flatten(0, 1).T[: len(rows)])
+    def sum(self, one_pass: Callable, u: Tensor, *features: Any) -> Tensor:
+        """What one pass over all edges sums into the parents, `[B, J, D]`."""
+        from graphcaps.kernels.passes import lay_in_samples
+
+        parent_dim, dtype = self.weight.shape[2], self.weight.dtype
+        size = (len(self.children), len(u), self.edges.parents, parent_dim, self.size)
+        sums = _zeros(dtype, size)
+        self._run(one_pass, u, features, [(x,) for x in sums])
+        samples = u.new_empty(self.batch, self.edges.parents, parent_dim)
+        lay_in_samples(*_arrays(sums.sum(dim=0), samples))
         return samples
 
-    def sum(self, one_pass: Callable, *features: Any) -> Tensor:
-        """What one pass over all edges sums into the parents, `[B, J, D]`."""
-        blocks, parent_dim = len(self.u), self.weight.shape[2]
-        size = (len(self.children), blocks, self.edges.parents, parent_dim, self.size)
-        sums = _zeros(self.u.dtype, size)
-        self._run(one_pass, features, [(x,) for x in sums])
-        return self.in_samples(sums.sum(dim=0))
-
     def gradients(
-        self, V: Tensor, q: Tensor, through_all: bool, needed: Sequence[bool]
+        self, u: Tensor, V: Tensor, q: Tensor, through_all: bool, needed: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of u and weight, as far as they are needed."""
         from graphcaps.kernels.passes import add_gradients
 
-        dtype, copies = self.u.dtype, 1 if self.edges.apart else len(self.children)
-        du = _zeros(dtype, self.u.shape if needed[0] else (0, 0, 0, 0))
-        dweight = _zeros(dtype, (copies, *(self.weight.shape if needed[1] else (0, 0, 0))))
+        copies = 1 if self.edges.apart else len(self.children)
+        du = u.new_empty((self.batch, *u.shape[1:3]) if needed[0] else (0, 0, 0))
+        dweight = _zeros(u.dtype, (copies, *(self.weight.shape if needed[1] else (0, 0, 0))))
         outputs = [(du, dweight[min(part, copies - 1)]) for part in range(len(self.children))]
         rounds = (0 if through_all else len(q) - 1, len(q))
-        self._run(add_gradients, (V, q, rounds, through_all), outputs)
+        self._run(add_gradients, u, (V, q, rounds, through_all), outputs)
         return (
-            self.in_samples(du) if needed[0] else None,
+            du if needed[0] else None,
             (dweight[0] if copies == 1 else dweight.sum(dim=0)) if needed[1] else None,
         )
 
-    def _run(self, one_pass: Callable, features: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def _run(
+        self, one_pass: Callable, u: Tensor, features: Sequence[Any], outputs: Sequence[Any]
+    ) -> None:
         """Walk over the edges, each part of the children in a thread of its own."""
         edges = self.edges.by_child
-        common = *_arrays(self.u, self.weight), _arrays(edges.start, edges.parent, edges.kind)
+        before = *_arrays(u, self.weight), _arrays(edges.start, edges.parent, edges.kind)
         lanes = (0,) * (self.size // 16)  # by its length: a type, so that loops have known ends
-        most, parent_dim = self.edges.most, self.weight.shape[2]
-
-        def run(children: tuple[int, int], output: Sequence[Tensor]) -> None:
-            scratch = _arrays(
-                self.u.new_empty(2, most, parent_dim, self.size),
-                self.u.new_empty(2, most, self.size),
-                self.u.new_empty(2, self.size),
-                self.u.new_empty(self.edges.parents, parent_dim, self.size),
-                self.u.new_empty(self.u.shape[2], self.size),
-            )
-            one_pass(*common, children, *_arrays(*features), lanes, scratch, *_arrays(*output))
-
-        parts = list(zip(self.children, outputs, strict=True))
-        others = [self.threads.submit(run, *part) for part in parts[1:]] if self.threads else []
-        run(*parts[0])
+        calls = [
+            (*before, children, *_arrays(*features), lanes, scratch, *_arrays(*output))
+            for children, scratch, output in zip(self.children, self.scratch, outputs, strict=True)
+        ]
+        others = (
+            [self.threads.submit(one_pass, *call) for call in calls[1:]] if self.threads else []
+        )
+        one_pass(*calls[0])
         for other in others:
             other.result()  # raises what its thread raised
 

@@ -7,6 +7,7 @@ votes of one child, for one block of samples, are all the votes that there ever 
 
     u       [blocks, I, K, lanes]      V, q, s, H    [blocks, J, D, lanes]
     weight  [M, K, D]                  start, parent, kind    edges sorted by child
+    scratch                            what a thread works in; it may hold anything
 
 Arrays that a function writes lie apart from those that it reads.
 """
@@ -47,6 +48,28 @@ TERMS = 32  # summed apart, so that a long sum in float32 does not lose what it 
 # Sums may be taken in any order; NaN and infinity stay what they are.
 compiled = _compiled({"contract", "reassoc"})
 in_order = _compiled({"contract"})
+
+
+@compiled
+def lay_in_lanes(x, out):
+    """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
+    for block in range(out.shape[0]):
+        first = block * out.shape[3]
+        samples = min(out.shape[3], x.shape[0] - first)
+        for row in range(x.shape[1]):
+            for n in range(samples):
+                for d in range(x.shape[2]):
+                    out[block, row, d, n] = x[first + n, row, d]
+            for d in range(x.shape[2]):
+                out[block, row, d, samples:] = 0
+
+
+@compiled
+def lay_in_samples(x, out):
+    """`[blocks, n, d, lanes]` to `[B, n, d]`."""
+    for block in range(x.shape[0]):
+        for row in range(x.shape[1]):
+            _lay_row(x[block, row], block, out[:, row])
 
 
 @compiled
@@ -98,12 +121,13 @@ def add_gradients(
     """`∂û_e = Σ_r (c^r_e q^r + l^r_e V_{r-1})`, and from it `∂u += W ∂û` and `∂W += u ⊗ ∂û`.
 
     `rounds` are the first and one past the last; `V[r − 1]` goes with `q[r]`, and there is none
-    for the first iteration, where V is 0. Without `through_logits`, l counts as 0. An empty `du`
-    or `dweight` is left out.
+    for the first iteration, where V is 0. Without `through_logits`, l counts as 0. `du` is written
+    to, as `[B, I, K]`; an empty one, or an empty `dweight`, is left out.
     """
     start, parent, kind = edges
-    votes, logits, row, _, du_part = scratch
+    votes, logits, row, _, poses = scratch
     u_hat, du_hat, c, gradient = votes[0], votes[1], logits[0], logits[1]
+    du_i, du_part = poses[0], poses[1]
     for block in range(u.shape[0]):
         for i in range(children[0], children[1]):
             first, degree = start[i], start[i + 1] - start[i]
@@ -123,11 +147,22 @@ def add_gradients(
                 for e in range(degree):
                     _add_outer(dweight[kinds[e]], u[block, i], du_hat[e], lanes)
             if du.size:
+                du_i[:] = 0
                 for begin in range(0, degree, TERMS):
                     du_part[:] = 0
                     for e in range(begin, min(begin + TERMS, degree)):
                         _add_product(du_part, weight[kinds[e]].T, du_hat[e], lanes)
-                    _add(du[block, i], du_part)
+                    _add(du_i, du_part)
+                _lay_row(du_i, block, du[:, i])
+
+
+@compiled
+def _lay_row(x, block, out):
+    """`[d, lanes]` to `[B, d]`, to the samples of one block."""
+    first = block * x.shape[1]
+    for n in range(min(x.shape[1], out.shape[0] - first)):
+        for d in range(x.shape[0]):
+            out[first + n, d] = x[d, n]
 
 
 @compiled
