@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphcaps._dgl import dgl
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
-NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
-DTYPES = tuple(NUMPY_DTYPES)
+Array = NDArray[Any]
+DTYPES = (torch.float32, torch.float64)
 LANES = (16, 32, 48, 64)  # each is compiled apart, when it is first wanted
 WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; half a millisecond
 
@@ -65,7 +66,11 @@ def prepare(graph: dgl.DGLGraph, kinds: int) -> Edges:
 
 
 class DynamicRouting(torch.autograd.Function):
-    """Dynamic routing from u `[B, I, K]` and weight `[M, K, D]` to v `[B, J, D]`."""
+    """Dynamic routing from u `[B, I, K]` and weight `[M, K, D]` to v `[B, J, D]`.
+
+    All of it in numpy: torch's own threads keep a core busy for a while after they have worked, and
+    the next pass would have to share it.
+    """
 
     @staticmethod
     def forward(
@@ -79,16 +84,16 @@ class DynamicRouting(torch.autograd.Function):
         """`s^r_j = Σ c^r_e û_e` with `c^r = softmax(û · V_{r-1})`, and `V_r = V_{r-1} + v^r`."""
         from graphcaps.kernels.passes import sum_votes
 
-        V, s = u.new_zeros(len(u), edges.parents, weight.shape[2]), []
         with _Parts(weight, edges, batch=len(u)) as parts:
-            in_lanes = parts.in_lanes(u)
+            in_lanes = parts.in_lanes(_array(u))
+            V, s = parts.zeros_of_parents(), []
             for r in range(iterations):
                 s.append(parts.sum(sum_votes, in_lanes, parts.in_lanes(V), r == 0))
                 v = _squash(s[r])
                 V = V + v
-        ctx.save_for_backward(in_lanes, weight, torch.stack(s))
+        ctx.save_for_backward(torch.from_numpy(in_lanes), weight, torch.from_numpy(np.stack(s)))
         ctx.edges, ctx.gradients = edges, gradients
-        return v
+        return torch.from_numpy(v)
 
     @staticmethod
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,19 +104,19 @@ class DynamicRouting(torch.autograd.Function):
             raise RuntimeError(
                 "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
             )
-        u, weight, s = ctx.saved_tensors
+        u, s = (ctx.saved_tensors[n].numpy() for n in (0, 2))
         through_all = ctx.gradients == "all"
         last = len(s) - 1
-        H = torch.zeros_like(dv)
-        with _Parts(weight, ctx.edges, batch=len(dv)) as parts:
+        with _Parts(ctx.saved_tensors[1], ctx.edges, batch=len(dv)) as parts:
             V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, s))]
+            H = parts.zeros_of_parents()
             q = [parts.in_lanes(H)] * len(s)
             for r in range(last, -1 if through_all else last - 1, -1):
-                q[r] = parts.in_lanes(_squash_gradient(s[r], dv if r == last else H))
+                q[r] = parts.in_lanes(_squash_gradient(s[r], _array(dv) if r == last else H))
                 if through_all and r > 0:
                     H = H + parts.sum(sum_logit_gradients, u, V[r - 1], q[r])
             du, dweight = parts.gradients(
-                u, torch.stack(V), torch.stack(q), through_all, ctx.needs_input_grad
+                u, np.stack(V), np.stack(q), through_all, ctx.needs_input_grad
             )
         return du, dweight, None, None, None
 
@@ -120,23 +125,25 @@ class _Parts:
     """The samples side by side in lanes, the children in as many parts as threads are worth it."""
 
     def __init__(self, weight: Tensor, edges: Edges, batch: int) -> None:
-        self.weight, self.edges, self.batch = weight.detach().contiguous(), edges, batch
+        self.weight, self.edges, self.batch = _array(weight), edges, batch
+        self.dtype = self.weight.dtype
         blocks = max(1, math.ceil(batch / LANES[-1]))
-        self.size = next(lanes for lanes in LANES if lanes * blocks >= batch)
-        _, child_dim, parent_dim = weight.shape
+        self.lanes = next(lanes for lanes in LANES if lanes * blocks >= batch)
+        _, child_dim, self.parent_dim = weight.shape
         start = edges.by_child.start.numpy()
-        children, work = len(start) - 1, batch * int(start[-1]) * child_dim * parent_dim
+        children = len(start) - 1
+        work = blocks * self.lanes * int(start[-1]) * child_dim * self.parent_dim
         count = max(1, min(torch.get_num_threads(), children, work // WORK_OF_A_THREAD))
         shares = np.linspace(0, start[-1], count + 1)[1:-1]
         bounds = [0, *np.searchsorted(start, shares).tolist(), children]
         self.children = list(itertools.pairwise(bounds))
         self.scratch = [
-            _arrays(
-                weight.new_empty(2, edges.most, parent_dim, self.size),
-                weight.new_empty(2, edges.most, self.size),
-                weight.new_empty(2, self.size),
-                weight.new_empty(edges.parents, parent_dim, self.size),
-                weight.new_empty(2, child_dim, self.size),
+            (
+                self._empty(2, edges.most, self.parent_dim, self.lanes),
+                self._empty(2, edges.most, self.lanes),
+                self._empty(2, self.lanes),
+                self._empty(edges.parents, self.parent_dim, self.lanes),
+                self._empty(2, child_dim, self.lanes),
             )
             for _ in self.children
         ]
@@ -152,53 +159,59 @@ class _Parts:
         if self.threads is not None:
             self.threads.shutdown()
 
-    def in_lanes(self, x: Tensor) -> Tensor:
+    def zeros_of_parents(self) -> Array:
+        """A feature of parents, `[B, J, D]`."""
+        return np.zeros((self.batch, self.edges.parents, self.parent_dim), self.dtype)
+
+    def in_lanes(self, x: Array) -> Array:
         """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
         from graphcaps.kernels.passes import lay_in_lanes
 
-        x = x.detach().contiguous()
-        lanes = x.new_empty(-(-self.batch // self.size), *x.shape[1:], self.size)
-        lay_in_lanes(*_arrays(x, lanes))
+        lanes = self._empty(math.ceil(self.batch / self.lanes), *x.shape[1:], self.lanes)
+        lay_in_lanes(x, lanes)
         return lanes
 
-    def sum(self, one_pass: Callable, u: Tensor, *features: Any) -> Tensor:
+    def sum(self, one_pass: Callable, u: Array, *features: Any) -> Array:
         """What one pass over all edges sums into the parents, `[B, J, D]`."""
         from graphcaps.kernels.passes import lay_in_samples
 
-        parent_dim, dtype = self.weight.shape[2], self.weight.dtype
-        size = (len(self.children), len(u), self.edges.parents, parent_dim, self.size)
-        sums = _zeros(dtype, size)
+        size = (len(self.children), len(u), self.edges.parents, self.parent_dim, self.lanes)
+        sums = np.zeros(size, self.dtype)
         self._run(one_pass, u, features, [(x,) for x in sums])
-        samples = u.new_empty(self.batch, self.edges.parents, parent_dim)
-        lay_in_samples(*_arrays(sums.sum(dim=0), samples))
+        samples = self._empty(self.batch, *size[2:4])
+        lay_in_samples(sums.sum(axis=0), samples)
         return samples
 
     def gradients(
-        self, u: Tensor, V: Tensor, q: Tensor, through_all: bool, needed: Sequence[bool]
+        self, u: Array, V: Array, q: Array, through_all: bool, needed: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of u and weight, as far as they are needed."""
         from graphcaps.kernels.passes import add_gradients
 
         copies = 1 if self.edges.apart else len(self.children)
-        du = u.new_empty((self.batch, *u.shape[1:3]) if needed[0] else (0, 0, 0))
-        dweight = _zeros(u.dtype, (copies, *(self.weight.shape if needed[1] else (0, 0, 0))))
+        du = self._empty(*((self.batch, *u.shape[1:3]) if needed[0] else (0, 0, 0)))
+        dweight = np.zeros((copies, *(self.weight.shape if needed[1] else (0, 0, 0))), self.dtype)
         outputs = [(du, dweight[min(part, copies - 1)]) for part in range(len(self.children))]
         rounds = (0 if through_all else len(q) - 1, len(q))
         self._run(add_gradients, u, (V, q, rounds, through_all), outputs)
+        total = dweight[0] if copies == 1 else dweight.sum(axis=0)
         return (
-            du if needed[0] else None,
-            (dweight[0] if copies == 1 else dweight.sum(dim=0)) if needed[1] else None,
+            torch.from_numpy(du) if needed[0] else None,
+            torch.from_numpy(total) if needed[1] else None,
         )
 
+    def _empty(self, *size: int) -> Array:
+        return np.empty(size, self.dtype)
+
     def _run(
-        self, one_pass: Callable, u: Tensor, features: Sequence[Any], outputs: Sequence[Any]
+        self, one_pass: Callable, u: Array, features: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
         """Walk over the edges, each part of the children in a thread of its own."""
         edges = self.edges.by_child
-        before = *_arrays(u, self.weight), _arrays(edges.start, edges.parent, edges.kind)
-        lanes = (0,) * (self.size // 16)  # by its length: a type, so that loops have known ends
+        sorted_edges = edges.start.numpy(), edges.parent.numpy(), edges.kind.numpy()
+        lanes = (0,) * (self.lanes // 16)  # by its length: a type, so that loops have known ends
         calls = [
-            (*before, children, *_arrays(*features), lanes, scratch, *_arrays(*output))
+            (u, self.weight, sorted_edges, children, *features, lanes, scratch, *output)
             for children, scratch, output in zip(self.children, self.scratch, outputs, strict=True)
         ]
         others = (
@@ -209,34 +222,23 @@ class _Parts:
             other.result()  # raises what its thread raised
 
 
-def _arrays(*arguments: Any) -> tuple:
-    """Tensors as the arrays that they are."""
-    return tuple(x.numpy() if isinstance(x, Tensor) else x for x in arguments)
-
-
-# By numpy, for torch's own threads keep a core busy for a while after they have worked, and
-# the next pass would have to share it.
-
-
-def _zeros(dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.zeros(size, NUMPY_DTYPES[dtype]))
+def _array(x: Tensor) -> Array:
+    return x.detach().contiguous().numpy()
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _squash(s: Tensor) -> Tensor:
+def _squash(s: Array) -> Array:
     """`s |s| / (1 + |s|²)`."""
-    values = s.detach().numpy()
-    square = np.square(values).sum(axis=-1, keepdims=True)
-    return torch.from_numpy(values * (np.sqrt(square) / (1 + square)))
+    square = np.square(s).sum(axis=-1, keepdims=True)
+    return s * (np.sqrt(square) / (1 + square))
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _squash_gradient(s: Tensor, dv: Tensor) -> Tensor:
+def _squash_gradient(s: Array, dv: Array) -> Array:
     """`(∂squash/∂s)ᵀ ∂v`; 0 where s is."""
-    values, gradient = s.detach().numpy(), dv.detach().numpy()
-    square = np.square(values).sum(axis=-1, keepdims=True)
+    square = np.square(s).sum(axis=-1, keepdims=True)
     norm = np.sqrt(square)
-    unit = values / np.where(norm > 0, norm, 1)
-    along = (unit * gradient).sum(axis=-1, keepdims=True)
+    unit = s / np.where(norm > 0, norm, 1)
+    along = (unit * dv).sum(axis=-1, keepdims=True)
     slope = norm * (1 - square) / (1 + square) ** 2
-    return torch.from_numpy(norm / (1 + square) * gradient + slope * along * unit)
+    return norm / (1 + square) * dv + slope * along * unit
