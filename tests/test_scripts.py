@@ -104,3 +104,23 @@ def test_the_readmes_tables_are_those_of_the_measured_files(monkeypatch):
     spoiled = readme.replace("| fused | ", "| fused | 1")
     assert spoiled != readme
     assert write_benchmarks.with_tables(spoiled) == readme
+
+
+def test_what_was_not_measured_on_a_gpu_is_not_said(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import write_benchmarks
+
+    monkeypatch.setattr(write_benchmarks, "BENCHMARKS", tmp_path)
+    assert write_benchmarks._on_a_gpu().count("| not measured |") == 5
+    times = {"dense": [8.0, 8.0], "compiled": [4.0, 4.0], "fused": [1.0, 1.0]}
+    peaks = {form: {"forward+backward": mib} for form, mib in (("dense", 200.0), ("fused", 8.0))}
+    layer = {"machine": {"gpu": "a GPU"}, "seconds": {"forward+backward": times}}
+    (tmp_path / "routing-cuda-512.json").write_text(json.dumps(layer | {"peak_mib": peaks}))
+    run = {"seconds": 45.0, "epochs": 30, "test_accuracy": 0.9962}
+    (tmp_path / "train-cuda.json").write_text(json.dumps(run))
+    table = write_benchmarks._on_a_gpu()
+    assert table.count("| not measured |") == 1
+    for said in ("| 0.12 of dense, 0.25 of compiled (a GPU) |", "| 0.04 of dense (batch 512) |"):
+        assert said in table
+    for said in ("| 1.5 s, with hold-out and files |", "| 99.62% in 45 s |"):
+        assert said in table
