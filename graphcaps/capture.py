@@ -21,8 +21,9 @@ class Captured:
 
     Args:
         function: takes and returns tensors. Whatever it computes must be right however often it is
-            called, and read no number back from the GPU.
-        inputs: tensors on the current GPU; their values are of no matter.
+            called, and read no number back from the GPU. Other tensors that it reads must live,
+            where they are, as long as this.
+        inputs: tensors on one GPU; their values are of no matter.
 
     Raises:
         RuntimeError: work that cannot be recorded.
@@ -30,19 +31,21 @@ class Captured:
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
-        apart, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        apart.wait_stream(current)
-        with torch.cuda.stream(apart):
-            for _ in range(WARM_UPS):
-                function(*self.inputs)
-        current.wait_stream(apart)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
+        with torch.cuda.device_of(self.inputs[0]):
+            apart, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            apart.wait_stream(current)
+            with torch.cuda.stream(apart):
+                for _ in range(WARM_UPS):
+                    function(*self.inputs)
+            current.wait_stream(apart)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's outputs for inputs like the first ones; the next call overwrites them."""
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device_of(self.inputs[0]):
+            self.graph.replay()
         return self.outputs

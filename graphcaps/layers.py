@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -251,10 +252,10 @@ class CapsuleLayer(nn.Module):
     def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
         if self.engine not in ("auto", "fused"):
             return False
-        if kernels.choose_engine(self.engine, u.device, u.dtype) != "fused":
+        if kernels.choose_engine(self.engine, u.device, u.dtype, samples) != "fused":
             return False
         if self.engine == "auto":
-            return samples >= kernels.fewest_samples(u.device) and not return_trace
+            return not return_trace
         if return_trace:
             raise ValueError(
                 "engine 'fused' never has the votes that a trace is made of; use engine='auto', "
@@ -330,7 +331,8 @@ def _all_finite(u: Tensor) -> bool:
     # A sum is not finite if a number is not, and faster to look at. By numpy, where it has the
     # dtype: torch's threads would keep a core busy for a while, which the kernel could use.
     u = u.detach()
-    total = u.sum() if u.dtype == torch.bfloat16 else torch.tensor(u.numpy().sum())
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = u.sum() if u.dtype == torch.bfloat16 else torch.tensor(u.numpy().sum())
     return bool(total.isfinite() or u.isfinite().all())
 
 

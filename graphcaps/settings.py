@@ -52,8 +52,8 @@ class TrainSettings:
     amp: Literal["off", "bf16"] = "off"
     """bf16: convolutions and decoder in bfloat16; votes and routing stay in float32."""
     cuda_graph: bool = False
-    """Record a step's work on the GPU and replay it, launched at once: for one GPU, with engine
-    fused or scatter. Changes speed, not results; not yet seen on a device."""
+    """Record what a step computes up to its gradients, and replay it, launched at once: for one
+    GPU, with engine fused. Changes speed, not results; not yet seen on a device."""
     seed: int = 0
     """Of the weights, the order of the images and their shifts."""
     checkpoint_every: int = 200

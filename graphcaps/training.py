@@ -170,7 +170,8 @@ class Trainer:
     def describe(self) -> str:
         """What is trained on what, in two lines."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        engine = choose_engine(self.settings.engine, self.workers.device)
+        samples = self.batch_size // self.workers.size
+        engine = choose_engine(self.settings.engine, self.workers.device, samples=samples)
         return (
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "
@@ -504,17 +505,16 @@ def _check_data(data: Dataset) -> None:
 
 
 def _check_capture(settings: TrainSettings, workers: Workers) -> None:
-    """A CUDA graph is recorded of what runs on one GPU and by torch or Triton."""
+    """What a recording reads must stay where it is, as the edges of `fused` do."""
     engine = choose_engine(settings.engine, workers.device)
     for wrong, reason in (
         (workers.device.type != "cuda", f"this is trained on {workers.device}"),
         (workers.size > 1, f"{workers.size} processes train together"),
-        (engine not in ("fused", "scatter"), f"engine {engine} launches work by DGL"),
+        (engine != "fused", f"the engine is {engine}"),
     ):
         if wrong:
             raise ValueError(
-                "--cuda-graph is for one process with a CUDA device and engine fused or scatter; "
-                f"{reason}"
+                f"--cuda-graph is for one process with a CUDA device and engine fused; {reason}"
             )
 
 

@@ -202,8 +202,7 @@ def peak_memory(form: str, mode: str, layer: Layer, device: str) -> float:
     graph = make_graph(layer)
     u, weight = make_input(layer, graph.num_edges(), device)
     function = make_form(form, layer, graph, weight)
-    one = u if form == "compiled" else u[:1].detach().requires_grad_()  # compiled for one size
-    run(function, one, weight, mode)  # libraries load, loops are compiled
+    run(function, u, weight, mode)  # libraries load, and code that is compiled for this size
     u.grad = weight.grad = None
     results = layer.batch * layer.parents * layer.parent_dim
     if mode == "forward+backward":

@@ -35,12 +35,17 @@ def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
         for name in orders.sample(list(functions), len(functions)):
             function = functions[name]
             time.sleep(PAUSE)
+            _synchronize()
             started = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronize()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def _synchronize() -> None:
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:

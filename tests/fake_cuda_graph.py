@@ -1,8 +1,9 @@
 """Recording and replaying on the CPU, as a CUDA graph does it on a GPU.
 
 Of what runs while it records, only operations on tensors are kept, with the tensors themselves. A
-replay repeats these on the same memory, and nothing of the Python around them. Reading a number
-back is an error, as it is there.
+replay repeats these on the same memory, and nothing of the Python around them. What waits for a GPU
+is an error, as it is there: numbers that are read back, counts, tensors made of Python's numbers.
+What memory is given back in between, and kernels that are not torch's, it does not know.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+WAITS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"),
+    *("_unique2", "unique_dim", "lift_fresh"),
+)
 
 
 class FakeCudaGraph:
@@ -33,7 +37,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in READS or (name.startswith("index") and has_mask(args)):
+        if name in WAITS or (name.startswith("index") and has_mask(args)):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         results = function(*args, **(kwargs or {}))
         if function.namespace == "profiler":
@@ -59,6 +63,10 @@ class FakeStream:
         pass
 
 
+def refuse(*args):
+    raise RuntimeError("operation not permitted when stream is capturing: it leaves the GPU")
+
+
 def install(monkeypatch):
     """Put these in the place of CUDA's; returns the graphs that are made."""
     made = []
@@ -69,7 +77,9 @@ def install(monkeypatch):
 
     @contextmanager
     def recording(graph):
-        with Recorder(graph):
+        with Recorder(graph), monkeypatch.context() as patch:
+            for name in ("cpu", "numpy", "tolist"):
+                patch.setattr(torch.Tensor, name, refuse)
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)

@@ -50,7 +50,17 @@ def test_gradients_are_those_of_the_last_inputs():
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("reads", [lambda x: x * x.sum().item(), lambda x: x[x > 0]])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: x * torch.tensor([1.0, 2.0]),
+        lambda x: x * x.tolist()[0],
+        lambda x: torch.from_numpy(x.numpy()),
+    ],
+)
 def test_a_function_that_reads_a_number_back_is_not_recorded(reads):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         Captured(lambda x: (reads(x),), [torch.ones(2)])

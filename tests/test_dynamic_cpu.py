@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routings import ALGORITHMS, Case, cases, complete, route_densely
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import graphcaps as gc
 from graphcaps import kernels
@@ -240,6 +241,19 @@ def test_large_votes_do_not_overflow(dtype, batch):
 
 
 @every_dtype
+@pytest.mark.parametrize("scale", [1e5, 1e10, 1e15])
+def test_gradients_of_long_capsules_equal_the_reference(dtype, scale):
+    """Where |s|⁴ is infinite in float32; coupled uniformly, since long votes decide at once."""
+    case = complete(4, 3, batch=5)
+    u, weight = make_input(case, own(case), scale=scale)
+    got = with_gradients(route_by_kernel, case, own(case), u.to(dtype), weight.to(dtype), "uniform")
+    expected = with_gradients(route_by_reference, case, own(case), u, weight, "uniform")
+    for actual, right in zip(got, expected, strict=True):
+        error = (actual - right).abs().max() / right.abs().max()
+        assert error < 64 * torch.finfo(dtype).eps
+
+
+@every_dtype
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_not_hidden(dtype, number):
     case = complete(20, 3, batch=2)
@@ -282,25 +296,94 @@ def test_two_edges_between_the_same_nodes_are_two_votes(dtype):
     assert_close(v[0], torch.tensor(by_hand, dtype=dtype))
 
 
-@given(case=cases())
-def test_a_gradient_that_is_not_needed_is_not_computed(case):
-    kinds = shared(case)
+@pytest.mark.parametrize("kinds_of", [shared, own])
+def test_a_gradient_that_is_not_needed_is_not_computed(kinds_of, monkeypatch):
+    case = complete(5, 3)
+    kinds = kinds_of(case)
     u, weight = make_input(case, kinds)
-    _, du, dweight = with_gradients(route_by_kernel, case, kinds, u, weight)
-    functional = torch.randn(
-        case.batch,
-        case.parents,
-        case.dim,
-        generator=torch.Generator().manual_seed(1),
-        dtype=u.dtype,
+    _, *expected = with_gradients(route_by_kernel, case, kinds, u, weight)
+    computed, right = [], dynamic_cpu._Parts.gradients
+    monkeypatch.setattr(
+        dynamic_cpu._Parts,
+        "gradients",
+        lambda *args: computed.append(right(*args)) or computed[-1],
     )
-    for wanted, other, right in ((u, weight, du), (weight, u, dweight)):
-        wanted = wanted.detach().requires_grad_()
-        pair = (wanted, other) if right is du else (other, wanted)
+    for wanted in (0, 1):
+        pair = [u, weight]
+        pair[wanted] = pair[wanted].detach().requires_grad_()
         v = route_by_kernel(case, kinds, *pair)
-        (got,) = torch.autograd.grad((v * functional).sum(), wanted)
-        assert_close(got, right)
-        assert other.grad is None
+        generator = torch.Generator().manual_seed(1)
+        functional = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+        (got,) = torch.autograd.grad((v * functional).sum(), pair[wanted])
+        assert_close(got, expected[wanted])
+        assert computed[-1][1 - wanted] is None
+
+
+def test_any_layout_in_memory_is_read_right():
+    case = complete(5, 3, batch=4)
+    kinds = own(case)
+    u, weight = make_input(case, kinds)
+    expected = with_gradients(route_by_kernel, case, kinds, u, weight)
+    layouts = (
+        u.transpose(0, 2).contiguous().transpose(0, 2),
+        weight.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert not any(x.is_contiguous() for x in layouts)
+    for got, right in zip(
+        with_gradients(route_by_kernel, case, kinds, *layouts), expected, strict=True
+    ):
+        assert torch.equal(got, right)
+    one = u[:1].expand(4, -1, -1).detach().requires_grad_()
+    v = route_by_kernel(case, kinds, one, weight)
+    (du,) = torch.autograd.grad(v.sum(), one)  # an expanded gradient, too
+    assert torch.equal(v[0], v[3])
+    assert torch.equal(du[0], du[3])
+    alone = route_by_reference(case, kinds, one, weight)
+    assert_close(du, torch.autograd.grad(alone.sum(), one)[0])
+
+
+def test_poses_may_change_and_the_backward_pass_be_repeated():
+    case = complete(5, 3, batch=4)
+    u, weight = make_input(case, own(case))
+    _, *expected = with_gradients(route_by_kernel, case, own(case), u, weight)
+    leaf = u.clone().requires_grad_()
+    weight.requires_grad_()
+    poses = leaf * 1
+    v = route_by_kernel(case, own(case), poses, weight)
+    poses.data.zero_()
+    generator = torch.Generator().manual_seed(1)
+    functional = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+    for _ in range(2):
+        got = torch.autograd.grad((v * functional).sum(), (leaf, weight), retain_graph=True)
+        for actual, right in zip(got, expected, strict=True):
+            assert_close(actual, right)
+
+
+@pytest.mark.parametrize("engine", ["fused", "builtin"])
+def test_a_layer_may_be_checkpointed(engine):
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine=engine)
+    u = torch.randn(9, 6, 4, requires_grad=True)
+    expected = torch.autograd.grad(layer(u).square().sum(), (u, layer.weight))
+    v = checkpoint(layer, u, use_reentrant=False)
+    got = torch.autograd.grad(v.square().sum(), (u, layer.weight))
+    for actual, right in zip(got, expected, strict=True):
+        assert_close(actual, right)
+
+
+def test_shared_matrices_have_no_more_private_gradients_than_poses_take_memory(monkeypatch):
+    outputs, right = [], dynamic_cpu._Parts._run
+    monkeypatch.setattr(
+        dynamic_cpu._Parts, "_run", lambda *args: outputs.append(args[-1]) or right(*args)
+    )
+    case = complete(6, 4, batch=2)
+    for kinds, threads in ((shared(case), 3), ([*own(case)[:-1], 0], 1)):
+        u, weight = make_input(case, kinds, child_dim=40 if threads == 1 else 3)
+        outputs.clear()
+        got = with_gradients(route_by_kernel, case, kinds, u, weight)
+        assert len(outputs[-1]) == (threads if u.numel() >= weight.numel() else 1)
+        expected = with_gradients(route_by_reference, case, kinds, u, weight)
+        for actual, reference in zip(got, expected, strict=True):
+            assert_close(actual, reference, rtol=1e-9, atol=1e-11)
 
 
 def test_second_derivatives_are_refused():
@@ -457,6 +540,39 @@ def test_several_threads_may_route_at_once():
             assert_close(got, right)
 
 
+def test_several_threads_may_differentiate_at_once():
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+
+    def gradients(u):
+        return torch.autograd.grad(layer(u).square().sum(), (u, layer.weight))
+
+    poses = [torch.randn(size, 6, 4, requires_grad=True) for size in range(1, 9)]
+    expected = [gradients(u) for u in poses]
+    with ThreadPoolExecutor(8) as threads:
+        for got, right in zip(threads.map(gradients, poses), expected, strict=True):
+            assert all(map(torch.equal, got, right))
+
+
+def test_a_thread_that_outlives_the_main_one_may_route():
+    program = """
+import threading, time, torch
+import graphcaps as gc
+from graphcaps.kernels import dynamic_cpu
+dynamic_cpu.WORK_OF_A_THREAD = 1
+torch.set_num_threads(2)
+layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="fused")
+def route():
+    threading.main_thread().join()
+    time.sleep(0.2)
+    print(layer(torch.rand(9, 6, 4)).shape)
+threading.Thread(target=route).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert "torch.Size([9, 3, 5])" in done.stdout
+
+
 def _route_in_child(layer, u):
     with torch.no_grad():
         return layer(u).numpy()
@@ -481,6 +597,7 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
+torch.set_num_threads(2)
 children, parents, batch = map(int, sys.argv[1:])
 layer = gc.CapsuleLayer(gc.complete_graph(children, parents), 8, 16, engine="fused")
 u = torch.randn(batch, children, 8, requires_grad=True)

@@ -6,6 +6,8 @@ from hypothesis import given
 from routings import cases
 
 import graphcaps as gc
+from graphcaps import kernels
+from graphcaps.kernels.dynamic_triton import TritonEdges
 from graphcaps.kernels.edges import sort_edges
 
 CPU = torch.device("cpu")
@@ -29,3 +31,37 @@ def test_sorted_edges_are_the_graphs_edges_in_groups(by, case):
     for n in range(count):
         group = rows[found.start[n] : found.start[n + 1]]
         assert group == [row for row in rows if row[column] == n]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(u=torch.zeros(2, 8, 4)), r"expected u as \[batch, 9, K\]; got \[2, 8, 4\]"),
+        (dict(weight=torch.zeros(27, 3, 5)), r"expected weight as \[27, 4, D\]; got \[27, 3, 5\]"),
+        (dict(weight=torch.zeros(26, 4, 5)), r"expected weight as \[27, 4, D\]; got \[26, 4, 5\]"),
+        (dict(u=torch.zeros(2, 9, 4).double()), "got torch.float64 and torch.float32"),
+        (dict(u=torch.zeros(2, 9, 4).half()), "got torch.float16 and torch.float32"),
+        (dict(iterations=0), "iterations must be at least 1; got 0"),
+        (dict(gradients="al"), "unknown gradients 'al'"),
+        (dict(weight=torch.zeros(27, 4, 5, device="meta")), "move all to one device"),
+    ],
+)
+@pytest.mark.parametrize("prepare", [kernels.prepare, TritonEdges.of])
+def test_what_cannot_be_routed_is_refused(prepare, changes, said):
+    edges = prepare(gc.complete_graph(9, 3), 27, CPU)
+    asked = dict(u=torch.zeros(2, 9, 4), weight=torch.zeros(27, 4, 5), iterations=3) | changes
+    with pytest.raises(ValueError, match=said):
+        kernels.routed(edges=edges, **asked)
+
+
+def test_a_layer_whose_matrices_were_exchanged_for_too_few_is_refused():
+    too_few = torch.nn.Parameter(torch.zeros(5, 4, 5))
+    layer = gc.CapsuleLayer(gc.complete_graph(9, 3), 4, 5, engine="fused")
+    layer(torch.zeros(2, 9, 4))
+    layer.weight = too_few
+    with pytest.raises(ValueError, match=r"expected weight as \[27, 4, D\]; got \[5, 4, 5\]"):
+        layer(torch.zeros(2, 9, 4))
+    layer = gc.CapsuleLayer(gc.complete_graph(9, 3), 4, 5, engine="fused")
+    layer.weight = too_few
+    with pytest.raises(ValueError, match="weight_index"):
+        layer(torch.zeros(2, 9, 4))

@@ -228,6 +228,15 @@ def test_poses_that_are_not_finite_have_an_error_of_their_own():
         small_layer()(u)
 
 
+@pytest.mark.filterwarnings("error")
+def test_looking_for_poses_that_are_not_finite_warns_of_nothing():
+    u = torch.zeros(2, 6, 4)
+    u[0, 0, 0], u[1, 0, 0] = torch.inf, -torch.inf
+    with pytest.raises(NonFinitePosesError, match="2 of 12 poses"):
+        small_layer()(u)
+    small_layer()(torch.full((2, 6, 4), 3e38))  # whose sum is not finite
+
+
 def test_a_ragged_graph_must_fit_poses_and_matrices():
     layer = small_layer()
     graph = gc.routing_graph([0], [0], weight_index=[18])

@@ -319,8 +319,8 @@ def test_a_run_is_resumed_with_a_cuda_graph_or_without(tmp_path, request, monkey
     ("device", "processes", "engine", "said"),
     [
         ("cpu", 1, "auto", "this is trained on cpu"),
-        ("cuda", 2, "scatter", "2 processes train together"),
-        ("cuda", 1, "builtin", "engine builtin launches work by DGL"),
+        ("cuda", 2, "fused", "2 processes train together"),
+        ("cuda", 1, "scatter", "the engine is scatter"),
     ],
 )
 def test_a_cuda_graph_that_cannot_be_recorded_is_refused(

@@ -261,23 +261,26 @@ def test_differentiating_twice_is_refused():
         torch.autograd.grad(loss, u, create_graph=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (dict(u=torch.zeros(2, 8, 4)), r"expected u as \[batch, 9, K\]; got \[2, 8, 4\]"),
-        (dict(weight=torch.zeros(27, 3, 5)), r"expected weight as \[27, 4, D\]; got \[27, 3, 5\]"),
-        (dict(u=torch.zeros(2, 9, 4).double()), "got torch.float64 and torch.float32"),
-        (dict(iterations=0), "iterations must be at least 1; got 0"),
-        (dict(gradients="al"), "unknown gradients 'al'"),
-        (dict(weight=torch.zeros(27, 4, 5, device="meta")), "move all to one device"),
-    ],
-)
-def test_what_cannot_be_routed_is_refused(changes, said):
-    asked = dict(u=torch.zeros(2, 9, 4), weight=torch.zeros(27, 4, 5)) | changes
-    for name in ("u", "weight"):
-        asked[name] = asked[name] if asked[name].is_meta else asked[name].to(DEVICE)
-    with pytest.raises(ValueError, match=said):
-        routed(edges=LAYERS["complete"].edges, **asked)
+def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
+    launched, right = [], dynamic_triton._launch
+    monkeypatch.setattr(
+        dynamic_triton,
+        "_launch",
+        lambda *args, **how: launched.append(args[0]) or right(*args, **how),
+    )
+    kernels = dynamic_triton._gradient_of_poses, dynamic_triton._gradient_of_matrices
+    u, weight, gradient = LAYERS["complete"].numbers()
+    both = [x.clone().requires_grad_() for x in (u, weight)]
+    expected = torch.autograd.grad(routed(*both, LAYERS["complete"].edges), both, gradient)
+    for wanted in (0, 1):
+        launched.clear()
+        pair = [u, weight]
+        pair[wanted] = pair[wanted].clone().requires_grad_()
+        v = routed(*pair, LAYERS["complete"].edges)
+        (got,) = torch.autograd.grad(v, pair[wanted], gradient)
+        assert torch.equal(got, expected[wanted])
+        assert kernels[wanted] in launched
+        assert kernels[1 - wanted] not in launched
 
 
 def test_the_kernels_that_are_meant_run(monkeypatch):

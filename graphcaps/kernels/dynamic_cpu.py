@@ -8,6 +8,7 @@ squash of the parents, is computed.
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
@@ -42,7 +43,9 @@ class Edges(NamedTuple):
     """What routing on the CPU needs of a graph, whatever the batch."""
 
     by_child: SortedEdges
+    children: int
     parents: int
+    kinds: int
     most: int  # edges of one child
     apart: bool  # no matrix serves two children
 
@@ -59,7 +62,9 @@ def prepare(graph: dgl.DGLGraph, kinds: int) -> Edges:
     owner[edges.kind.long()] = edges.child
     return Edges(
         by_child=edges,
+        children=graph.num_nodes("child"),
         parents=graph.num_nodes("parent"),
+        kinds=kinds,
         most=max([1, *edges.start.diff().tolist()]),
         apart=bool((owner[edges.kind.long()] == edges.child).all()),
     )
@@ -104,10 +109,11 @@ class DynamicRouting(torch.autograd.Function):
             raise RuntimeError(
                 "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
             )
-        u, s = (ctx.saved_tensors[n].numpy() for n in (0, 2))
+        kept_u, weight, kept_s = ctx.saved_tensors
+        u, s = kept_u.numpy(), kept_s.numpy()
         through_all = ctx.gradients == "all"
         last = len(s) - 1
-        with _Parts(ctx.saved_tensors[1], ctx.edges, batch=len(dv)) as parts:
+        with _Parts(weight, ctx.edges, batch=len(dv)) as parts:
             V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, s))]
             H = parts.zeros_of_parents()
             q = [parts.in_lanes(H)] * len(s)
@@ -130,13 +136,9 @@ class _Parts:
         blocks = max(1, math.ceil(batch / LANES[-1]))
         self.lanes = next(lanes for lanes in LANES if lanes * blocks >= batch)
         _, child_dim, self.parent_dim = weight.shape
-        start = edges.by_child.start.numpy()
-        children = len(start) - 1
-        work = blocks * self.lanes * int(start[-1]) * child_dim * self.parent_dim
-        count = max(1, min(torch.get_num_threads(), children, work // WORK_OF_A_THREAD))
-        shares = np.linspace(0, start[-1], count + 1)[1:-1]
-        bounds = [0, *np.searchsorted(start, shares).tolist(), children]
-        self.children = list(itertools.pairwise(bounds))
+        work = blocks * self.lanes * len(edges.by_child.kind) * child_dim * self.parent_dim
+        count = min(torch.get_num_threads(), edges.children, work // WORK_OF_A_THREAD)
+        self.children = self._ranges(count)
         self.scratch = [
             (
                 self._empty(2, edges.most, self.parent_dim, self.lanes),
@@ -151,7 +153,7 @@ class _Parts:
 
     def __enter__(self) -> "_Parts":
         # threads of this call alone: kept ones would be missing in a forked process
-        if len(self.children) > 1:
+        if len(self.children) > 1 and threading.main_thread().is_alive():  # none start after it
             self.threads = ThreadPoolExecutor(len(self.children) - 1)
         return self
 
@@ -177,7 +179,7 @@ class _Parts:
 
         size = (len(self.children), len(u), self.edges.parents, self.parent_dim, self.lanes)
         sums = np.zeros(size, self.dtype)
-        self._run(one_pass, u, features, [(x,) for x in sums])
+        self._run(one_pass, self.children, u, features, [(x,) for x in sums])
         samples = self._empty(self.batch, *size[2:4])
         lay_in_samples(sums.sum(axis=0), samples)
         return samples
@@ -188,12 +190,15 @@ class _Parts:
         """Those of u and weight, as far as they are needed."""
         from graphcaps.kernels.passes import add_gradients
 
-        copies = 1 if self.edges.apart else len(self.children)
+        children, copies = self.children, 1
+        if not self.edges.apart:  # private sums, and no more of them than u takes memory
+            copies = min(len(children), max(1, u.size // self.weight.size))
+            children = self._ranges(copies)
         du = self._empty(*((self.batch, *u.shape[1:3]) if needed[0] else (0, 0, 0)))
         dweight = np.zeros((copies, *(self.weight.shape if needed[1] else (0, 0, 0))), self.dtype)
-        outputs = [(du, dweight[min(part, copies - 1)]) for part in range(len(self.children))]
+        outputs = [(du, dweight[min(part, copies - 1)]) for part in range(len(children))]
         rounds = (0 if through_all else len(q) - 1, len(q))
-        self._run(add_gradients, u, (V, q, rounds, through_all), outputs)
+        self._run(add_gradients, children, u, (V, q, rounds, through_all), outputs)
         total = dweight[0] if copies == 1 else dweight.sum(axis=0)
         return (
             torch.from_numpy(du) if needed[0] else None,
@@ -203,20 +208,34 @@ class _Parts:
     def _empty(self, *size: int) -> Array:
         return np.empty(size, self.dtype)
 
+    def _ranges(self, count: int) -> list[tuple[int, int]]:
+        """So many ranges of children, at least one, with equally many edges."""
+        start = self.edges.by_child.start.numpy()
+        shares = np.linspace(0, start[-1], max(1, count) + 1)[1:-1]
+        bounds = [0, *np.searchsorted(start, shares).tolist(), self.edges.children]
+        return list(itertools.pairwise(bounds))
+
     def _run(
-        self, one_pass: Callable, u: Array, features: Sequence[Any], outputs: Sequence[Any]
+        self,
+        one_pass: Callable,
+        ranges: Sequence[tuple[int, int]],
+        u: Array,
+        features: Sequence[Any],
+        outputs: Sequence[Any],
     ) -> None:
-        """Walk over the edges, each part of the children in a thread of its own."""
+        """Walk over the edges, each range of children in a thread of its own."""
         edges = self.edges.by_child
         sorted_edges = edges.start.numpy(), edges.parent.numpy(), edges.kind.numpy()
         lanes = (0,) * (self.lanes // 16)  # by its length: a type, so that loops have known ends
         calls = [
             (u, self.weight, sorted_edges, children, *features, lanes, scratch, *output)
-            for children, scratch, output in zip(self.children, self.scratch, outputs, strict=True)
+            for children, scratch, output in zip(ranges, self.scratch, outputs, strict=False)
         ]
-        others = (
-            [self.threads.submit(one_pass, *call) for call in calls[1:]] if self.threads else []
-        )
+        if self.threads is None:
+            for call in calls:
+                one_pass(*call)
+            return
+        others = [self.threads.submit(one_pass, *call) for call in calls[1:]]
         one_pass(*calls[0])
         for other in others:
             other.result()  # raises what its thread raised
@@ -240,5 +259,5 @@ def _squash_gradient(s: Array, dv: Array) -> Array:
     norm = np.sqrt(square)
     unit = s / np.where(norm > 0, norm, 1)
     along = (unit * dv).sum(axis=-1, keepdims=True)
-    slope = norm * (1 - square) / (1 + square) ** 2
-    return norm / (1 + square) * dv + slope * along * unit
+    scale = norm / (1 + square)
+    return scale * (dv + (1 - square) / (1 + square) * along * unit)

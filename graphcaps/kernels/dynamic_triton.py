@@ -6,6 +6,8 @@
 
 from __future__ import annotations  # tl.constexpr is not there without triton
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,9 +97,18 @@ def why_not(device: torch.device) -> str | None:
     if _release() < OLDEST_TRITON:
         return f"it needs Triton 3.6, and this is {triton.__version__}"
     interpreted = not isinstance(_dot, triton.JITFunction)  # TRITON_INTERPRET=1, for tests
-    if device.type == ("cpu" if interpreted else "cuda"):
-        return None
-    return f"Triton's kernels run on CUDA, not on {device.type}"
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return f"Triton's kernels run on CUDA, not on {device.type}"
+    return None if interpreted else _why_not_launched()
+
+
+@functools.cache
+def _why_not_launched() -> str | None:
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018, it compiles what launches kernels
+    except Exception as error:
+        return f"Triton needs a CUDA device and a C compiler, and says: {error}"
+    return None
 
 
 def routed(
@@ -107,47 +118,10 @@ def routed(
     iterations: int = 3,
     gradients: Literal["all", "last"] = "all",
 ) -> Tensor:
-    """Route by agreement without votes: Sabour et al. 2017, procedure 1, with b_ij = û_ij · V_j.
+    """What `kernels.routed` does after it has looked at the arguments; raises RuntimeError.
 
-    V_j is the sum of the earlier v_j; kernels/README.md derives forward and backward. Sums are in
-    float32 and in a fixed order: equal calls give equal bits.
-
-    Args:
-        u: poses, `[B, I, K]`, float32 or bfloat16.
-        weight: matrices, `[M, K, D]`, in the dtype and on the device of `u`.
-        edges: of the graph of one sample, on the same device.
-        iterations: R, at least 1; routing once is uniform routing.
-        gradients: `"all"` lets gradients flow through every iteration, `"last"` through the last
-            alone.
-
-    Returns:
-        Parents, `[B, J, D]`, in the dtype of `u`. It can be differentiated once.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, iterations below 1, another word
-            for `gradients`.
-        RuntimeError: the kernels cannot run on this device; `why_not` says why.
+    Sums are in float32 and in a fixed order: equal calls give equal bits.
     """
-    if u.dim() != 3 or u.shape[1] != edges.children:
-        raise ValueError(f"expected u as [batch, {edges.children}, K]; got {list(u.shape)}")
-    if weight.dim() != 3 or weight.shape[:2] != (edges.kinds, u.shape[2]):
-        raise ValueError(
-            f"expected weight as [{edges.kinds}, {u.shape[2]}, D]; got {list(weight.shape)}"
-        )
-    if u.dtype not in DTYPES or weight.dtype != u.dtype:
-        raise ValueError(
-            f"expected u and weight both in float32 or both in bfloat16; "
-            f"got {u.dtype} and {weight.dtype}"
-        )
-    if not u.device == weight.device == edges.log_degree.device:
-        raise ValueError(
-            f"u is on {u.device}, weight on {weight.device}, edges on "
-            f"{edges.log_degree.device}; move all to one device"
-        )
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1; got {iterations}")
-    if gradients not in ("all", "last"):
-        raise ValueError(f"unknown gradients {gradients!r}; choose all or last")
     if reason := why_not(u.device):
         raise RuntimeError(reason)
     return _Routed.apply(u, weight, edges, iterations, gradients == "all")
@@ -191,7 +165,7 @@ class _Routed(torch.autograd.Function):
             for r in reversed(range(1, iterations) if ctx.through_all else ()):
                 partial = passes.weighted_gradients(r, earlier[r], q[r])
                 _differentiate_squash(flowing, partial, s[r - 1], q[r - 1], flowing)
-            du, dweight = passes.gradients(earlier, q, ctx.through_all)
+            du, dweight = passes.gradients(earlier, q, ctx.through_all, ctx.needs_input_grad)
         return du, dweight, None, None, None
 
 
@@ -252,8 +226,10 @@ class _AnyGraph:
         )
         return self._sums_into_parents(r, earlier, q)
 
-    def gradients(self, earlier: Tensor, q: Tensor, through_logits: bool) -> tuple[Tensor, Tensor]:
-        """The gradients of u and W."""
+    def gradients(
+        self, earlier: Tensor, q: Tensor, through_logits: bool, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of u and W, as far as they are needed."""
         u, weight, kinds = self.u, self.weight, max(1, self.edges.kinds)
         first = 0 if through_logits else len(q) - 1
         mean = self.mean if through_logits else self.lse  # not read, then
@@ -263,18 +239,20 @@ class _AnyGraph:
         )
         how = dict(rounds=len(q) - first, through_logits=through_logits, **self.sizes)
         k_blocks = _blocks(u.shape[2], self.sizes["block_k"])
-        du = torch.empty_like(u)
-        grid = (self.edges.children, self.image_blocks, k_blocks)
-        _launch(_gradient_of_poses, grid, *self._by("child"), *shared, du, **how)
-
-        work = _blocks(len(self.edges.by_kind.child), kinds) * self.image_blocks
-        parts = max(1, min(_blocks(PROGRAMS, kinds), work))
-        partial = _partial(weight, parts)
-        grid = (self.edges.kinds, k_blocks, parts)
-        _launch(
-            _gradient_of_matrices, grid, *self._by("kind"), *shared, partial, weight.numel(), **how
-        )
-        return du, _sum_of_parts(partial, weight)
+        du = dweight = None
+        if needed[0]:
+            du = torch.empty_like(u)
+            grid = (self.edges.children, self.image_blocks, k_blocks)
+            _launch(_gradient_of_poses, grid, *self._by("child"), *shared, du, **how)
+        if needed[1]:
+            work = _blocks(len(self.edges.by_kind.child), kinds) * self.image_blocks
+            parts = max(1, min(_blocks(PROGRAMS, kinds), work))
+            partial, size = _partial(weight, parts), weight.numel()
+            grid = (self.edges.kinds, k_blocks, parts)
+            by_kind = self._by("kind")
+            _launch(_gradient_of_matrices, grid, *by_kind, *shared, partial, size, **how)
+            dweight = _sum_of_parts(partial, weight)
+        return du, dweight
 
     def _sums_into_parents(self, r: int, earlier: Tensor, q: Tensor | None) -> Tensor:
         parents = max(1, self.edges.parents)
@@ -984,5 +962,6 @@ def _differentiate_squash_kernel(
     # squash is |s|/(1+|s|²) times s; at s = 0 both terms are 0, and nothing is divided by it
     unit = here / tl.where(norm > 0, norm, 1.0)
     along = tl.sum(unit * total, 1, keep_dims=True)
-    slope = norm * (1 - square) / ((1 + square) * (1 + square))
-    tl.store(q + offset, norm / (1 + square) * total + slope * along * unit, mask=there)
+    # no power of |s| above the second: it would be infinite where squash itself is not
+    slope = (1 - square) / (1 + square) * along * unit
+    tl.store(q + offset, norm / (1 + square) * (total + slope), mask=there)
