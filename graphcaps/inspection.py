@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from graphcaps import kernels, reference
 from graphcaps.functional import length
+from graphcaps.graph import is_complete
 from graphcaps.layers import CapsuleLayer
 from graphcaps.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
 from graphcaps.passing import ENGINES
@@ -128,11 +129,19 @@ def differences_from_dense(layer: CapsuleLayer, u: Tensor) -> dict[str, dict[str
         the output v and of the gradients of |v|² with respect to u and to the weight, in units of
         float32 rounding, 2⁻²³ of the largest value.
 
+    Raises:
+        ValueError: a layer of another kind.
+
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
     >>> sorted(differences_from_dense(layer, torch.rand(2, 6, 4))["builtin"])
     ['gradient of u', 'gradient of weight', 'output v']
     """
+    if layer.routing != "dynamic" or not is_complete(layer.graph) or u.dtype != torch.float32:
+        raise ValueError(
+            "expected a layer of dynamic routing on a complete graph and poses in float32; "
+            f"got {layer.routing} routing, {layer.graph.num_edges()} edges and {u.dtype}"
+        )
 
     def dense(u: Tensor, weight: Tensor) -> Tensor:
         votes = reference.votes(u, weight.unflatten(0, (u.shape[1], -1)))

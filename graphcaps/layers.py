@@ -115,8 +115,9 @@ class CapsuleLayer(nn.Module):
         gradients: `"all"` lets gradients flow through every iteration, `"last"` through the
             last alone.
         engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
-            stores a vote, and gives no trace and no second derivatives; `"auto"` takes the kernel
-            where it applies and is the faster one. May be changed at any time, holds no parameters.
+            stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
+            the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
+            time, holds no parameters.
         device, dtype: of `weight`, as in torch.
 
     Attributes:

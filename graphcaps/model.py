@@ -155,7 +155,7 @@ class CapsNet(nn.Module):
         return cls.load(PRETRAINED / name, engine=engine).eval()
 
     @classmethod
-    def load(cls, folder: Path, *, engine: str = "auto") -> "CapsNet":
+    def load(cls, folder: Path | str, *, engine: str = "auto") -> "CapsNet":
         """The net that `save` wrote, on the CPU.
 
         Args:
@@ -169,6 +169,7 @@ class CapsNet(nn.Module):
             FileNotFoundError: one of the files is not there.
             ValueError: one of them is broken, or the weights are those of another model.
         """
+        folder = Path(folder)
         settings = read_json(folder / CONFIG)
         known = {field.name for field in fields(CapsNetConfig)}
         if set(settings) != known:
@@ -187,7 +188,7 @@ class CapsNet(nn.Module):
         load_weights(folder / WEIGHTS, model)
         return model
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write `model.safetensors` and, beside it, the configuration as `model.json`.
 
         Args:
@@ -197,6 +198,7 @@ class CapsNet(nn.Module):
         Raises:
             OSError: a full disk, no permission.
         """
+        folder = Path(folder)
         with named_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIG, json_bytes(asdict(self.config)))

@@ -35,7 +35,8 @@ class TrainSettings:
     """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
     than 400 steps."""
     batch_size: int | None = None
-    """Images per step, over all processes. Default: the preset's (paper 128, small 100)."""
+    """Images per step, over all processes. Default: the preset's (paper 128, small 100), or all
+    images if these are fewer."""
     learning_rate: float | None = None
     """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
     times 0.96 every 2000 steps; small 0.003, one cycle)."""
@@ -111,10 +112,12 @@ def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
         ValueError: numbers that no training can have.
     """
     recipe = RECIPES[preset]
-    batch_size = recipe.batch_size if settings.batch_size is None else settings.batch_size
+    batch_size = settings.batch_size
+    if batch_size is None:
+        batch_size = min(recipe.batch_size, images)
     if not 1 <= batch_size <= images:
         raise ValueError(
-            f"expected a batch size from 1 to the {images} training images; got {batch_size}"
+            f"expected a --batch-size from 1 to the {images} training images; got {batch_size}"
         )
     enough = max(recipe.epochs, math.ceil(FEWEST_STEPS / (images // batch_size)))
     epochs = enough if settings.epochs is None else settings.epochs

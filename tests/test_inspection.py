@@ -83,3 +83,17 @@ def test_differences_from_dense_are_small_and_see_an_engine_that_errs(monkeypatc
     assert differences_from_dense(layer, u)["scatter"]["output v"] > 100
     assert layer.engine == "auto"
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("graph", "changes"),
+    [
+        (gc.routing_graph([0, 1], [0, 1]), {}),
+        (gc.complete_graph(2, 2), dict(routing="uniform")),
+        (gc.complete_graph(2, 2), dict(dtype=torch.float64)),
+    ],
+)
+def test_layers_that_have_no_dense_form_here_are_refused(graph, changes):
+    layer = gc.CapsuleLayer(graph, 4, 5, **changes)
+    with pytest.raises(ValueError, match="dynamic routing on a complete graph"):
+        differences_from_dense(layer, torch.rand(2, 2, 4, dtype=layer.weight.dtype))

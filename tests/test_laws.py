@@ -173,6 +173,15 @@ def test_gradients_are_those_of_finite_differences(engine, algorithm):
     assert torch.autograd.gradcheck(lambda x: route(case, x, algorithm, engine), (u_hat,))
 
 
+@pytest.mark.parametrize("engine", ["udf", "builtin"])
+def test_second_derivatives_that_dgl_does_not_give_are_refused(engine):
+    case = complete(3, 2)
+    u_hat = case.votes().requires_grad_()
+    v = route(case, u_hat, "dynamic", engine)[0]
+    with pytest.raises(RuntimeError, match="use engine='scatter'"):
+        torch.autograd.grad(v.square().sum(), u_hat, create_graph=True)
+
+
 def test_second_derivatives_of_scatter_are_those_of_finite_differences():
     """DGL's edge softmax has none on the CPU, see the README."""
     case = Case(3, 2, [(0, 0), (2, 1), (0, 1), (2, 0)], batch=1, dim=2, iterations=2)

@@ -144,3 +144,10 @@ def test_images_that_do_not_fit_are_refused(images, said):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="unknown preset 'large'; choose one of paper, small"):
         gc.CapsNet.from_preset("large")
+
+
+def test_a_net_is_saved_and_loaded_by_a_name_in_text(tmp_path):
+    model = tiny()
+    model.save(str(tmp_path / "net"))
+    again = gc.CapsNet.load(str(tmp_path / "net"))
+    assert_close(again.state_dict(), model.state_dict())

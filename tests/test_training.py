@@ -430,8 +430,8 @@ def test_small_data_sets_are_passed_over_until_400_steps_unless_epochs_are_given
     ("changes", "said"),
     [
         (dict(epochs=0), "epochs must be at least 1; got 0"),
-        (dict(batch_size=0), "batch size from 1 to the 294"),
-        (dict(batch_size=295), "batch size from 1 to the 294"),
+        (dict(batch_size=0), "--batch-size from 1 to the 294"),
+        (dict(batch_size=295), "--batch-size from 1 to the 294"),
         (dict(iterations=0), "iterations must be at least 1"),
         (dict(shift=-1), "shift must be at least 0"),
         (dict(seed=-1), "seed must be at least 0"),
@@ -450,6 +450,11 @@ def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said
     with pytest.raises((ValueError, OSError, RuntimeError), match=said):
         train(asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_few_images_make_one_batch():
+    assert make_recipe(TrainSettings(), "small", 55).batch_size == 55
+    assert make_recipe(TrainSettings(), "small", 101).batch_size == 100
 
 
 def test_a_run_that_exists_is_not_overwritten(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from graphcaps._dgl import dgl, why_not_on
+from graphcaps._dgl import dgl, softmax_over_parents, why_not_on
 
 
 class BuiltinEngine:
@@ -20,7 +20,7 @@ class BuiltinEngine:
         return why_not_on(device)
 
     def softmax_over_parents(self, b: Tensor) -> Tensor:
-        return dgl.ops.edge_softmax(self.graph, b, norm_by="src")
+        return softmax_over_parents(self.graph, b)
 
     def sum_into_parents(
         self, c: Tensor, u_hat: Tensor, node_function: Callable[[Tensor], Tensor]
