@@ -30,7 +30,7 @@ and `labels`).
 | | |
 |---|---|
 | accuracy on the {test_images:,} images of MNIST's test set | {accuracy:.2%} ({errors} errors), \
-these files, once |
+these files, evaluated once |
 | the same before rounding to half precision | {run_accuracy:.2%} ({run_errors} errors) |
 | on the hold-out, which chose epoch {best_epoch} of {epochs} | {holdout:.2%} of \
 {holdout_images:,} |

@@ -10,7 +10,6 @@ import graphcaps as gc
 from graphcaps import reference
 
 ENGINES = ("udf", "builtin", "scatter")
-ALGORITHMS = ("dynamic", "uniform")
 
 
 class Case(NamedTuple):
@@ -64,27 +63,38 @@ def complete(children, parents, batch=2, dim=4, iterations=3) -> Case:
     return Case(children, parents, edges, batch, dim, iterations)
 
 
+def _dynamic(passing, u_hat, case, gradients):
+    return gc.dynamic_routing(passing, u_hat, case.iterations, gradients)
+
+
+def _dynamic_densely(u_hat, case, gradients):
+    return reference.dynamic_routing(u_hat, case.iterations, mask=case.mask, gradients=gradients)
+
+
+def _uniform(passing, u_hat, case, gradients):
+    return gc.uniform_routing(passing, u_hat)
+
+
+def _uniform_densely(u_hat, case, gradients):
+    mask = case.mask.to(u_hat.dtype)
+    c = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand(case.batch, -1, -1)
+    return reference.squash(torch.einsum("bij,bijd->bjd", c, u_hat)), c
+
+
+# each with its dense counterpart, which gives v and c
+ALGORITHMS = {"dynamic": (_dynamic, _dynamic_densely), "uniform": (_uniform, _uniform_densely)}
+
+
 def route(case: Case, u_hat: Tensor, algorithm: str, engine: str, gradients="all"):
     """Route on the graph: v `[B, J, D]` and c `[B·E, 1]`."""
     passing = gc.bind(gc.batch_graph(case.graph, case.batch), engine)
-    if algorithm == "uniform":
-        *_, last = gc.uniform_routing(passing, u_hat)
-    else:
-        *_, last = gc.dynamic_routing(passing, u_hat, case.iterations, gradients)
+    *_, last = ALGORITHMS[algorithm][0](passing, u_hat, case, gradients)
     return last.v.view(case.batch, case.parents, case.dim), last.c
 
 
 def route_densely(case: Case, u_hat: Tensor, algorithm: str, gradients="all"):
     """The same by the reference, from votes on the edges: v `[B, J, D]` and c `[B·E, 1]`."""
-    dense = case.dense(u_hat)
-    if algorithm == "uniform":
-        mask = case.mask.to(u_hat.dtype)
-        c = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand(case.batch, -1, -1)
-        v = reference.squash(torch.einsum("bij,bijd->bjd", c, dense))
-    else:
-        v, c = reference.dynamic_routing(
-            dense, case.iterations, mask=case.mask, gradients=gradients
-        )
+    v, c = ALGORITHMS[algorithm][1](case.dense(u_hat), case, gradients)
     if not case.edges:
         return v, c.new_zeros(0, 1)
     child, parent = torch.tensor(case.edges).T
