@@ -92,9 +92,12 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def softmax_over_parents(graph: dgl.DGLGraph, b: Tensor) -> Tensor:
-    """DGL's softmax over the out-edges of every node; where DGL would leave out, unsaid, what a
-    second derivative owes to it, RuntimeError is raised instead.
+    """DGL's softmax over the edges of every child.
+
+    Asked for a second derivative on the CPU, DGL leaves out what it owes to this and says nothing;
+    here autograd raises RuntimeError.
     """
+    # DGL's default, norm_by="dst", is over the children of a parent
     c = dgl.ops.edge_softmax(graph, b, norm_by="src")
     return _FirstDerivative.apply(c) if c.device.type == "cpu" else c
 

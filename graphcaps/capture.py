@@ -1,7 +1,7 @@
 """A function of tensors on a GPU enters; the same leaves, replayed as one CUDA graph at each call.
 
-A training step of a small net launches hundreds of kernels, each of which is done sooner than the
-next is launched. Recorded once, they are launched as one.
+A training step launches many kernels, and a small one may be done sooner than the next is launched.
+Recorded once, they are launched as one.
 """
 
 from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ from graphcaps.kernels.edges import SortedEdges, sort_edges
 Array = NDArray[Any]
 DTYPES = (torch.float32, torch.float64)
 LANES = (16, 32, 48, 64)  # each is compiled apart, when it is first wanted
-WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; half a millisecond
+WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; less is not worth one
 
 
 @functools.cache

@@ -20,7 +20,6 @@ class UdfEngine:
         return why_not_on(device)
 
     def softmax_over_parents(self, b: Tensor) -> Tensor:
-        # DGL's default, norm_by="dst", is over the children of a parent
         return softmax_over_parents(self.graph, b)
 
     def sum_into_parents(
