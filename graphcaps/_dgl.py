@@ -1,4 +1,4 @@
-"""Whatever torch is installed, DGL leaves here imported; says where this build can compute."""
+"""Imports DGL under any release of torch, and tells on which devices this build can compute."""
 
 import importlib.util
 import os
@@ -42,7 +42,8 @@ def _prepare_import() -> None:
     spec = importlib.util.find_spec("dgl")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "graphcaps routes on DGL graphs, and DGL is not installed: pip install dgl"
+            "graphcaps routes on DGL graphs, and DGL is not installed: "
+            "python -m graphcaps.install_dgl"
         )
     if "dgl" not in sys.modules and _graphbolt_would_fail(Path(spec.origin).parent):
         sys.modules["dgl.graphbolt"] = _Graphbolt("dgl.graphbolt")

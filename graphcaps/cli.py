@@ -20,7 +20,6 @@ from graphcaps.evaluation import as_input, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CONFIG, CapsNet
 from graphcaps.passing import ENGINES
-from graphcaps.report import write_report
 from graphcaps.settings import Engine, TrainSettings
 from graphcaps.training import TrainingInterrupt, train
 from graphcaps.workers import joined_workers, leads
@@ -163,6 +162,8 @@ def _predict(settings: PredictSettings) -> None:
 
 
 def _report(settings: ReportSettings) -> None:
+    from graphcaps.report import write_report  # matplotlib, which the other commands do not need
+
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
     model = _load(settings.run_dir, settings.engine)

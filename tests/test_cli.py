@@ -194,12 +194,19 @@ def test_weights_without_a_run_are_evaluated_on_the_data_that_is_named(trained, 
     assert "errors in 100 images" in out
 
 
-def test_a_program_without_its_packages_says_what_to_install():
-    program = "import sys; sys.modules['tyro'] = None; from graphcaps.__main__ import main; main()"
+def test_a_command_without_its_packages_says_what_to_install(trained):
+    program = f"""
+import sys
+sys.modules["matplotlib"] = None
+sys.argv[1:] = ["report", {str(trained[0])!r}]
+from graphcaps.__main__ import main
+sys.exit(main())
+"""
     done = subprocess.run(
         [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )
-    assert done.stderr == 'graphcaps: the program needs tyro: pip install "graphcaps[train]"\n'
+    assert done.returncode == 1
+    assert done.stderr == 'graphcaps: this needs matplotlib: pip install "graphcaps[train]"\n'
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a" * 9, b"\x89PNG\r\n\x1a\n"])

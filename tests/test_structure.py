@@ -12,6 +12,7 @@ PACKAGE = Path(graphcaps.__file__).parent
 
 # A file imports only from those above it: the flow from image to training, read downwards.
 ORDER = [
+    "install_dgl",
     "_dgl",
     "functional",
     "files",
