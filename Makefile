@@ -1,18 +1,35 @@
 # make train: from a fresh clone to a trained and tested net. make test: all the tests.
 # make notebooks: runs each and writes its .ipynb. make bench: the layer's cost on this machine.
-PYTHON ?= python3
+# Longer than CI has time for: make test-pythons, on every Python that the machine has; make hostile,
+# damaged files and kills without end; make mutants, tests that do not notice a broken line.
+
+# the first on PATH that fits, unless PYTHON names one
+FITS := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c '$(FITS)' 2>/dev/null && echo $$name && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
-.PHONY: train test notebooks bench lint format clean
+.PHONY: train test test-pythons hostile mutants notebooks bench lint format clean
 
 train: $(VENV)/.ready
 	$(BIN)/graphcaps train
 
+# one thread for each of the processes that share the tests
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder --durations 10
+
+test-pythons: $(VENV)/.ready
+	$(BIN)/python tests/pythons.py $(PYTHONS)
+
+hostile: $(VENV)/.ready
+	GRAPHCAPS_HOSTILE=1 $(BIN)/pytest tests/hostile
+
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutants.py
 
 notebooks: $(VENV)/.ready
 	$(BIN)/jupytext --to notebook --execute $(NOTEBOOKS)
@@ -30,9 +47,11 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "graphcaps needs Python 3.11 or 3.12, this is %d.%d: add PYTHON=python3.12 to make" % v)'
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "graphcaps needs Python 3.11 or newer, with venv;" \
+		"$(if $(PYTHON),$(PYTHON) is not one,none is on PATH): make PYTHON=/path/to/one" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt --editable '.[train,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m graphcaps.install_dgl
 	@touch $@
 
 clean:

@@ -58,7 +58,7 @@ class Options:
     output: Path | None = None
     """A JSON file for all figures."""
     memory_of: str | None = None
-    """Print the peak memory of FORM:MODE alone; used by this script itself."""
+    """Print the peak memory of a form alone, in every mode; used by this script itself."""
 
 
 LARGE = Layer(batch=128, children=3872, parents=196)
@@ -215,17 +215,17 @@ def peak_memory(form: str, mode: str, layer: Layer, device: str) -> float:
     return peak_mib(lambda: run(function, u, weight, mode)) - 4 * results / MEBI
 
 
-def peak_apart(form: str, mode: str, layer: Layer, options: Options) -> float:
-    """The same in a process of its own."""
+def peaks_apart(form: str, layer: Layer, options: Options) -> dict[str, float]:
+    """The same for every mode, in a process of its own."""
     sizes = [f"--layer.{name.replace('_', '-')}={n}" for name, n in asdict(layer).items()]
     printed = in_own_process(
         __file__,
         *sizes,
         f"--threads={options.threads}",
         f"--device={options.device}",
-        f"--memory-of={form}:{mode}",
+        f"--memory-of={form}",
     )
-    return float(printed.split()[-1])
+    return dict(zip(MODES, map(float, printed.split()[-len(MODES) :]), strict=True))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -263,18 +263,15 @@ def main() -> None:
     options = tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,))
     torch.set_num_threads(options.threads)
     if options.memory_of is not None:
-        form, mode = options.memory_of.split(":")
-        print(peak_memory(form, mode, options.layer, options.device))
+        for mode in MODES:
+            print(peak_memory(options.memory_of, mode, options.layer, options.device))
         return
     if options.short:
         options = replace(options, rounds=max(2, options.rounds // 3))
     results: dict[str, Any] = {"machine": machine(options.threads), "rounds": options.rounds}
     results |= measure(options.layer, FORMS, MODES, options)
     right = results["seconds"]["inference"]
-    results["peak_mib"] = {
-        form: {mode: peak_apart(form, mode, options.layer, options) for mode in MODES}
-        for form in right
-    }
+    results["peak_mib"] = {form: peaks_apart(form, options.layer, options) for form in right}
     print(describe(results["layer"]), results["machine"], "\n", table(results), sep="\n")
     if not options.short:
         results["sweeps"] = {
@@ -287,7 +284,7 @@ def main() -> None:
         results["kept"] = measure_kept("fused", MODES[-1], options)
         few = replace(options, rounds=2)
         results["large"] = measure(LARGE, ("fused",), MODES[::2], few) | {
-            "peak_mib": {mode: peak_apart("fused", mode, LARGE, options) for mode in MODES[::2]}
+            "peak_mib": peaks_apart("fused", LARGE, options)
         }
         print(f"\n{describe(asdict(LARGE))}, fused:", results["large"]["peak_mib"], "MiB")
     if options.output is not None:

@@ -1,4 +1,10 @@
+"""What all tests share."""
+
+import hashlib
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -7,6 +13,43 @@ import torch
 warnings.filterwarnings("ignore", category=FutureWarning, module="dgl")
 hypothesis.settings.register_profile("here", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("here")
+
+# In this order and before all others, so that workers that share the tests end at about the same
+# time: a file is run by one of them (--dist loadfile).
+LONGEST_FILES = (
+    "test_scripts.py",
+    "test_dynamic_cpu.py",
+    "test_workers.py",
+    "test_cli.py",
+    "test_killed.py",
+    "test_dynamic_triton.py",
+    "test_training.py",
+    "test_report.py",
+    "test_report_page.py",
+)
+
+
+def pytest_configure(config):
+    """Keep compiled kernels until their sources change, for the processes that tests start too.
+
+    Each worker keeps its own: where two processes add to a folder of numba's at the same moment,
+    the code for one type may be found under another.
+    """
+    if not config.pluginmanager.has_plugin("cacheprovider"):
+        return
+    sources = sorted((Path(__file__).parents[1] / "graphcaps" / "kernels").rglob("*.py"))
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    folder = config.cache.mkdir("numba")
+    for other in folder.iterdir():
+        if other.name != version:
+            shutil.rmtree(other, ignore_errors=True)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / version / worker)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

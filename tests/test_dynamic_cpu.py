@@ -1,6 +1,7 @@
 """The laws of routing, for the CPU kernel: from poses and matrices to parents, without votes."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -620,7 +621,7 @@ def test_memory_is_that_of_children_and_parents_not_of_edges(batch):
         check=True,
         capture_output=True,
         text=True,
-        env={"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)},
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)},
     )
     lanes = 16 if batch <= 16 else 64
     of_children = 4 * lanes * children * 8
