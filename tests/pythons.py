@@ -65,10 +65,11 @@ class Environment:
         python: what it is made with.
         folder: where; it does not exist.
         log: a file.
+        variables: of the commands' environment, beside those of this process.
     """
 
-    def __init__(self, python: Path, folder: Path, log: Path) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, python: Path, folder: Path, log: Path, **variables: str) -> None:
+        self.folder, self.log, self.variables = folder, log, variables
         self._run([python, "-m", "venv", folder])
 
     def run(self, program: str, *arguments: str | Path) -> str:
@@ -87,7 +88,7 @@ class Environment:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.folder.parent,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | self.variables,
         )
         with self.log.open("a") as log:
             print("$", *command, f"\n{done.stdout}", file=log)
@@ -97,8 +98,7 @@ class Environment:
 
 def run_tests(whole: Environment) -> None:
     """Install everything, as make does, and run the tests."""
-    constraints = ("--constraint", ROOT / "constraints.txt")
-    whole.run("pip", "install", *constraints, "--editable", f"{ROOT}[train,dev]")
+    whole.run("pip", "install", "--editable", f"{ROOT}[train,dev]")
     whole.run("python", "-m", "graphcaps.install_dgl")
     parallel = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile")
     whole.run("pytest", "--rootdir", ROOT, *parallel, *(ROOT / "tests" / name for name in TESTS))
@@ -140,7 +140,14 @@ def main() -> int:
             folder = Path(name)
             log = folder / "log"
             try:
-                whole = Environment(found[version], folder / "whole", log)
+                pinned = str(ROOT / "constraints.txt")
+                whole = Environment(
+                    found[version],
+                    folder / "whole",
+                    log,
+                    PIP_CONSTRAINT=pinned,
+                    OMP_NUM_THREADS="1",
+                )
                 run_tests(whole)
                 try_bare(Environment(found[version], folder / "bare", log), whole)
                 said = "passed"
