@@ -1,4 +1,4 @@
-"""What a bare installation brings, and DGL where PyPI has none for this Python.
+"""The bare installation, DGL where PyPI has none for this Python, and the Python that make takes.
 
 `make test-pythons` installs into empty environments of every Python that the machine has.
 """
@@ -186,3 +186,40 @@ def test_install_dgl_runs_where_neither_dgl_nor_torch_is(tmp_path):
         "no network",
         "graphcaps.install_dgl: pip download failed (above); DGL is not installed",
     ]
+
+
+def make(*arguments, path):
+    """Run make where PATH has nothing but this folder, and there is no environment yet."""
+    program = shutil.which("make")
+    if program is None:
+        pytest.skip("make is not on PATH")
+    return subprocess.run(
+        [program, "test", f"VENV={path / 'venv'}", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": str(path)},
+    )
+
+
+def put_python(path, name, *, fits):
+    """A program that answers, when asked whether it is a Python that fits."""
+    (path / name).write_text(f"#!/bin/sh\nexit {0 if fits else 1}\n")
+    (path / name).chmod(0o755)
+
+
+def test_make_takes_the_first_python_on_path_that_fits(tmp_path):
+    put_python(tmp_path, "python3", fits=False)
+    put_python(tmp_path, "python3.12", fits=True)
+    put_python(tmp_path, "python3.11", fits=True)
+    assert f"python3.12 -m venv {tmp_path / 'venv'}" in make("--dry-run", path=tmp_path).stdout
+
+
+def test_make_says_what_it_needs_where_no_python_fits(tmp_path):
+    put_python(tmp_path, "python3", fits=False)
+    done = make(path=tmp_path)
+    assert done.returncode != 0
+    needs = "graphcaps needs Python 3.11 or newer, with venv; "
+    assert f"{needs}none is on PATH: make PYTHON=/path/to/one" in done.stderr
+    assert f"{needs}python3 is not one" in make("PYTHON=python3", path=tmp_path).stderr
