@@ -1,20 +1,19 @@
-"""The entry point of `graphcaps` and `python -m graphcaps`."""
+"""The program's door: `graphcaps` and `python -m graphcaps`."""
 
 import sys
 
 
 def main() -> int:
-    """Run the program; say what a command needs that the bare package does not bring."""
+    """Run the program; say what is missing where only the library is installed."""
     try:
         from graphcaps import cli
-
-        return cli.main()
     except ModuleNotFoundError as error:
         print(
-            f'graphcaps: this needs {error.name}: pip install "graphcaps[train]"',
+            f'graphcaps: the program needs {error.name}: pip install "graphcaps[train]"',
             file=sys.stderr,
         )
         return 1
+    return cli.main()
 
 
 if __name__ == "__main__":

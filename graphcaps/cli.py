@@ -115,7 +115,7 @@ def main() -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         _complain(_message(error))
         return 1
     return 0
@@ -162,7 +162,7 @@ def _predict(settings: PredictSettings) -> None:
 
 
 def _report(settings: ReportSettings) -> None:
-    from graphcaps.report import write_report  # matplotlib, which the other commands do not need
+    from graphcaps.report import write_report
 
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
@@ -229,6 +229,8 @@ def _program() -> str:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f'this needs {error.name}: pip install "graphcaps[train]"'
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -195,6 +195,14 @@ def test_weights_without_a_run_are_evaluated_on_the_data_that_is_named(trained, 
     assert "errors in 100 images" in out
 
 
+def test_a_program_without_its_packages_says_what_to_install():
+    program = "import sys; sys.modules['tyro'] = None; from graphcaps.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.stderr == 'graphcaps: the program needs tyro: pip install "graphcaps[train]"\n'
+
+
 def test_a_command_without_its_packages_says_what_to_install(trained):
     program = f"""
 import sys
