@@ -2,28 +2,54 @@
 
 import sys
 
+from graphcaps import _interrupt  # noqa: F401, before what takes long
+
 __version__ = "0.1.0"
 
 if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work without DGL
     from graphcaps import reference
     from graphcaps.decoder import Decoder
+    from graphcaps.engines import bind
     from graphcaps.functional import length, squash
     from graphcaps.graph import batch_graph, complete_graph, routing_graph
-    from graphcaps.layers import CapsuleLayer, PrimaryCapsules
-    from graphcaps.losses import capsnet_loss, margin_loss, reconstruction_loss
+    from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
+    from graphcaps.losses import capsnet_loss, margin_loss, reconstruction_loss, spread_loss
     from graphcaps.model import CapsNet, CapsNetConfig, CapsNetOutput
-    from graphcaps.passing import bind
-    from graphcaps.routing import Iteration, Trace, dynamic_routing, uniform_routing
+    from graphcaps.routing import (
+        ROUTINGS,
+        DynamicRouting,
+        EMRouting,
+        InvertedAttention,
+        Iteration,
+        Routing,
+        SelfAttention,
+        SelfRouting,
+        Trace,
+        UniformRouting,
+        VariationalBayes,
+        dynamic_routing,
+        uniform_routing,
+    )
 
 __all__ = [
+    "ROUTINGS",
     "CapsNet",
     "CapsNetConfig",
     "CapsNetOutput",
     "CapsuleLayer",
+    "Capsules",
     "Decoder",
+    "DynamicRouting",
+    "EMRouting",
+    "InvertedAttention",
     "Iteration",
     "PrimaryCapsules",
+    "Routing",
+    "SelfAttention",
+    "SelfRouting",
     "Trace",
+    "UniformRouting",
+    "VariationalBayes",
     "batch_graph",
     "bind",
     "capsnet_loss",
@@ -34,6 +60,7 @@ __all__ = [
     "reconstruction_loss",
     "reference",
     "routing_graph",
+    "spread_loss",
     "squash",
     "uniform_routing",
 ]

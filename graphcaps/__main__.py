@@ -1,18 +1,15 @@
-"""The program's door: `graphcaps` and `python -m graphcaps`."""
+"""The entry point of `graphcaps` and `python -m graphcaps`."""
 
 import sys
 
+from graphcaps import _interrupt
+
 
 def main() -> int:
-    """Run the program; say what is missing where only the library is installed."""
-    try:
-        from graphcaps import cli
-    except ModuleNotFoundError as error:
-        print(
-            f'graphcaps: the program needs {error.name}: pip install "graphcaps[train]"',
-            file=sys.stderr,
-        )
-        return 1
+    """Run the program."""
+    from graphcaps import cli
+
+    _interrupt.restore()
     return cli.main()
 
 

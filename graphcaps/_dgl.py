@@ -5,10 +5,8 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class _Graphbolt(ModuleType):
@@ -76,31 +74,4 @@ def why_not_on(device: torch.device) -> str | None:
     return f"DGL computes on the CPU and on CUDA, not on {device.type}"
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """Passes everything on, and raises when asked for a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "DGL's edge softmax has no second derivatives on the CPU; use engine='scatter'"
-            )
-        return gradient
-
-
-def softmax_over_parents(graph: dgl.DGLGraph, b: Tensor) -> Tensor:
-    """DGL's softmax over the edges of every child.
-
-    Asked for a second derivative on the CPU, DGL leaves out what it owes to this and says nothing;
-    here autograd raises RuntimeError.
-    """
-    # DGL's default, norm_by="dst", is over the children of a parent
-    c = dgl.ops.edge_softmax(graph, b, norm_by="src")
-    return _FirstDerivative.apply(c) if c.device.type == "cpu" else c
-
-
-__all__ = ["dgl", "has_cuda", "softmax_over_parents", "why_not_on"]
+__all__ = ["dgl", "has_cuda", "why_not_on"]

@@ -1,4 +1,4 @@
-"""A function of tensors on a GPU enters; the same leaves, replayed as one CUDA graph at each call.
+"""Functions of tensors on a GPU, recorded as a CUDA graph and replayed at each call.
 
 A training step launches many kernels, and a small one may be done sooner than the next is launched.
 Recorded once, they are launched as one.

@@ -1,41 +1,115 @@
-"""Models and the state of a training enter, files that survive a kill leave, and back again.
+"""The folder of a training run: settings, metrics, checkpoints to go on from, the result.
 
 A run's folder holds
 
     settings.json                   what the run was started with
     metrics.jsonl                   one JSON object a line, as training goes
-    checkpoints/step-00000550/      model.safetensors, model.json, training.pt: to go on from
+    checkpoints/step-00000550/      model.safetensors, model.json, training.pt: to go on from;
+                                    SHA256SUMS: their checksums. The last two checkpoints are kept
     best/                           model.safetensors, model.json of the best epoch so far
     result.json                     the one evaluation on the test set, when the run is finished
+    .lock                           while a process trains in the folder
 
 Every file and folder is written under another name, flushed to the disk and then renamed: under
 its own name it is whole or not there.
 """
 
+import errno
 import fcntl
+import hashlib
 import io
 import json
+import logging
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from graphcaps.files import (
     UNFINISHED,
     flush_folder,
     json_bytes,
     named_in_errors,
-    read_json,
+    open_regular,
+    parse_record,
+    read_bounded,
+    read_record,
+    record,
     write_whole,
 )
-from graphcaps.model import WEIGHTS, CapsNet
+from graphcaps.model import CONFIG, WEIGHTS, CapsNet
+from graphcaps.settings import RunSettings, as_json, check_started
 from graphcaps.weights import load_weights
 
-TRAINING = "training.pt"
+logger = logging.getLogger(__name__)
+
+TRAINING, CHECKSUMS = "training.pt", "SHA256SUMS"
+KEPT = 2  # checkpoints: should the last be damaged, training goes on from the one before
+TRIES = 100  # to take a lock that others remove
+LONGEST_LINE = 10_000  # bytes of a line of metrics.jsonl, which has some 200
+_LONGEST_NAME = f"checkpoints/.step-00000000{UNFINISHED}/.{WEIGHTS}.4194304{UNFINISHED}"
+# what flock answers on a file system that has no locks
+_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """A line of metrics.jsonl: how one step went."""
+
+    kind: Literal["step"] = "step"
+    step: int  # from 1
+    seconds: float  # of training so far
+    epoch: int  # from 1
+    loss: float
+    accuracy: float
+    learning_rate: float
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """A line of metrics.jsonl: how an epoch went, and the hold-out after it."""
+
+    kind: Literal["epoch"] = "epoch"
+    step: int
+    seconds: float
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    holdout_loss: float
+    holdout_accuracy: float
+
+
+@record
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to, the content of its result.json."""
+
+    dataset: str
+    preset: str
+    test_accuracy: float
+    test_errors: int
+    test_images: int
+    test_loss: float
+    best_epoch: int
+    holdout_accuracy: float
+    epochs: int
+    seconds: float
+    run: str
+
+
+# Any, since a type checker takes a union of types for no type
+METRICS: Any = Annotated[StepMetrics | EpochMetrics, Field(discriminator="kind")]
 
 
 class RunFolder:
@@ -48,62 +122,127 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.best = path / "best"
+        self._settings = path / "settings.json"
         self._checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+        self._result = path / "result.json"
+        self._lock = path / ".lock"
 
-    def create(self, settings: dict[str, Any]) -> None:
-        """Make the folder and note what the run is started with.
+    def create(self, started: RunSettings) -> None:
+        """Note what the run is started with, in its locked folder.
 
         Raises:
             FileExistsError: there is something already.
             OSError: no permission, a full disk.
         """
         self.check_free()
-        with named_in_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "settings.json", json_bytes(settings))
+        write_whole(self._settings, json_bytes(as_json(started)))
 
     def check_free(self) -> None:
-        """Raise FileExistsError where there is something already; an empty folder is nothing."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """See whether a run can start in the folder.
+
+        An empty one is free, and one where a start was killed before there was a run.
+
+        Raises:
+            FileExistsError: there is something already.
+            OSError: the folder cannot be looked at.
+        """
+        if self._settings.exists():
             raise FileExistsError(
                 f"{self.path} exists already; add --resume to go on with that run, "
                 "or choose another folder with --run-dir"
             )
+        if self.path.exists() and not (
+            self.path.is_dir() and all(self._is_left_over(path) for path in self.path.iterdir())
+        ):
+            raise FileExistsError(
+                f"{self.path} exists already and is no run; choose another folder with --run-dir"
+            )
+
+    def _is_left_over(self, path: Path) -> bool:
+        return path == self._lock or (path.name[0] == "." and path.name.endswith(UNFINISHED))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder.
+        """Keep other processes from training in this folder, which is made if it is not there.
+
+        At the end the lock is removed, and what was made for it if nothing else came there.
 
         Raises:
-            RuntimeError: one does so already.
+            RuntimeError: another process trains in it.
+            OSError: the folder cannot be made or written, or files in it would have too long names.
         """
-        with (self.path / "settings.json").open("rb") as file:
+        with named_in_errors(self.path):
+            made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            (self.path / _LONGEST_NAME).exists()  # raises where that is too long
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            file = self._take_lock()
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    self._lock.unlink(missing_ok=True)
+                file.close()
+        finally:
+            with suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
+
+    def _take_lock(self) -> BinaryIO:
+        for _ in range(TRIES):
+            with named_in_errors(self._lock):
+                file = self._lock.open("ab")  # NFS and CIFS lock no file that is open to be read
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f"another process is training in {self.path}") from None
-            yield
+                if os.path.samestat(os.fstat(file.fileno()), self._lock.stat()):
+                    return file
+            except FileNotFoundError:
+                pass  # the process that had it was just about to remove it
+            except (BlockingIOError, PermissionError):
+                file.close()
+                break
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    logger.warning(
+                        "%s cannot be locked (%s): see to it that no other process trains in it",
+                        self.path,
+                        error.strerror,
+                    )
+                    return file
+                file.close()
+                raise
+            file.close()
+        raise RuntimeError(f"another process is training in {self.path}")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> RunSettings:
         """What the run was started with.
 
         Raises:
             FileNotFoundError: there is no run.
             ValueError: settings.json is broken.
         """
-        if not (self.path / "settings.json").is_file():
+        if not self._settings.is_file():
             raise FileNotFoundError(
                 f"no run at {self.path}: expected a folder that graphcaps train made"
             )
-        return read_json(self.path / "settings.json")
+        started = read_record(self._settings, RunSettings)
+        try:
+            check_started(started)
+        except ValueError as error:
+            raise ValueError(f"{self._settings}: {error}") from None
+        return started
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, the last one first."""
+        return sorted(filter(_is_checkpoint, self._checkpoints.glob("*")), key=_step, reverse=True)
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step, or None before the first."""
-        return max(self._checkpoints.glob("step-*"), default=None)
+        return next(iter(self.checkpoints()), None)
 
     def save_checkpoint(self, step: int, model: CapsNet, training: dict[str, Any]) -> Path:
-        """Write a checkpoint, then remove the one before.
+        """Write a checkpoint, then remove all before it but one.
 
         Args:
             step: how many steps were taken.
@@ -114,80 +253,189 @@ class RunFolder:
             The checkpoint's folder.
 
         Raises:
-            OSError: a full disk, no permission; the checkpoint before is still there.
+            OSError: a full disk, no permission; the checkpoints before are still there.
         """
-        final = self._checkpoints / f"step-{step:08d}"
-        if not final.exists():  # it does if a run is interrupted again before its next step
-            self._write_checkpoint(final, model, training)
-        for other in self._checkpoints.glob("step-*"):
-            if other.name < final.name:
-                shutil.rmtree(other)
-        return final
-
-    def _write_checkpoint(self, final: Path, model: CapsNet, training: dict[str, Any]) -> None:
+        final = self._checkpoints / _name(step)
         unfinished = self._checkpoints / f".{final.name}{UNFINISHED}"
         try:
             model.save(unfinished)
             buffer = io.BytesIO()
             torch.save(training, buffer)
             write_whole(unfinished / TRAINING, buffer.getvalue())
+            write_whole(unfinished / CHECKSUMS, _checksums(unfinished).encode())
+            _make_way(final)
             os.replace(unfinished, final)
             flush_folder(self._checkpoints)
-        except OSError:
+        except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        self._keep_last(step)
+        return final
+
+    def _keep_last(self, step: int) -> None:
+        """Of the checkpoints up to a step, remove all but the last two."""
+        before = [checkpoint for checkpoint in self.checkpoints() if _step(checkpoint) <= step]
+        for checkpoint in before[KEPT:]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def load_checkpoint(self, checkpoint: Path, model: CapsNet) -> dict[str, Any]:
         """Put a checkpoint's weights into `model`; returns its `training`.
 
         Raises:
+            FileNotFoundError: a file is missing.
             ValueError: a broken file, or the weights of another model.
         """
+        if (checkpoint / CHECKSUMS).exists():  # graphcaps 0.1.0 wrote none
+            _check_sums(checkpoint)
         load_weights(checkpoint / WEIGHTS, model)
         try:
-            return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+            with open_regular(checkpoint / TRAINING) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what torch raises for damaged bytes is anything
             raise ValueError(
                 f"{checkpoint / TRAINING} is missing, truncated or not a checkpoint; "
                 f"the weights beside it can still be evaluated: {error}"
             ) from error
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl."""
+    def log(self, metrics: StepMetrics | EpochMetrics) -> None:
+        """Append a line to metrics.jsonl."""
         with named_in_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(asdict(metrics)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, up to one that a kill or a power cut damaged."""
-        records: list[dict[str, Any]] = []
-        if not self._metrics.is_file():
-            return records
-        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                records.append({"step": record["step"], **record})
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break
-        return records
+        """The lines of metrics.jsonl, up to one that a kill or a power cut damaged."""
+        return [asdict(metrics) for _, metrics in self._lines_of_metrics()]
+
+    def _lines_of_metrics(self) -> Iterator[tuple[bytes, StepMetrics | EpochMetrics]]:
+        if not self._metrics.exists():
+            return
+        with open_regular(self._metrics) as file:
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
+                where = f"{self._metrics}, line {number}"
+                try:
+                    yield line, parse_record(line, METRICS, where)
+                except ValueError as error:
+                    logger.warning("%s; this line and those after it are left out", error)
+                    return
 
     def forget_after(self, step: int) -> None:
-        """Drop the records that a resumed run will write again, and what a kill left half-done."""
+        """Remove what a resumed run will write again, and what a kill left unfinished."""
         for left in sorted(self.path.rglob(f".*{UNFINISHED}"), reverse=True):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
-        kept = [record for record in self.metrics() if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_whole(self._metrics, text.encode())
+            _remove(left)
+        for checkpoint in self.checkpoints():
+            if _step(checkpoint) > step:  # it is damaged: the run goes on from one before it
+                _remove(checkpoint)
+        self._keep_last(step)
+        kept = [line for line, metrics in self._lines_of_metrics() if metrics.step <= step]
+        write_whole(self._metrics, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         """Write result.json, which says that the run is finished."""
-        write_whole(self.path / "result.json", json_bytes(result))
+        write_whole(self._result, json_bytes(asdict(result)))
 
     def result(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None while the run is not finished."""
-        path = self.path / "result.json"
-        return read_json(path) if path.is_file() else None
+        """What `finish` wrote, or None while the run is not finished.
+
+        Raises:
+            ValueError: result.json is broken.
+        """
+        return asdict(read_record(self._result, Result)) if self._result.exists() else None
+
+
+def check_alike(found: Any, expected: Any, name: str) -> None:
+    """See whether what was read has the form of what would be written.
+
+    Args:
+        found: what was read; a dict may have more keys than `expected`.
+        expected: a plain value, a tensor, or lists and dicts of these.
+        name: how to call it in the message.
+
+    Raises:
+        ValueError: another type, another shape, another length, a missing key.
+
+    >>> check_alike({"rate": "fast"}, {"rate": 0.1}, "optimizer")
+    Traceback (most recent call last):
+    ValueError: expected float as optimizer.rate, got str
+    """
+    if type(expected) is float and type(found) is int:
+        return
+    if _form(found) != _form(expected):
+        raise ValueError(f"expected {_form(expected)} as {name}, got {_form(found)}")
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            if key not in found:
+                raise ValueError(f"{name} lacks {key!r}")
+            check_alike(found[key], value, f"{name}.{key}")
+    elif isinstance(expected, list | tuple):
+        for number, value in enumerate(expected):
+            check_alike(found[number], value, f"{name}.{number}")
+
+
+def _form(value: Any) -> str:
+    match value:
+        case Tensor():
+            return f"{value.dtype} {list(value.shape)}"
+        case None | bool():
+            return "bool or None"
+        case list() | tuple():
+            return f"{len(value)} values"
+    return type(value).__name__
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether training made this: a folder, not a link to one, of such a name and content."""
+    return (
+        re.fullmatch("step-[0-9]{8,18}", path.name) is not None
+        and path.name == _name(_step(path))
+        and path.is_dir()
+        and not path.is_symlink()
+        and any((path / name).exists() for name in (CONFIG, WEIGHTS, TRAINING, CHECKSUMS))
+    )
+
+
+def _make_way(path: Path) -> None:
+    """Remove a checkpoint that is to be replaced, move aside what anybody else put there."""
+    if _is_checkpoint(path):
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        aside = path.with_name(f"{path.name}-{time.time_ns()}")
+        path.rename(aside)
+        logger.warning("%s is no checkpoint: moved to %s", path, aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _checksums(checkpoint: Path) -> str:
+    """The SHA-256 of a checkpoint's files as `sha256sum --check` reads them."""
+    lines = []
+    for name in (CONFIG, WEIGHTS, TRAINING):
+        with open_regular(checkpoint / name) as file:
+            digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+            lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _check_sums(checkpoint: Path) -> None:
+    noted = read_bounded(checkpoint / CHECKSUMS, 1000).decode(errors="replace").splitlines()
+    for line in _checksums(checkpoint).splitlines():
+        if line not in noted:
+            raise ValueError(
+                f"{checkpoint / line.split()[1]} is damaged: its SHA-256 is not the one in "
+                f"{CHECKSUMS} beside it"
+            )

@@ -1,26 +1,31 @@
-"""Flags enter, calls of the library leave; `graphcaps --help` shows them."""
+"""The commands of the program and their flags; `graphcaps --help` shows them."""
 
+import errno
+import io
 import logging
 import os
 import platform
 import shlex
+import signal
 import sys
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Annotated
 
 import torch
 import tyro
 
-from graphcaps import __version__, kernels
+from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.checkpoints import RunFolder
-from graphcaps.data import load_dataset
-from graphcaps.evaluation import as_input, evaluate
+from graphcaps.data import DATASETS, FETCHED, load_dataset
+from graphcaps.evaluation import as_input, check_fits, check_lengths, evaluate
 from graphcaps.images import read_digit
 from graphcaps.model import CONFIG, CapsNet
-from graphcaps.passing import ENGINES
-from graphcaps.settings import Engine, TrainSettings
+from graphcaps.settings import Engine, TrainSettings, given_fields
 from graphcaps.training import TrainingInterrupt, train
 from graphcaps.workers import joined_workers, leads
 
@@ -86,46 +91,89 @@ Command = (
 )
 
 
+@dataclass(frozen=True)
+class Program:
+    """What is asked for on the command line."""
+
+    command: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Command]]
+    traceback: bool = False
+    """Where an error ends the program, show where in it."""
+
+
+class _NotToldError(OSError):
+    """Standard output takes no more: the disk is full, or the reader of a pipe is gone."""
+
+
 def main() -> int:
     """Run the program; returns its exit status."""
-    command = tyro.cli(
-        Command,
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # not all that is told is in every encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            status = _run(_asked_for())
+        except SystemExit as stop:  # help was asked for, or flags are wrong
+            status = int(stop.code or 0)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except OSError as error:
+        # what is left in the buffer would be tried, and complained about, at the program's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE
+        _complain(f"standard output: {error.strerror}")
+        return 1
+    return status
+
+
+def _asked_for() -> Program:
+    return tyro.cli(
+        Program,
         prog="graphcaps",
         description="Capsule networks routed by message passing on DGL graphs.",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.CascadeSubcommandArgs),
     )
+
+
+def _run(program: Program) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("graphcaps").setLevel(logging.INFO)  # what is fetched, and from where
     try:
-        match command:
+        match program.command:
             case TrainSettings():
-                _train(command)
+                _train(program.command)
             case EvaluateSettings():
-                _evaluate(command)
+                _evaluate(program.command)
             case PredictSettings():
-                _predict(command)
+                _predict(program.command)
             case ReportSettings():
-                _report(command)
+                _report(program.command)
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
         run = shlex.quote(str(interrupt.run))
         _complain(f"{interrupt}\nGo on with: {_program()} train --run-dir {run} --resume")
         return 130
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except _NotToldError:
+        raise
+    except Exception as error:
+        if program.traceback:
+            traceback.print_exc()
         _complain(_message(error))
         return 1
     return 0
 
 
 def _train(settings: TrainSettings) -> None:
-    result = train(settings)
+    result = train(settings, given_fields(sys.argv))
     if not leads():
         return
-    print(
+    _say(
         f"Test accuracy {result['test_accuracy']:.2%} "
         f"({result['test_errors']} errors in {result['test_images']:,} images of "
         f"{result['dataset']}), weights of epoch {result['best_epoch']}, the best on the "
@@ -139,8 +187,9 @@ def _evaluate(settings: EvaluateSettings) -> None:
     dataset, data_dir = _data_of(settings)
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
+        check_fits(model, data)
         score = evaluate(model.to(workers.device), data.test)
-    print(
+    _say(
         f"Test accuracy {score.accuracy:.2%} "
         f"({score.errors} errors in {score.images:,} images of {data.name}), loss {score.loss:.4f}"
     )
@@ -156,29 +205,32 @@ def _predict(settings: PredictSettings) -> None:
         model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
-        lengths = model(as_input(image.unsqueeze(0), model)).lengths[0]
-        print(f"{path}: {int(lengths.argmax())}")
-        print("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+        (lengths,) = model(as_input(image.unsqueeze(0), model)).lengths
+        check_lengths(lengths.unsqueeze(0))
+        _say(f"{path}: {int(lengths.argmax())}")
+        _say("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
 
 
 def _report(settings: ReportSettings) -> None:
-    from graphcaps.report import write_report
+    # with matplotlib, which the other commands do not need
+    from graphcaps.report import check_writable, write_report
 
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
+    output = settings.output or settings.run_dir / "report.html"
+    check_writable(output)  # before the work, not after it
     model = _load(settings.run_dir, settings.engine)
     dataset, data_dir = _data_of(settings)
-    output = settings.output or settings.run_dir / "report.html"
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
-        print("The run is not finished: the report shows its best epoch so far, and says so.")
-    print(f"The report is in {output}; open it in a browser")
+        _say("The run is not finished: the report shows its best epoch so far, and says so.")
+    _say(f"The report is in {output}; open it in a browser")
 
 
 def _info() -> None:
-    print(
+    _say(
         f"graphcaps {__version__}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, DGL {dgl.__version__} "
         f"({'with' if has_cuda() else 'without'} CUDA)"
@@ -187,17 +239,16 @@ def _info() -> None:
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        print(f"{device} ({name}): engine auto is {kernels.choose_engine('auto', device)}")
-        print(f"  {'fused':8} {kernels.why_not(device) or 'can run'}")
-        for engine, kind in ENGINES.items():
-            print(f"  {engine:8} {kind.why_not(device) or 'can run'}")
+        _say(f"{device} ({name}): engine auto is {engines.choose('auto', device)}")
+        for engine in engines.ENGINES:
+            _say(f"  {engine:8} {engines.why_not(engine, device) or 'can run'}")
     if not torch.cuda.is_available():
-        print("no CUDA device")
+        _say("no CUDA device")
 
 
 def _load(run: Path, engine: str) -> CapsNet:
-    folder = run if (run / CONFIG).is_file() else RunFolder(run).best
-    if not (folder / CONFIG).is_file():
+    folder = run if (run / CONFIG).exists() else RunFolder(run).best
+    if not (folder / CONFIG).exists():
         raise FileNotFoundError(
             f"no trained net at {run}: expected the folder of a run that has finished an epoch "
             "(graphcaps train makes one), or one with model.safetensors and model.json"
@@ -211,15 +262,39 @@ def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
     if settings.dataset is not None:
         return settings.dataset, data_dir or TrainSettings.data_dir
     try:
-        started = RunFolder(run).settings()["settings"]
-        return started["dataset"], data_dir or Path(started["data_dir"])
-    except (FileNotFoundError, KeyError, TypeError):
+        started = RunFolder(run).settings().settings
+    except FileNotFoundError:
         raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
+    dataset, of_run = started.dataset, started.data_dir
+    if dataset not in DATASETS and not os.path.isdir(dataset):
+        raise ValueError(
+            f"{run} was trained on {short_repr(dataset)}, which is not here: "
+            "name the folder where it is with --dataset"
+        )
+    if data_dir is None and dataset in FETCHED and not of_run.is_dir():
+        raise ValueError(
+            f"{run} had its data in {of_run}, which is not here: add --data-dir FOLDER, where "
+            f"{dataset} is, or is to be kept"
+        )
+    return dataset, data_dir or of_run
+
+
+def _say(text: str) -> None:
+    try:
+        print(_shown(text), flush=True)
+    except OSError as error:
+        raise _NotToldError(error.errno, error.strerror) from None
 
 
 def _complain(message: str) -> None:
     who = f"graphcaps[{os.environ['RANK']}]" if "RANK" in os.environ else "graphcaps"
-    print(f"{who}: {message}", file=sys.stderr)
+    with suppress(OSError):  # there is nobody else to complain to
+        print(f"{who}: {_shown(message)}", file=sys.stderr, flush=True)
+
+
+def _shown(text: str) -> str:
+    """Text without what a terminal would obey, or names of files without what is no text."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _program() -> str:
@@ -229,8 +304,17 @@ def _program() -> str:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f'this needs {error.name}: pip install "graphcaps[train]"'
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    match error:
+        case OSError(strerror=str(reason)):
+            return f"{error.filename}: {reason}" if error.filename else reason
+        case ValueError() | OSError() | RuntimeError():
+            return str(error)
+        case ModuleNotFoundError(name=str(name)):
+            return f'this needs {name}: pip install "graphcaps[train]"'
+        case MemoryError():
+            return f"out of memory ({error})" if str(error) else "out of memory"
+    first_line = str(error).partition("\n")[0]
+    return (
+        f"{type(error).__name__}: {first_line}\n"
+        "This should not have happened; add --traceback to see where it did"
+    )

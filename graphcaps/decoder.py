@@ -1,4 +1,4 @@
-"""Capsules enter, all but the chosen masked, and an image leaves."""
+"""The decoder, which draws images from the poses of class capsules."""
 
 import math
 from itertools import pairwise

@@ -1,11 +1,12 @@
-"""A model and labelled images enter, how many it gets right leaves."""
+"""Evaluation of a model on labelled images."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graphcaps.data import Split
+from graphcaps.data import Dataset, Split
+from graphcaps.layers import NonFinitePosesError
 from graphcaps.losses import capsnet_loss
 from graphcaps.model import CapsNet
 
@@ -68,6 +69,7 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
 
     Raises:
         ValueError: no images.
+        NonFinitePosesError: poses, or lengths of class capsules, that are not finite.
     """
     if not len(split.labels):
         raise ValueError("expected at least one image to evaluate on; got none")
@@ -81,6 +83,43 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
         labels = labels.to(images.device)
         output = model(images)
         lengths.append(output.lengths)
-        loss += float(capsnet_loss(output, images, labels)) * len(labels)
+        loss += float(capsnet_loss(output, images, labels, kind=model.loss)) * len(labels)
     model.train(was_training)
-    return Score(torch.cat(lengths).cpu(), split.labels.cpu(), loss / len(split.labels))
+    found = torch.cat(lengths).cpu()
+    check_lengths(found)
+    return Score(found, split.labels.cpu(), loss / len(split.labels))
+
+
+def check_fits(model: CapsNet, data: Dataset) -> None:
+    """See whether a model can be evaluated on a data set.
+
+    Raises:
+        ValueError: the test images are of another size, or of classes that the model lacks.
+    """
+    config = model.config
+    here = [config.image_channels, config.image_size, config.image_size]
+    there = list(data.test.images.shape[1:])
+    if here != there:
+        raise ValueError(
+            f"the net takes images of shape {here}, {data.name} has images of shape {there}: "
+            "name the data set it was trained on with --dataset"
+        )
+    if len(data.classes) > config.classes:
+        raise ValueError(
+            f"the net tells {config.classes} classes and {data.name} has {len(data.classes)}: "
+            "name the data set it was trained on with --dataset"
+        )
+
+
+def check_lengths(lengths: Tensor) -> None:
+    """Raise NonFinitePosesError where a class capsule has no length that could be compared.
+
+    Args:
+        lengths: of all class capsules of some images, `[N, J]`.
+    """
+    bad = int((~lengths.isfinite()).any(dim=1).sum())
+    if bad:
+        raise NonFinitePosesError(
+            f"the lengths of the class capsules are not finite for {bad} of {len(lengths)} images; "
+            "the weights are of no use: take other ones, or train with a lower learning rate"
+        )

@@ -1,4 +1,4 @@
-"""Records enter, matplotlib figures leave: nothing here runs a net.
+"""Matplotlib figures of routing, reconstructions and training: nothing here runs a net.
 
 Every function returns a `Figure` or an animation of one, without pyplot and its global state;
 save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Dark means much, in
@@ -67,7 +67,7 @@ def entropy_by_iteration(
     if labels is not None:
         present = labels.unique()
         means = torch.stack([entropy[:, labels == k].mean(dim=(1, 2)) for k in present])
-        names = [classes[k] if classes else str(k) for k in present.tolist()]
+        names = [_name(classes, k) for k in present.tolist()]
         _table(others[0], means, "{:.3f}", "mean entropy (nats)")
         others[0].set_xticks(range(len(rounds)), rounds)
         others[0].set_yticks(range(len(names)), names)
@@ -224,7 +224,7 @@ def at_a_glance(
     lengths = [length for _, length in graphs[-1].nodes(data="length") if length is not None]
     winner = int(np.argmax(lengths))
     _show(last, drawn)
-    name = classes[winner] if classes else str(winner)
+    name = _name(classes, winner)
     last.set(title=f"drawn from the pose of\nthe longest capsule, {name}")
     return figure
 
@@ -259,7 +259,7 @@ def reconstructions(
         above, below = panels[2 * pair : 2 * pair + 2, column]
         _show(above, images[number])
         _show(below, drawn[number])
-        true_name, seen_name = (classes[k] if classes else str(k) for k in (true, seen))
+        true_name, seen_name = (_name(classes, k) for k in (true, seen))
         wrong = true != seen
         above.set_title(f"is {true_name}")
         below.set_xlabel(f"read {seen_name}" + ("\n(wrong)" if wrong else ""))
@@ -348,7 +348,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
     Returns:
         The counts as numbers, errors shaded by their share of the row; the diagonal is not shaded.
     """
-    names = list(classes) or [str(k) for k in range(len(counts))]
+    names = [_name(classes, k) for k in range(len(counts))]
     share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
     off_diagonal = share * (1 - torch.eye(len(counts), dtype=share.dtype))
     figure = _figure(0.55 * len(names) + 2, 0.5 * len(names) + 1.4)
@@ -406,7 +406,7 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
         boxes["boxes"][0].set_label(name)
     for margin in (0.9, 0.1):
         axes.axhline(margin, color=INK, linestyle="--", linewidth=0.8)
-    axes.set_xticks(range(len(present)), [classes[k] if classes else str(k) for k in present])
+    axes.set_xticks(range(len(present)), [_name(classes, k) for k in present])
     axes.set(xlabel="class of the image", ylabel="length |v|", ylim=(0, 1))
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
@@ -476,6 +476,12 @@ def _figure(width: float, height: float) -> Figure:
 def _animation(figure: Figure, draw: Any, frames: int) -> FuncAnimation:
     interval = 1000 / FRAMES_PER_SECOND  # milliseconds
     return FuncAnimation(figure, draw, frames, interval=interval, init_func=lambda: draw(0))
+
+
+def _name(classes: Sequence[str], number: int) -> str:
+    """A class's name as it is drawn: a $ begins no formula, what has no glyph is a mark."""
+    name = classes[number] if classes else str(number)
+    return "".join(c if c.isprintable() else "\ufffd" for c in name).replace("$", r"\$")
 
 
 def _numbers(tensor: Tensor) -> np.ndarray:
@@ -578,7 +584,7 @@ def _draw_graph(
         zorder=2,
     )
     for (_, j), length in zip(parents, lengths, strict=True):
-        name = classes[j] if classes else str(j)
+        name = _name(classes, j)
         axes.annotate(
             f"{name}\n{length:.2f}",
             place["parent", j],

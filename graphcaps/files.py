@@ -1,14 +1,26 @@
-"""Bytes enter, a file leaves that is whole or not there, whatever happens in between; JSON too."""
+"""Files that are written whole or not at all, and records that are checked when they are read."""
 
 import errno
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short_repr
+from typing import Any, BinaryIO, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
 
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+LARGEST_RECORD = 1 << 20  # bytes of a file that holds one record
+
+T = TypeVar("T")
+
+record = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+"""Decorator of a dataclass that is read from files: no other fields, no other types, no NaN."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -23,7 +35,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: a full disk, no permission; what was there is untouched, nothing is left over.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    # cut, so that a name as long as the system allows has room for what is added to it
+    unfinished = path.with_name(f".{path.name[:40]}.{os.getpid()}{UNFINISHED}")
     with named_in_errors(path):
         try:
             with unfinished.open("wb") as file:
@@ -35,6 +48,24 @@ def write_whole(path: Path, content: bytes) -> None:
             unfinished.unlink(missing_ok=True)
             raise
         flush_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files that processes which run no longer left before they were whole."""
+    for left in folder.glob(f".*{UNFINISHED}"):
+        process = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
+        if process.isdecimal() and left.is_file() and not _runs(int(process)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # no signal: asks whether there is somebody to send one to
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        return True
+    return True
 
 
 def flush_folder(folder: Path) -> None:
@@ -60,22 +91,104 @@ def named_in_errors(path: Path) -> Iterator[None]:
         raise type(error)(error.errno, reason, str(path)) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it is a device or a pipe, or larger.
+        OSError: it is a folder, or may not be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: expected a file of at most {most:,} bytes, got a larger one")
     return content
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file to read; a pipe is refused, not waited for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a device or a pipe.
+        OSError: it is a folder, or may not be read.
+    """
+    # without O_NONBLOCK, opening a pipe waits for somebody to write to it
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path}: expected a regular file, got a device or a pipe")
+        yield file
+
+
+def read_record(path: Path, kind: type[T]) -> T:
+    """A record from a file that holds it as JSON.
+
+    Args:
+        path: the file.
+        kind: a dataclass decorated by `record`. A field that the file lacks has its default.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else; the message names file and field.
+        OSError: it may not be read.
+    """
+    return parse_record(read_bounded(path, LARGEST_RECORD), kind, str(path))
+
+
+def parse_record(content: bytes, kind: type[T], source: str) -> T:
+    """A record from JSON.
+
+    Args:
+        content: one JSON value.
+        kind: a dataclass decorated by `record`. A field that the JSON lacks has its default.
+        source: where the JSON is from, for messages: a file, or a line of a file.
+
+    Raises:
+        ValueError: it is something else.
+
+    >>> from dataclasses import dataclass
+    >>> @record
+    ... @dataclass(frozen=True)
+    ... class Point:
+    ...     x: float
+    ...     y: float = 0.0
+    >>> parse_record(b'{"x": 1.5}', Point, "point.json")
+    Point(x=1.5, y=0.0)
+    >>> parse_record(b'{"x": "left"}', Point, "point.json")
+    Traceback (most recent call last):
+    ValueError: point.json: x: expected a valid number, got 'left'
+    """
+    try:
+        return _adapter(cast(Hashable, kind)).validate_json(content)
+    except ValidationError as error:
+        trouble = "; ".join(_told(each) for each in error.errors(include_url=False)[:3])
+        raise ValueError(f"{source}: {trouble}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _told(error: ErrorDetails) -> str:
+    parts = map(str, error["loc"])
+    field = ".".join(
+        part if part.isalnum() or part.isidentifier() else short_repr(part) for part in parts
+    )
+    match error["type"]:
+        case "value_error":  # raised by the dataclass's __post_init__
+            return error["msg"].removeprefix("Value error, ")
+        case "missing" | "missing_argument":
+            return f"{field}: expected this field, found it missing"
+        case "unexpected_keyword_argument":
+            return f"{field}: unknown field; was it written by a newer graphcaps?"
+        case "json_invalid":
+            return f"truncated or not JSON ({error['msg'].removeprefix('Invalid JSON: ')})"
+    expected = error["msg"].replace("Input should be", "expected")
+    where = f"{field}: " if field else ""
+    return f"{where}{expected}, got {short_repr(error['input'])}"
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:

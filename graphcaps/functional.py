@@ -1,4 +1,4 @@
-"""Capsule vectors enter, squashed vectors or their lengths leave: plain tensors, no graph."""
+"""Squashing and lengths of capsule vectors, and labels: plain tensors, no graph."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ def length(v: Tensor) -> Tensor:
     """Euclidean length of every capsule, the probability that its entity is there.
 
     At the zero vector the length is 0, and so are its gradient and second derivative, not NaN.
+    A vector that holds NaN has the length NaN.
 
     Args:
         v: capsules, `[..., D]`.
@@ -21,8 +22,8 @@ def length(v: Tensor) -> Tensor:
     """
     square = v.square().sum(dim=-1)
     # sqrt has no derivative at 0, and where() alone would multiply it by 0 into NaN
-    positive = square > 0
-    return torch.where(positive, square, 1).sqrt() * positive
+    zero = square == 0
+    return torch.where(zero, 1, square).sqrt().masked_fill(zero, 0)
 
 
 def squash(s: Tensor) -> Tensor:
@@ -41,7 +42,29 @@ def squash(s: Tensor) -> Tensor:
     tensor([0.0000, 0.9000])
     """
     norm = length(s).unsqueeze(-1)
-    return s * (norm / (1 + norm.square()))
+    unit = s / torch.where(norm > 0, norm, 1)
+    # no power of |s| above the second, also in the gradient: those of long vectors would overflow
+    return unit * (norm.square() / (1 + norm.square()))
+
+
+def exponential_squash(s: Tensor) -> Tensor:
+    """Shrink every vector to a length below 1; steeper at 0 than `squash`.
+
+    `(1 − e^−|s|) s/|s|`, Mazzia et al. 2021, equation 8; 0 at 0, where its derivative is the
+    identity.
+
+    Args:
+        s: vectors, `[..., D]`.
+
+    Returns:
+        Squashed vectors, `[..., D]`.
+
+    >>> exponential_squash(torch.tensor([0.0, 2.0]))
+    tensor([0.0000, 0.8647])
+    """
+    norm = length(s).unsqueeze(-1)
+    positive = torch.where(norm > 0, norm, 1)
+    return s * torch.where(norm > 0, -torch.expm1(-positive) / positive, 1)
 
 
 def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""Pairs of a child and a parent enter, a DGL graph `child -votes-> parent` leaves, or a batch.
+"""Bipartite routing graphs: which child may vote for which parent, and with which matrix.
 
 The order of the edges is a contract. The edges of one graph keep the order in which they were
 given; those of a batch are sample-major, so edge `e` of sample `b` is edge `b·E + e`. A complete
 graph is child-major: a feature of its batched edges, `[B·E, D]`, is `[B, I, J, D]` by a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ def routing_graph(
     children: int | None = None,
     parents: int | None = None,
     weight_index: Tensor | Sequence[int] | None = None,
+    parent_type: Tensor | Sequence[int] | None = None,
 ) -> dgl.DGLGraph:
     """Which child may vote for which parent, and with which matrix.
 
@@ -33,11 +35,14 @@ def routing_graph(
         parents: number of parents; the largest voted for, plus one, if not given.
         weight_index: which of the `M` matrices an edge votes with, `[E]`, integers from 0.
             Edges with the same number share a matrix. If not given, each edge has its own.
+        parent_type: the type of each parent, `[J]`, integers from 0. Parents of one type share
+            what a routing learns for its parents, such as the costs β of EM routing. If not
+            given, each parent is a type of its own.
 
     Returns:
-        A DGL heterograph, int32, with node types `child` and `parent`, edge type `votes`, and
-        the edge feature `weight_index`, int64 `[E]`. Children without parents and parents
-        without children are fine.
+        A DGL heterograph, int32, with node types `child` and `parent`, edge type `votes`, the
+        edge feature `weight_index`, int64 `[E]`, and the parent feature `type`, int64 `[J]`.
+        Children without parents and parents without children are fine.
 
     Raises:
         ValueError: indices that are not integers, lie outside, or differ in number.
@@ -46,25 +51,34 @@ def routing_graph(
     >>> graph.num_nodes("child"), graph.num_nodes("parent"), graph.num_edges()
     (2, 3, 3)
     """
-    child, children = _checked_numbers("child", child, children)
-    parent, parents = _checked_numbers("parent", parent, parents)
-    if len(child) != len(parent):
-        raise ValueError(
-            f"each edge needs one child and one parent; "
-            f"got {len(child)} children and {len(parent)} parents"
+    with made_to_be_kept():
+        child, children = _checked_numbers("child", child, children)
+        parent, parents = _checked_numbers("parent", parent, parents)
+        if len(child) != len(parent):
+            raise ValueError(
+                f"each edge needs one child and one parent; "
+                f"got {len(child)} children and {len(parent)} parents"
+            )
+        if weight_index is None:
+            weight_index = torch.arange(len(child))
+        weight_index, _ = _checked_numbers("weight_index", weight_index, None)
+        if len(weight_index) != len(child):
+            raise ValueError(
+                f"weight_index needs one number per edge, {len(child)}; got {len(weight_index)}"
+            )
+        graph = dgl.heterograph(
+            {VOTES: (child, parent)}, {"child": children, "parent": parents}, idtype=torch.int32
         )
-    if weight_index is None:
-        weight_index = torch.arange(len(child))
-    weight_index, _ = _checked_numbers("weight_index", weight_index, None)
-    if len(weight_index) != len(child):
-        raise ValueError(
-            f"weight_index needs one number per edge, {len(child)}; got {len(weight_index)}"
-        )
-    graph = dgl.heterograph(
-        {VOTES: (child, parent)}, {"child": children, "parent": parents}, idtype=torch.int32
-    )
-    graph.edata["weight_index"] = weight_index
-    return graph
+        graph.edata["weight_index"] = weight_index
+        if parent_type is None:
+            parent_type = torch.arange(parents)
+        parent_type, _ = _checked_numbers("parent_type", parent_type, None)
+        if len(parent_type) != parents:
+            raise ValueError(
+                f"parent_type needs one number per parent, {parents}; got {len(parent_type)}"
+            )
+        graph.nodes["parent"].data["type"] = parent_type.to(graph.device)
+        return graph
 
 
 def complete_graph(children: int, parents: int) -> dgl.DGLGraph:
@@ -87,12 +101,13 @@ def complete_graph(children: int, parents: int) -> dgl.DGLGraph:
         raise ValueError(
             f"a complete graph needs at least 1 child and 1 parent; got {children} and {parents}"
         )
-    return routing_graph(
-        torch.arange(children).repeat_interleave(parents),
-        torch.arange(parents).repeat(children),
-        children=children,
-        parents=parents,
-    )
+    with made_to_be_kept():
+        return routing_graph(
+            torch.arange(children).repeat_interleave(parents),
+            torch.arange(parents).repeat(children),
+            children=children,
+            parents=parents,
+        )
 
 
 def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
@@ -119,14 +134,27 @@ def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
             f"a batch of {batch_size} graphs with {graph.num_edges()} edges cannot be numbered "
             "in int32; use a batch size from 0, small enough for 2³¹ − 1 edges"
         )
-    alone = dgl.heterograph(
-        {VOTES: graph.edges()},
-        {kind: graph.num_nodes(kind) for kind in ("child", "parent")},
-        idtype=torch.int32,
-    )
-    batched = dgl.batch([alone] * batch_size) if batch_size else _graph_without_nodes(graph.device)
-    batched.create_formats_()
+    with made_to_be_kept():
+        alone = dgl.heterograph(
+            {VOTES: graph.edges()},
+            {kind: graph.num_nodes(kind) for kind in ("child", "parent")},
+            idtype=torch.int32,
+        )
+        nothing = _graph_without_nodes(graph.device)
+        batched = dgl.batch([alone] * batch_size) if batch_size else nothing
+        batched.create_formats_()
     return batched
+
+
+@contextmanager
+def made_to_be_kept() -> Iterator[None]:
+    """Tensors made here are ordinary ones on the CPU, to be kept for later calls.
+
+    Whatever the caller is in: `torch.device("meta")` would give them no numbers, and those of
+    `torch.inference_mode()` cannot be saved for a backward pass.
+    """
+    with torch.device("cpu"), torch.inference_mode(False):
+        yield
 
 
 def check_structure(graph: object) -> None:
@@ -147,14 +175,28 @@ def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
     index = graph.edata.get("weight_index")
     if index is None:
         raise ValueError("the graph's edges lack the feature weight_index; see routing_graph")
-    if index.dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(
-            f"expected weight_index as int64 [E]; got {index.dtype} {list(index.shape)}"
-        )
+    _check_numbers_of("weight_index", "E", index)
     if len(index) and (index.min() < 0 or (kinds is not None and index.max() >= kinds)):
         raise ValueError(
             f"weight_index runs from {int(index.min())} to {int(index.max())}, "
             f"but there are {kinds} matrices, numbered from 0"
+        )
+
+
+def check_parent_type(graph: dgl.DGLGraph) -> None:
+    """Raise ValueError for parents with a `type` that is no number from 0."""
+    index = graph.nodes["parent"].data.get("type")
+    if index is None:
+        return
+    _check_numbers_of("the parents' type", "J", index)
+    if len(index) and index.min() < 0:
+        raise ValueError(f"the parents' types run from {int(index.min())}, and not from 0")
+
+
+def _check_numbers_of(name: str, size: str, index: Tensor) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(
+            f"expected {name} as int64 [{size}]; got {index.dtype} {list(index.shape)}"
         )
 
 
@@ -175,7 +217,8 @@ def is_complete(graph: dgl.DGLGraph) -> bool:
 def _checked_numbers(
     name: str, numbers: Tensor | Sequence[int], count: int | None
 ) -> tuple[Tensor, int]:
-    numbers = torch.as_tensor(numbers)
+    if not isinstance(numbers, Tensor):
+        numbers = torch.as_tensor(numbers)
     if numbers.numel() == 0:
         numbers = numbers.long()
     if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:

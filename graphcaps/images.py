@@ -1,6 +1,8 @@
-"""An image file enters; a digit as MNIST has it leaves."""
+"""Digits in image files, normalised as MNIST's were."""
 
+import io
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
+
+from graphcaps.files import read_bounded
+
+FORMATS = ("PNG", "JPEG")  # no other is opened: Pillow hands some to other programs
+MOST_PIXELS = 1 << 26  # of a picture; telephones take 64 million
+LARGEST_FILE = 1 << 27  # bytes
+_ENOUGH_PIXELS = 4_000_000  # to find a digit in; larger pictures are reduced
 
 # Grey levels between ink and paper; below it, what is seen is the texture of the paper.
 _LEAST_CONTRAST = 20
@@ -26,14 +35,14 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
     where the visible parts are mostly light.
 
     Args:
-        path: An image that Pillow reads, such as PNG or JPEG, of any size and mode.
+        path: PNG or JPEG, of any size up to `MOST_PIXELS` and of any mode.
         size: Height and width of the result, in pixels.
 
     Returns:
         uint8 [1, size, size], light on dark.
 
     Raises:
-        ValueError: The file is no image, or no digit stands out in it.
+        ValueError: The file is no such image, or no digit stands out in it.
         OSError: The file is missing or may not be read.
     """
     grey = _read_grey(path)
@@ -53,17 +62,26 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
 
 
 def _read_grey(path: str | Path) -> Image.Image:
-    """Read an image upright and in 256 levels of grey."""
-    with open(path, "rb") as file:
-        try:
-            image = ImageOps.exif_transpose(Image.open(file))
-            if image.mode[0] in "IF":  # Pillow cuts what is beyond 8 bits off at 255
-                return _stretch(np.asarray(image, np.float32))
-            image = image.convert("RGBA")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: expected an image that Pillow reads, such as PNG or JPEG: {error}"
-            ) from error
+    """Read an image upright and in 256 levels of grey, reduced if it is very large."""
+    content = io.BytesIO(read_bounded(Path(path), LARGEST_FILE))
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(content, "r", FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"{width} × {height} pixels, more than {MOST_PIXELS:,}")
+            ImageOps.exif_transpose(image, in_place=True)
+            grey = _to_grey(image)
+    except Exception as error:  # what Pillow raises for damaged bytes is anything
+        raise ValueError(f"{path}: expected an image in PNG or JPEG: {error}") from error
+    return grey.reduce(math.ceil(math.sqrt(width * height / _ENOUGH_PIXELS)))
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode[0] == "I":  # Pillow cuts what is beyond 8 bits off at 255
+        return _stretch(np.asarray(image, np.float32))
+    if not image.has_transparency_data:
+        return image.convert("RGB").convert("L")
+    image = image.convert("RGBA")
     grey, alpha = image.convert("L"), image.getchannel("A")
     visible = np.asarray(alpha) > 0
     mostly_light = visible.any() and np.asarray(grey)[visible].mean() > 127

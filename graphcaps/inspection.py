@@ -1,4 +1,4 @@
-"""A trained net and images enter; the numbers that figures draw leave."""
+"""The numbers that figures draw of a trained net and images."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from graphcaps import kernels, reference
+from graphcaps import engines
 from graphcaps.functional import length
-from graphcaps.graph import is_complete
 from graphcaps.layers import CapsuleLayer
 from graphcaps.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
-from graphcaps.passing import ENGINES
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -42,13 +39,16 @@ class VoteMap:
         return row.flatten(), column.flatten()
 
 
-def votes_by_position(u: Tensor, c: Tensor, config: CapsNetConfig) -> Tensor:
+def votes_by_position(
+    u: Tensor, c: Tensor, config: CapsNetConfig, a: Tensor | None = None
+) -> Tensor:
     """How much each position of the capsule maps votes for each class: `Σ_maps c_ij |u_i|`.
 
     Args:
         u: poses of the primary capsules, `[..., I, K]`.
         c: their coupling, `[..., I·J]`, child by child, as a `Trace` has it.
         config: of the net, whose class capsules are completely connected.
+        a: their activations, `[..., I]`, which then count in the place of the lengths |u|.
 
     Returns:
         `[..., J, H, W]`.
@@ -58,7 +58,8 @@ def votes_by_position(u: Tensor, c: Tensor, config: CapsNetConfig) -> Tensor:
     torch.Size([3, 7, 10, 6, 6])
     """
     grid = config.grid_size()
-    voted = c.unflatten(-1, (-1, config.classes)) * length(u).unsqueeze(-1)
+    strength = length(u) if a is None else a
+    voted = c.unflatten(-1, (-1, config.classes)) * strength.unsqueeze(-1)
     return voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, grid, grid)).sum(dim=-3)
 
 
@@ -117,61 +118,119 @@ def tweak_pose(
     return drawn.unflatten(0, (dim, count))
 
 
-def differences_from_dense(layer: CapsuleLayer, u: Tensor) -> dict[str, dict[str, float]]:
-    """How far every engine, and dense routing itself, are in float32 from dense in float64.
+def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
+    """What a layer computes, by the dense form of its routing in `graphcaps.reference`.
 
     Args:
-        layer: of dynamic routing on a complete graph, in float32; not changed.
+        layer: with a routing that has a dense form, on a graph without two edges between the same
+            nodes; its parameters are those of the function, and get its gradients.
+
+    Returns:
+        A function of u `[B, I, K]` and of a `[B, I]`, if the routing has activations, that gives
+        poses `[B, J, D]`, the last coupling `[B, I, J]`, and activations `[B, J]`, likewise.
+
+    >>> from graphcaps import complete_graph
+    >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
+    >>> v, c = dense_form(layer)(torch.rand(2, 6, 4))
+    >>> v.shape, c.shape
+    (torch.Size([2, 3, 5]), torch.Size([2, 6, 3]))
+    """
+    structure = layer.structure
+    size = (structure.children, structure.parents)
+
+    def by_edge(of_kinds: Tensor) -> Tensor:
+        if structure.complete:
+            return of_kinds.unflatten(0, size)
+        kind, child, parent = (
+            structure.numbers(name, of_kinds.device) for name in ("weight_index", "child", "parent")
+        )
+        dense = of_kinds.new_zeros(*size, *of_kinds.shape[1:])
+        return dense.index_put((child, parent), of_kinds[kind])
+
+    def dense(u: Tensor, a: Tensor | None = None) -> tuple[Tensor, ...]:
+        rows = u.unflatten(2, (layer.rows, -1))
+        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(layer.weight)).flatten(3)
+        mask = by_edge(torch.ones(structure.kinds, dtype=torch.bool, device=u.device))
+        return layer.routing.dense(u_hat, a, mask, by_edge)
+
+    return dense
+
+
+def differences_from_dense(
+    layer: CapsuleLayer, u: Tensor, a: Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """How far every engine, and the dense form itself, are in float32 from it in float64.
+
+    Args:
+        layer: in float32, as for `dense_form`; not changed.
         u: poses, `[B, I, K]`.
+        a: activations, `[B, I]`, for a routing that has them.
 
     Returns:
         For `"dense"` and each engine that can run where the layer is: the largest difference of
-        the output v and of the gradients of |v|² with respect to u and to the weight, in units of
-        float32 rounding, 2⁻²³ of the largest value.
+        the poses, the activations, and of the gradients of a random linear function of both, in
+        units of float32 rounding, 2⁻²³ of the largest value.
 
     Raises:
-        ValueError: a layer of another kind.
+        ValueError: a layer or poses in another dtype.
+        NotImplementedError: a routing without a dense form.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
     >>> sorted(differences_from_dense(layer, torch.rand(2, 6, 4))["builtin"])
-    ['gradient of u', 'gradient of weight', 'output v']
+    ['gradient of u', 'gradient of weight', 'poses']
     """
-    if layer.routing != "dynamic" or not is_complete(layer.graph) or u.dtype != torch.float32:
+    if u.dtype != torch.float32 or layer.weight.dtype != torch.float32:
         raise ValueError(
-            "expected a layer of dynamic routing on a complete graph and poses in float32; "
-            f"got {layer.routing} routing, {layer.graph.num_edges()} edges and {u.dtype}"
+            f"expected a layer and poses in float32; got {layer.weight.dtype} and {u.dtype}"
         )
-
-    def dense(u: Tensor, weight: Tensor) -> Tensor:
-        votes = reference.votes(u, weight.unflatten(0, (u.shape[1], -1)))
-        return reference.dynamic_routing(votes, layer.iterations, gradients=layer.gradients)[0]
-
-    def by_engine(engine: str) -> Callable[[Tensor, Tensor], Tensor]:
-        other = copy.deepcopy(layer)
-        other.engine = engine
-        return lambda u, weight: functional_call(other, {"weight": weight}, (u,))
-
-    forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dense": dense}
-    forms |= {e: by_engine(e) for e, kind in ENGINES.items() if kind.why_not(u.device) is None}
-    if kernels.why_not(u.device, u.dtype) is None:
-        forms["fused"] = by_engine("fused")
-    truth = _with_gradients(dense, u.double(), layer.weight.double())
-    return {
-        form: {
-            name: float((found - right).abs().max() / right.abs().max() / FLOAT32_ROUNDING)
-            for (name, right), found in zip(
-                truth.items(), _with_gradients(function, u, layer.weight).values(), strict=True
-            )
+    able = [
+        engine
+        for engine in engines.ENGINES
+        if engines.why_not(engine, u.device, u.dtype, routing=layer.routing) is None
+    ]
+    layer = copy.deepcopy(layer).requires_grad_()
+    truth = results_and_gradients("dense", copy.deepcopy(layer).double(), u, a)
+    differences = {}
+    for form in ("dense", *able):
+        found = results_and_gradients(form, layer, u, a)
+        differences[form] = {
+            name: float((found[name] - right).abs().max() / right.abs().max() / FLOAT32_ROUNDING)
+            for name, right in truth.items()
+            if right.any()
         }
-        for form, function in forms.items()
-    }
+    return differences
 
 
-def _with_gradients(
-    function: Callable[[Tensor, Tensor], Tensor], u: Tensor, weight: Tensor
+def results_and_gradients(
+    form: str, layer: CapsuleLayer, u: Tensor, a: Tensor | None = None
 ) -> dict[str, Tensor]:
-    u, weight = u.detach().requires_grad_(), weight.detach().requires_grad_()
-    v = function(u, weight)
-    of_u, of_weight = torch.autograd.grad(v.square().sum(), (u, weight))
-    return {"output v": v.detach(), "gradient of u": of_u, "gradient of weight": of_weight}
+    """Poses and activations of a layer, and all gradients of a random linear function of them.
+
+    By name; the function is the same at each call.
+
+    Args:
+        form: `"dense"` or the name of an engine.
+        layer: as for `dense_form`.
+        u, a: poses and activations, taken to the layer's dtype.
+    """
+    u = u.detach().to(layer.weight).requires_grad_()
+    inputs = {"u": u, **dict(layer.named_parameters())}
+    poses_and_activations: tuple[Tensor, ...] = (u,)
+    if a is not None:
+        inputs["a"] = a.detach().to(layer.weight).requires_grad_()
+        poses_and_activations = (u, inputs["a"])
+    if form == "dense":
+        poses, _, *activations = dense_form(layer)(*poses_and_activations)
+        found = (poses, *activations)
+    else:
+        layer.engine = form
+        given = layer(*poses_and_activations)
+        found = given if isinstance(given, tuple) else (given,)
+    # not squares: those of normalised poses add up to a constant, whose gradient is rounding
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(x.shape, generator=generator).to(x) for x in found]
+    loss = torch.stack([(x * r).sum() for x, r in zip(found, drawn, strict=True)]).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    results = {n: x.detach() for n, x in zip(("poses", "activations"), found, strict=False)}
+    return results | {f"gradient of {n}": g for n, g in zip(inputs, gradients, strict=True)}

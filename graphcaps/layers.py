@@ -1,26 +1,39 @@
-"""Feature maps enter, poses leave; poses enter, capsules routed to their parents leave."""
+"""Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphcaps import kernels
+from graphcaps import engines
 from graphcaps._dgl import dgl
 from graphcaps.functional import squash
-from graphcaps.graph import batch_graph, check_structure, check_weight_index, is_complete
-from graphcaps.passing import ENGINES, MessagePassing, bind
-from graphcaps.routing import Iteration, Trace, dynamic_routing, uniform_routing
-from graphcaps.votes import votes_along_edges, votes_on_complete_graph
-
-ROUTINGS = ("dynamic", "uniform")
-BATCH_SIZES_KEPT = 4  # those of training, evaluation, and the shorter last batch of each
+from graphcaps.passing import passing_on
+from graphcaps.routing import (
+    Edges,
+    EdgesWithoutVotes,
+    EdgesWithVotes,
+    Routing,
+    Sizes,
+    Trace,
+    make_routing,
+)
+from graphcaps.routing.base import check_at_least_1
+from graphcaps.structure import Structure
+from graphcaps.votes import votes_on_edges
 
 
 class NonFinitePosesError(ValueError):
     """Poses with NaN or infinity reached a capsule layer."""
+
+
+class Capsules(NamedTuple):
+    """Capsules with activations."""
+
+    poses: Tensor  # [B, J, D]
+    activations: Tensor  # [B, J]
 
 
 class PrimaryCapsules(nn.Module):
@@ -30,12 +43,16 @@ class PrimaryCapsules(nn.Module):
     group at one position; there is no ReLU before squash (Sabour et al. 2017, section 4).
     Capsules are ordered by map, then row, then column.
 
+    With `activations`, a group has one channel more, whose logistic function is the activation of
+    its capsules, and poses are not squashed (Hinton et al. 2018, section 4).
+
     Args:
         in_channels: channels of the feature maps that enter.
         capsule_maps: number of groups of channels.
         capsule_dim: length of a pose, K.
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
+        activations: give activations, too.
         device, dtype: of the parameters, as in torch.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
@@ -50,6 +67,7 @@ class PrimaryCapsules(nn.Module):
         kernel_size: int = 9,
         stride: int = 2,
         *,
+        activations: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,26 +77,27 @@ class PrimaryCapsules(nn.Module):
             ("capsule_maps", capsule_maps),
             ("capsule_dim", capsule_dim),
         ):
-            _check_at_least_1(name, number)
+            check_at_least_1(name, number)
         self.capsule_maps = capsule_maps
         self.capsule_dim = capsule_dim
+        self.activations = activations
         self.conv = nn.Conv2d(
             in_channels,
-            capsule_maps * capsule_dim,
+            capsule_maps * (capsule_dim + activations),
             kernel_size,
             stride,
             device=device,
             dtype=dtype,
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor | Capsules:
         """Group the channels at every position into poses.
 
         Args:
             features: `[B, in_channels, H, W]`.
 
         Returns:
-            Poses, `[B, I, K]`.
+            Poses, `[B, I, K]`; with `activations`, `Capsules`: these and activations, `[B, I]`.
 
         Raises:
             ValueError: features of another shape, or smaller than the kernel.
@@ -96,36 +115,45 @@ class PrimaryCapsules(nn.Module):
             )
         # under autocast the convolution may be in bfloat16; capsules stay in the weights' dtype
         maps = self.conv(features).to(self.conv.weight.dtype)
-        poses = maps.unflatten(1, (self.capsule_maps, self.capsule_dim))  # [B, maps, K, H, W]
-        return squash(poses.permute(0, 1, 3, 4, 2).flatten(1, 3))
+        groups = maps.unflatten(1, (self.capsule_maps, -1))  # [B, maps, K or K + 1, H, W]
+        capsules = groups.permute(0, 1, 3, 4, 2).flatten(1, 3)
+        if not self.activations:
+            return squash(capsules)
+        return Capsules(capsules[..., :-1].contiguous(), capsules[..., -1].sigmoid())
 
 
 class CapsuleLayer(nn.Module):
     """Capsules over any bipartite graph: votes on its edges, routed to its parents.
 
-    Every forward starts from equal coupling and keeps nothing of the last one; a sample never
-    sees another. Votes and routing are computed in the dtype of `weight`, under autocast too.
+    Nothing of one forward is kept for the next, and a sample never sees another. Votes and routing
+    are computed in the dtype of `weight`, under autocast too; in float32 where that is a 16-bit
+    one, and rounded once.
 
     Args:
-        graph: from `complete_graph` or `routing_graph`; not written on.
-        child_dim: length of a child's pose, K.
-        parent_dim: length of a parent's pose, D.
-        routing: `"dynamic"`, or `"uniform"` for the control without routing.
-        iterations: R, of dynamic routing; uniform routing has none.
-        gradients: `"all"` lets gradients flow through every iteration, `"last"` through the
-            last alone.
+        graph: from `complete_graph` or `routing_graph`; not written on. It is looked at once: what
+            is written on it later changes nothing.
+        child_dim: numbers in the pose of a child.
+        parent_dim: numbers in the pose of a parent.
+        routing: a name in `ROUTINGS` (`"dynamic"`, `"uniform"`, `"em"`, `"attention"`,
+            `"self_attention"`, `"self_routing"`, `"variational_bayes"`), or a `Routing`.
+        rows: P, rows of a pose. Each row is multiplied by the same matrix: with 16 numbers and 4
+            rows, poses are 4×4 matrices as in Hinton et al. 2018. One row is a vector.
         engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
             the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
-        device, dtype: of `weight`, as in torch.
+        device, dtype: of the parameters, as in torch.
+        options: of the routing that is named, such as `iterations`.
 
     Attributes:
-        weight: `[M, K, D]`, one matrix for each number in the graph's `weight_index`, drawn from
-            N(0, 0.1²) as the authors do.
+        weight: `[M, K, D]`, one matrix for each number in the graph's `weight_index`; K and D are
+            the numbers in a row of a child's and of a parent's pose.
+        routing: the `Routing`, with what it learns.
+        graph: the layer's copy of the graph.
 
     Raises:
-        ValueError: a graph of another kind, sizes or iterations below 1, an unknown name.
+        ValueError: a graph of another kind, sizes below 1 or not divisible by `rows`, an unknown
+            name, options that the routing does not have.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(1152, 10), child_dim=8, parent_dim=16)
@@ -139,204 +167,201 @@ class CapsuleLayer(nn.Module):
         child_dim: int,
         parent_dim: int,
         *,
-        routing: Literal["dynamic", "uniform"] = "dynamic",
-        iterations: int = 3,
-        gradients: Literal["all", "last"] = "all",
+        routing: str | Routing = "dynamic",
+        rows: int = 1,
         engine: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        check_structure(graph)
-        check_weight_index(graph)
-        for name, number in (
-            ("child_dim", child_dim),
-            ("parent_dim", parent_dim),
-            ("iterations", iterations),
-        ):
-            _check_at_least_1(name, number)
-        for name, value, choices in (
-            ("routing", routing, ROUTINGS),
-            ("gradients", gradients, ("all", "last")),
-            ("engine", engine, ("auto", "fused", *ENGINES)),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-        self.graph = graph
-        self.routing = routing
-        self.iterations = iterations
-        self.gradients: Literal["all", "last"] = gradients
+        self.structure = Structure(graph).prepare()
+        for name, number in (("child_dim", child_dim), ("parent_dim", parent_dim), ("rows", rows)):
+            check_at_least_1(name, number)
+        if child_dim % rows or parent_dim % rows:
+            raise ValueError(
+                f"poses of {rows} rows need child_dim and parent_dim to be multiples of {rows}; "
+                f"got {child_dim} and {parent_dim}"
+            )
+        engines.check_engine(engine)
+        self.rows = rows
         self.engine = engine
-        self._complete = is_complete(graph)
-        self._bound: dict[tuple, MessagePassing] = {}
-        self._edges: dict[torch.device, Any] = {}
-        child, _ = graph.edges()
-        weight_index = graph.edata["weight_index"]
-        kinds = int(weight_index.max()) + 1 if graph.num_edges() else 0
-        self._child: Tensor
-        self.register_buffer("_child", child.long(), persistent=False)
-        self._weight_index: Tensor
-        self.register_buffer("_weight_index", weight_index, persistent=False)
+        self.routing = make_routing(routing, **options)
         self.weight = nn.Parameter(
-            torch.empty(kinds, child_dim, parent_dim, device=device, dtype=dtype)
+            torch.empty(
+                self.structure.kinds,
+                child_dim // rows,
+                parent_dim // rows + self.routing.vote_columns,
+                device=device,
+                dtype=dtype,
+            )
         )
-        self.to(self.weight.device)
+        sizes = Sizes(self.structure.kinds, self.structure.types, rows, parent_dim)
+        self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
 
+    @property
+    def graph(self) -> dgl.DGLGraph:
+        """The layer's copy of its graph."""
+        return self.structure.graph
+
     def reset_parameters(self) -> None:
-        """Draw `weight` anew from N(0, 0.1²)."""
-        nn.init.normal_(self.weight, std=0.1)
+        """Draw `weight` anew, and give the routing's parameters their first values."""
+        self.routing.reset_parameters(self.weight)
 
     def forward(
-        self, u: Tensor, graph: dgl.DGLGraph | None = None, *, return_trace: bool = False
-    ) -> Tensor | tuple[Tensor, Trace]:
+        self,
+        u: Tensor,
+        a: Tensor | None = None,
+        *,
+        graph: dgl.DGLGraph | None = None,
+        return_trace: bool = False,
+    ) -> Tensor | Capsules | tuple[Tensor | Capsules, Trace]:
         """Route poses to the parents.
 
         Args:
-            u: poses of the layer's own graph, `[B, I, K]`; or, with `graph`, of all its
-                children, `[I, K]`.
+            u: poses of the layer's own graph, `[B, I, child_dim]`; or, with `graph`, of all its
+                children, `[I, child_dim]`.
+            a: activations of the children, `[B, I]` or `[I]`, for a routing that has them; 1 for
+                all, if not given.
             graph: another graph for this one call, whose `weight_index` points into `weight`:
                 for ragged batches, made by `dgl.batch` from graphs of any sizes.
             return_trace: give what every iteration computed, too.
 
         Returns:
-            Parents, `[B, J, D]`; with `graph`, `[J, D]`. With `return_trace`, these and a `Trace`.
+            Poses of the parents, `[B, J, parent_dim]`; with `graph`, `[J, parent_dim]`. Of a
+            routing with activations, `Capsules`: these poses, and activations `[B, J]` or `[J]`.
+            With `return_trace`, this and a `Trace`.
 
         Raises:
-            ValueError: poses that do not fit graph and weight in shape, dtype or device, or (on
-                the CPU, where looking does not make the device wait) hold NaN or infinity; a
-                trace asked of engine `"fused"`.
+            ValueError: poses or activations that do not fit graph and weight in shape, dtype or
+                device, or (on the CPU, where looking does not make the device wait) poses with NaN
+                or infinity that reach a parent; activations for a routing that has none; a trace
+                asked of engine `"fused"`.
             RuntimeError: an engine that cannot run on the device of `u`.
         """
-        if self.routing not in ROUTINGS:
-            raise ValueError(
-                f"unknown routing {self.routing!r}; choose one of {', '.join(ROUTINGS)}"
-            )
-        if graph is not None:
-            check_structure(graph)
-            check_weight_index(graph, kinds=len(self.weight))
-        self._check_poses(u, graph)
-        structure, samples = (self.graph, len(u)) if graph is None else (graph, 1)
-        if self._takes_the_kernel(u, samples, return_trace):
-            return self._routed_by_the_kernel(u, graph)
-        with torch.autocast(u.device.type, enabled=False):
-            if graph is None:
-                passing, u_hat = self._passing(samples, u.device), self._votes(u)
-            else:
-                passing, u_hat = bind(graph, self.engine, u.device), self._votes_on(graph, u)
-            kept = []
-            for iteration in self._iterations(passing, u_hat):
-                v = iteration.v
-                if return_trace:
-                    kept.append(iteration)
-        if graph is None:
-            v = v.unflatten(0, (samples, structure.num_nodes("parent")))
-        return (v, Trace.of(structure, samples, u_hat, kept)) if return_trace else v
+        alone = graph is not None
+        structure = self.structure if graph is None else Structure(graph, kinds=len(self.weight))
+        if _under_autocast(u.device.type) and u.is_floating_point():
+            u = u.to(self.weight.dtype)
+            a = a if a is None else a.to(self.weight.dtype)
+        self._check(u, a, structure, alone)
+        if alone:  # a ragged batch is one sample
+            u, a = u.unsqueeze(0), a if a is None else a.unsqueeze(0)
+        with _without_autocast(u.device.type):
+            poses, activations, trace = self._route(u, a, structure, return_trace)
+        _check_finite(poses, u)
+        if alone:
+            poses = poses.squeeze(0)
+            activations = activations if activations is None else activations.squeeze(0)
+        capsules = poses if activations is None else Capsules(poses, activations)
+        return capsules if trace is None else (capsules, trace)
 
-    def _votes(self, u: Tensor) -> Tensor:
-        if self._complete:
-            return votes_on_complete_graph(u, self.weight)
-        return votes_along_edges(u, self.weight, self._child, self._weight_index)
-
-    def _votes_on(self, graph: dgl.DGLGraph, u: Tensor) -> Tensor:
-        child, _ = graph.edges()
-        index = graph.edata["weight_index"].to(u.device)
-        return votes_along_edges(
-            u.unsqueeze(0), self.weight, child.to(u.device, torch.int64), index
+    def _route(
+        self, u: Tensor, a: Tensor | None, structure: Structure, return_trace: bool
+    ) -> tuple[Tensor, Tensor | None, Trace | None]:
+        dtype = u.dtype
+        # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        samples = len(u)
+        u, weight = u.to(wide), self.weight.to(wide)
+        if self.routing.activations and a is None:
+            a = u.new_ones(samples, structure.children)
+        if a is not None:
+            a = a.to(wide).reshape(samples * structure.children, 1)
+        engine = engines.choose(
+            self.engine,
+            u.device,
+            wide,
+            routing=self.routing,
+            samples=samples,
+            trace=return_trace,
         )
-
-    def _iterations(self, passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
-        if self.routing == "uniform":
-            return uniform_routing(passing, u_hat)
-        return dynamic_routing(passing, u_hat, self.iterations, self.gradients)
-
-    def _takes_the_kernel(self, u: Tensor, samples: int, return_trace: bool) -> bool:
-        if self.engine not in ("auto", "fused"):
-            return False
-        if kernels.choose_engine(self.engine, u.device, u.dtype, samples) != "fused":
-            return False
-        if self.engine == "auto":
-            return not return_trace
-        if return_trace:
-            raise ValueError(
-                "engine 'fused' never has the votes that a trace is made of; use engine='auto', "
-                "which takes another one for a trace"
-            )
-        return True
-
-    def _routed_by_the_kernel(self, u: Tensor, graph: dgl.DGLGraph | None) -> Tensor:
-        # the first iteration couples uniformly
-        iterations = 1 if self.routing == "uniform" else self.iterations
-        with torch.autocast(u.device.type, enabled=False):
-            if graph is not None:
-                edges = kernels.prepare(graph, len(self.weight), u.device)
-                return kernels.routed(
-                    u.unsqueeze(0), self.weight, edges, iterations, self.gradients
-                ).squeeze(0)
-            if u.device not in self._edges:
-                self._edges[u.device] = kernels.prepare(self.graph, len(self.weight), u.device)
-            edges = self._edges[u.device]
-            return kernels.routed(u, self.weight, edges, iterations, self.gradients)
-
-    def _passing(self, batch_size: int, device: torch.device) -> MessagePassing:
-        key = (batch_size, device, self.engine)
-        passing = self._bound.pop(key, None)
-        if passing is None:
-            passing = bind(batch_graph(self.graph, batch_size), self.engine, device)
-        self._bound[key] = passing  # the last used stands last
-        for oldest in list(self._bound)[:-BATCH_SIZES_KEPT]:
-            self._bound.pop(oldest, None)
-        return passing
-
-    def _check_poses(self, u: Tensor, graph: dgl.DGLGraph | None) -> None:
-        child_dim = self.weight.shape[1]
-        if graph is None:
-            children = self.graph.num_nodes("child")
-            fits = u.dim() == 3 and u.shape[1:] == (children, child_dim)
-            expected = f"[batch, {children}, {child_dim}]"
+        edges: Edges
+        if engine == "fused":
+            edges = EdgesWithoutVotes(structure, u, weight, self.rows, a)
+            v = self.routing.by_kernel(edges)
+            if v is not None:
+                return v.unflatten(0, (samples, structure.parents)).to(dtype), None, None
         else:
-            children = graph.num_nodes("child")
-            fits = u.shape == (children, child_dim)
-            expected = f"[{children}, {child_dim}]"
-        if not fits:
+            u_hat = votes_on_edges(u, weight, structure, self.rows)
+            edges = EdgesWithVotes(passing_on(structure, engine, samples, u.device), u_hat, a)
+        iterations = deque(self.routing.steps(edges), maxlen=None if return_trace else 1)
+        last = iterations[-1]
+        poses = last.v.unflatten(0, (samples, structure.parents)).to(dtype)
+        activations = None
+        if self.routing.activations and last.a is not None:
+            activations = last.a.view(samples, structure.parents).to(dtype)
+        trace = Trace.of(structure.graph, samples, u_hat, iterations) if return_trace else None
+        return poses, activations, trace
+
+    def _check(self, u: Tensor, a: Tensor | None, structure: Structure, alone: bool) -> None:
+        if len(self.weight) < structure.kinds:
+            raise ValueError(
+                f"the graph's weight_index asks for {structure.kinds} matrices, but weight holds "
+                f"{len(self.weight)}"
+            )
+        child_dim = self.rows * self.weight.shape[1]
+        children, batch = structure.children, "" if alone else "batch, "
+        size = u.shape if alone else u.shape[1:]
+        if u.dim() != (2 if alone else 3) or size != (children, child_dim):
             raise ValueError(
                 f"the graph has {children} children with poses of length {child_dim}: "
-                f"expected u of shape {expected}, got {list(u.shape)}"
+                f"expected u of shape [{batch}{children}, {child_dim}], got {list(u.shape)}"
             )
-        if u.dtype != self.weight.dtype or u.device != self.weight.device:
+        if a is not None and not self.routing.activations:
             raise ValueError(
-                f"u and weight must have one dtype and one device; got u in {u.dtype} on "
-                f"{u.device} and weight in {self.weight.dtype} on {self.weight.device}; "
-                "use u.to(layer.weight)"
+                f"{self.routing.name} routing has no activations: call layer(u), or choose one "
+                "that has, such as 'em'"
             )
-        if u.device.type == "cpu" and not _all_finite(u):
-            bad = int((~torch.isfinite(u)).any(dim=-1).sum())
-            raise NonFinitePosesError(
-                f"{bad} of {u[..., 0].numel()} poses hold NaN or infinity; "
-                "look at the layer before, or lower the learning rate"
+        if a is not None and a.shape != u.shape[:-1]:
+            raise ValueError(
+                f"expected one activation for each child, {list(u.shape[:-1])}; got {list(a.shape)}"
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": {}, "_edges": {}}  # rebuilt on demand
+        for name, x in (("u", u), ("a", a)):
+            if x is not None and (x.dtype != self.weight.dtype or x.device != self.weight.device):
+                raise ValueError(
+                    f"{name} and weight must have one dtype and one device; got {name} in "
+                    f"{x.dtype} on {x.device} and weight in {self.weight.dtype} on "
+                    f"{self.weight.device}; use {name}.to(layer.weight)"
+                )
 
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""
+        structure, rows = self.structure, f"rows={self.rows}, " if self.rows > 1 else ""
         return (
-            f"children={self.graph.num_nodes('child')}, parents={self.graph.num_nodes('parent')}, "
-            f"edges={self.graph.num_edges()}, weight={list(self.weight.shape)}, "
-            f"routing={self.routing!r}, iterations={self.iterations}, engine={self.engine!r}"
+            f"children={structure.children}, parents={structure.parents}, "
+            f"edges={structure.edges}, weight={list(self.weight.shape)}, {rows}"
+            f"engine={self.engine!r}"
         )
 
 
-def _all_finite(u: Tensor) -> bool:
-    # A sum is not finite if a number is not, and faster to look at. By numpy, where it has the
-    # dtype: torch's threads would keep a core busy for a while, which the kernel could use.
-    u = u.detach()
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = u.sum() if u.dtype == torch.bfloat16 else torch.tensor(u.numpy().sum())
-    return bool(total.isfinite() or u.isfinite().all())
+def _under_autocast(device_type: str) -> bool:
+    known = torch.amp.is_autocast_available(device_type)  # not for meta
+    return known and torch.is_autocast_enabled(device_type)
 
 
-def _check_at_least_1(name: str, number: int) -> None:
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1; got {number}")
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
+def _check_finite(poses: Tensor, u: Tensor) -> None:
+    """Raise if NaN or infinity in u reached the parents; where values cannot be seen, do nothing.
+
+    The parents are few, so that looking at them costs nothing.
+    """
+    if u.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    try:
+        if poses.detach().sum().isfinite() or poses.isfinite().all():
+            return
+        not_finite = ~torch.isfinite(u).all(dim=-1)
+        bad = int(not_finite.sum())
+    except RuntimeError:  # under torch.func, in FakeTensors, in a trace of make_fx
+        return
+    if bad:
+        raise NonFinitePosesError(
+            f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "
+            "look at the layer before, or lower the learning rate"
+        )

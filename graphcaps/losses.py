@@ -1,4 +1,6 @@
-"""Lengths, reconstructions and what they should have been enter, a loss leaves."""
+"""Margin and reconstruction losses for capsule networks."""
+
+from typing import Literal
 
 from torch import Tensor
 
@@ -72,11 +74,44 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     return _mean_over_batch((reconstruction - images).square())
 
 
+def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Tensor:
+    """How far the true class is from being more active than the others by a margin.
+
+    `Σ_{i≠t} max(0, m − (a_t − a_i))²`, averaged over the batch; Hinton, Sabour & Frosst 2018,
+    section 3. There m grows from 0.2 to 0.9 during training.
+
+    Args:
+        activations: a_k, `[B, J]`.
+        labels: true classes, `[B]`, or 0 and 1 in `[B, J]`; with several true classes, each of
+            them is compared with each other class.
+        margin: m.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: activations of another rank; labels that do not fit, as `multi_hot`.
+
+    >>> import torch
+    >>> spread_loss(torch.tensor([[0.9, 0.2, 0.1]]), torch.tensor([0]))
+    tensor(0.0500)
+    """
+    if activations.dim() != 2:
+        raise ValueError(
+            f"expected activations of shape [batch, classes]; got {list(activations.shape)}"
+        )
+    present = multi_hot(labels, *activations.shape).to(activations.dtype)
+    gap = activations.unsqueeze(2) - activations.unsqueeze(1)  # a_t − a_i, [B, t, i]
+    pairs = present.unsqueeze(2) * (1 - present).unsqueeze(1)
+    return _mean_over_batch(pairs * (margin - gap).clamp(min=0).square())
+
+
 def capsnet_loss(
     output: CapsNetOutput,
     images: Tensor,
     labels: Tensor,
     *,
+    kind: Literal["margin", "spread"] = "margin",
     reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
 ) -> Tensor:
     """Margin loss plus 0.0005 × the reconstruction loss, Sabour et al. 2017, section 4.1.
@@ -85,13 +120,15 @@ def capsnet_loss(
         output: what the model gave for `images`.
         images: in 0…1, `[B, C, H, W]`.
         labels: as `margin_loss`.
+        kind: `"spread"` takes the spread loss in the place of the margin loss; `model.loss` says
+            which of them suits the routing of a model.
         reconstruction_weight: of the sum of an image's squared errors.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: as `margin_loss` and `reconstruction_loss`.
+        ValueError: as `margin_loss`, `spread_loss` and `reconstruction_loss`; another kind.
 
     >>> import torch
     >>> from graphcaps import CapsNet
@@ -99,7 +136,9 @@ def capsnet_loss(
     >>> capsnet_loss(CapsNet.from_preset("small")(images, labels), images, labels).shape
     torch.Size([])
     """
-    loss = margin_loss(output.lengths, labels)
+    if kind not in ("margin", "spread"):
+        raise ValueError(f"unknown kind of loss {kind!r}; choose margin or spread")
+    loss = (margin_loss if kind == "margin" else spread_loss)(output.lengths, labels)
     if output.reconstruction is None:
         return loss
     return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)

@@ -1,6 +1,7 @@
-"""Images enter, class capsules, their lengths and a reconstruction leave."""
+"""CapsNet: from images to class capsules, their lengths and a reconstruction."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -8,19 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from graphcaps.decoder import Decoder
-from graphcaps.files import json_bytes, named_in_errors, read_json, write_whole
+from graphcaps.files import json_bytes, named_in_errors, read_record, record, write_whole
 from graphcaps.functional import length, multi_hot
 from graphcaps.graph import complete_graph
-from graphcaps.layers import CapsuleLayer, PrimaryCapsules
-from graphcaps.routing import Trace
-from graphcaps.weights import load_weights, save_weights
+from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
+from graphcaps.routing import (
+    ROUTINGS,
+    DynamicRouting,
+    Routing,
+    Sizes,
+    Trace,
+    make_routing,
+    options_of,
+)
+from graphcaps.weights import first_difference, load_weights, read_shapes, save_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 PRIMARY_STRIDE = 2  # pixels from one primary capsule to the next (Sabour et al. 2017, section 4)
 
+MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the program for days
 
+
+@record
 @dataclass(frozen=True)
 class CapsNetConfig:
     """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
@@ -33,9 +45,31 @@ class CapsNetConfig:
     capsule_maps: int = 32
     child_dim: int = 8
     parent_dim: int = 16
-    routing: Literal["dynamic", "uniform"] = "dynamic"
-    iterations: int = 3
+    routing: str = "dynamic"  # a name in ROUTINGS
+    iterations: int = 3  # of a routing that has them
     decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
+    rows: int = 1  # of a pose, whose numbers are child_dim and parent_dim
+
+    def __post_init__(self) -> None:
+        options_of(self.routing)
+        sizes = [(name, size) for name, size in vars(self).items() if type(size) is int]
+        for name, size in [*sizes, *(("decoder_hidden", s) for s in self.decoder_hidden or ())]:
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        if self.iterations > MOST_ITERATIONS:
+            raise ValueError(f"iterations must be at most {MOST_ITERATIONS}; got {self.iterations}")
+        if self.child_dim % self.rows or self.parent_dim % self.rows:
+            raise ValueError(
+                f"poses of {self.rows} rows need child_dim and parent_dim to be multiples of "
+                f"{self.rows}; got {self.child_dim} and {self.parent_dim}"
+            )
+
+    def make_routing(self) -> Routing:
+        """The routing of the class capsules, with the iterations that are asked for."""
+        has_iterations = "iterations" in options_of(self.routing)
+        return make_routing(
+            self.routing, **({"iterations": self.iterations} if has_iterations else {})
+        )
 
     def grid_size(self) -> int:
         """Height and width, in capsules, of each capsule map."""
@@ -52,23 +86,72 @@ class CapsNetConfig:
         """Height and width, in pixels, of what a primary capsule sees of the image."""
         return 2 * self.kernel_size - 1
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of a net of these sizes, by its name in the state dict.
+
+        Raises:
+            ValueError: images too small for the convolutions.
+        """
+        routing, k = self.make_routing(), self.kernel_size
+        channels = self.capsule_maps * (self.child_dim + routing.activations)
+        edges = self.capsule_maps * self.grid_size() ** 2 * self.classes
+        with torch.device("meta"):
+            routing.build(Sizes(edges, self.classes, self.rows, self.parent_dim))
+        shapes: dict[str, tuple[int, ...]] = {
+            "conv.0.weight": (self.conv_channels, self.image_channels, k, k),
+            "conv.0.bias": (self.conv_channels,),
+            "primary.conv.weight": (channels, self.conv_channels, k, k),
+            "primary.conv.bias": (channels,),
+            "capsules.weight": (
+                edges,
+                self.child_dim // self.rows,
+                self.parent_dim // self.rows + routing.vote_columns,
+            ),
+            **{
+                f"capsules.routing.{name}": tuple(parameter.shape)
+                for name, parameter in routing.named_parameters()
+            },
+        }
+        if _needs_score(routing):
+            shapes |= {"score.weight": (1, self.parent_dim), "score.bias": (1,)}
+        if self.decoder_hidden is not None:
+            pixels = self.image_channels * self.image_size**2
+            sizes = (self.classes * self.parent_dim, *self.decoder_hidden, pixels)
+            for number, (entering, leaving) in enumerate(pairwise(sizes)):
+                shapes[f"decoder.layers.{2 * number}.weight"] = (leaving, entering)
+                shapes[f"decoder.layers.{2 * number}.bias"] = (leaving,)
+        return shapes
+
 
 PRESETS = {
     "paper": CapsNetConfig(),
     "small": CapsNetConfig(conv_channels=64, capsule_maps=8),
 }
+MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as the papers have them
+
+
+def _needs_score(routing: Routing) -> bool:
+    return not routing.activations and not routing.length_is_activation
+
+
+def _options(routing: Routing) -> str:
+    return f"{type(routing).__name__}({routing.extra_repr()})"
 
 
 class CapsNetOutput(NamedTuple):
     """What a CapsNet gives for a batch of images."""
 
     poses: Tensor  # class capsules v, [B, J, D]
-    lengths: Tensor  # |v|, [B, J]
+    lengths: Tensor  # how sure it is of each class, from 0 to 1: |v| or activations, [B, J]
     reconstruction: Tensor | None  # [B, C, H, W], or None without a decoder
 
 
 class CapsNet(nn.Module):
     """Convolution, primary capsules, class capsules routed on a DGL graph, and a decoder.
+
+    What says how sure the net is of a class depends on the routing: the length of the class
+    capsule, its activation where the routing has activations, or else the logistic function of a
+    linear one of its pose, the same for all classes (`score`).
 
     Args:
         config: the sizes.
@@ -85,6 +168,7 @@ class CapsNet(nn.Module):
         super().__init__()
         self.config = config
         children = config.capsule_maps * config.grid_size() ** 2
+        routing = config.make_routing()
         self.conv = nn.Sequential(
             nn.Conv2d(config.image_channels, config.conv_channels, config.kernel_size),
             nn.ReLU(),
@@ -95,15 +179,17 @@ class CapsNet(nn.Module):
             config.child_dim,
             config.kernel_size,
             PRIMARY_STRIDE,
+            activations=routing.activations,
         )
         self.capsules = CapsuleLayer(
             complete_graph(children, config.classes),
             config.child_dim,
             config.parent_dim,
-            routing=config.routing,
-            iterations=config.iterations,
+            routing=routing,
+            rows=config.rows,
             engine=engine,
         )
+        self.score = nn.Linear(config.parent_dim, 1) if _needs_score(routing) else None
         self.decoder = (
             None
             if config.decoder_hidden is None
@@ -119,10 +205,11 @@ class CapsNet(nn.Module):
         Args:
             preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
             engine: see `CapsuleLayer`.
-            changes: fields of `CapsNetConfig` to set otherwise.
+            changes: fields of `CapsNetConfig` to set otherwise. With a `routing` whose paper has
+                pose matrices (em, variational_bayes), poses are 4×4 unless said otherwise.
 
         Raises:
-            ValueError: an unknown preset.
+            ValueError: an unknown preset or routing, sizes that do not fit.
 
         >>> model = CapsNet.from_preset("paper", classes=5)
         >>> model.config.classes
@@ -130,6 +217,8 @@ class CapsNet(nn.Module):
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        if ROUTINGS.get(changes.get("routing", "dynamic"), DynamicRouting).matrix_poses:
+            changes = MATRIX_POSES | changes
         return cls(replace(PRESETS[preset], **changes), engine=engine)
 
     @classmethod
@@ -170,21 +259,17 @@ class CapsNet(nn.Module):
             ValueError: one of them is broken, or the weights are those of another model.
         """
         folder = Path(folder)
-        settings = read_json(folder / CONFIG)
-        known = {field.name for field in fields(CapsNetConfig)}
-        if set(settings) != known:
-            raise ValueError(
-                f"{folder / CONFIG} is not the configuration of a CapsNet: "
-                f"expected the fields {sorted(known)}, got {sorted(settings)}"
-            )
+        config = read_record(folder / CONFIG, CapsNetConfig)
         try:
-            hidden = settings["decoder_hidden"]
-            settings["decoder_hidden"] = None if hidden is None else tuple(hidden)
-            model = cls(CapsNetConfig(**settings), engine=engine)
-        except TypeError as error:
-            raise ValueError(
-                f"{folder / CONFIG} is not the configuration of a CapsNet: {error}"
-            ) from None
+            expected = config.parameter_shapes()
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from None
+        # before anything is allocated: a configuration can name sizes that no memory holds
+        found = read_shapes(folder / WEIGHTS)
+        different = first_difference(expected, {name: found.get(name) for name in expected})
+        if different is not None:
+            raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {different}")
+        model = cls(config, engine=engine)
         load_weights(folder / WEIGHTS, model)
         return model
 
@@ -196,8 +281,10 @@ class CapsNet(nn.Module):
             dtype: what the weights are rounded to; as they are, if not given.
 
         Raises:
+            ValueError: a layer was replaced by one that the configuration does not tell.
             OSError: a full disk, no permission.
         """
+        self._check_told_by_config()
         folder = Path(folder)
         with named_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -222,13 +309,10 @@ class CapsNet(nn.Module):
             ValueError: images of another shape, dtype or device than the model's, or labels
                 that do not fit them.
         """
-        self._check_images(images)
-        u = self.primary(self.conv(images))
-        if return_trace:
-            poses, trace = self.capsules(u, return_trace=True)
-        else:
-            poses, trace = self.capsules(u), None
-        lengths = length(poses)
+        found = self.capsules(*self.primary_capsules(images), return_trace=return_trace)
+        capsules, trace = found if return_trace else (found, None)
+        poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
+        lengths = self.confidence(poses, activations)
         reconstruction = None
         if self.decoder is not None:
             chosen = lengths.argmax(dim=1) if labels is None else labels
@@ -237,6 +321,55 @@ class CapsNet(nn.Module):
             )
         output = CapsNetOutput(poses, lengths, reconstruction)
         return output if trace is None else (output, trace)
+
+    def primary_capsules(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The primary capsules of images `[B, C, H, W]`: what `capsules` is called with.
+
+        Returns:
+            Poses, `[B, I, child_dim]`; with a routing that has activations, these, `[B, I]`, too.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self._check_images(images)
+        found = self.primary(self.conv(images))
+        return found if isinstance(found, Capsules) else (found,)
+
+    def confidence(self, poses: Tensor, activations: Tensor | None = None) -> Tensor:
+        """How sure the net is of each class, from 0 to 1.
+
+        Args:
+            poses: of class capsules, `[..., J, parent_dim]`.
+            activations: theirs, `[..., J]`, of a routing that has them.
+
+        Returns:
+            `[..., J]`.
+        """
+        if self.capsules.routing.activations and activations is not None:
+            return activations
+        if self.score is not None:
+            return self.score(poses).squeeze(-1).sigmoid()
+        return length(poses)
+
+    @property
+    def loss(self) -> Literal["margin", "spread"]:
+        """Which loss of its classes suits the routing, see `capsnet_loss`."""
+        return self.capsules.routing.loss
+
+    def _check_told_by_config(self) -> None:
+        """Refuse to save what `load` would not give back."""
+        here = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        different = first_difference(self.config.parameter_shapes(), here)
+        told, found = map(_options, (self.config.make_routing(), self.capsules.routing))
+        if different is None and told != found:
+            different = f"the configuration has {told}, the model {found}"
+        if different is None and not self.capsules.structure.complete:
+            different = "the class capsules are not completely connected"
+        if different is not None:
+            raise ValueError(
+                f"the model is not the one that its config tells, and could not be loaded: "
+                f"{different}; save its state_dict(), or give the model a config that fits"
+            )
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:

@@ -1,19 +1,26 @@
-"""What a person asks of a training enters, every number of its recipe leaves."""
+"""Settings of a training: the flags of `graphcaps train`, and the recipes of the presets."""
 
+import hashlib
 import math
+import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from graphcaps.data import DATASETS
+from graphcaps.data import DATASETS, Dataset
+from graphcaps.files import record
+from graphcaps.routing import options_of
 
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 
 
+@record
 @dataclass(frozen=True)
 class TrainSettings:
     """Train a CapsNet, test it once, and keep everything in a run's folder."""
@@ -29,8 +36,9 @@ class TrainSettings:
     run_dir: Path | None = None
     """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
     resume: bool = False
-    """Go on with the run in --run-dir from its last checkpoint, with the settings it was started
-    with; data-dir, engine, device and tensorboard may be given anew, cuda-graph must be."""
+    """Go on with the run in --run-dir from its last checkpoint, on the same images, with the
+    settings it was started with; data-dir, engine, device and tensorboard may be given anew,
+    cuda-graph must be."""
     epochs: int | None = None
     """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
     than 400 steps."""
@@ -40,10 +48,11 @@ class TrainSettings:
     learning_rate: float | None = None
     """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
     times 0.96 every 2000 steps; small 0.003, one cycle)."""
-    routing: Literal["dynamic", "uniform"] = "dynamic"
-    """Routing by agreement, or the control without routing."""
+    routing: str = "dynamic"
+    """dynamic, em, attention, self_attention, self_routing, variational_bayes, or uniform, the
+    control without routing."""
     iterations: int = 3
-    """Of dynamic routing."""
+    """Of a routing that has iterations."""
     shift: int = 2
     """Training images are moved by up to this many pixels."""
     engine: Engine = "auto"
@@ -63,23 +72,52 @@ class TrainSettings:
     """Write TensorBoard's files too, into the run's folder."""
 
 
+@record
 @dataclass(frozen=True)
 class Recipe:
     """How a preset's net is trained: numbers that were asked for, or the preset's own."""
 
-    preset: str
+    preset: Literal["paper", "small"]
     epochs: int
     batch_size: int  # over all processes
     learning_rate: float
     schedule: Literal["exponential", "one-cycle"]
 
 
+@record
+@dataclass(frozen=True)
+class TrainingData:
+    """What tells the data that a run is trained on from other data."""
+
+    images: int  # to train on
+    sha256: str  # of images and labels, those of the hold-out included
+
+
+@record
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is started with, the content of its settings.json."""
+
+    settings: TrainSettings
+    recipe: Recipe
+    versions: dict[str, str]
+    data: TrainingData | None = None  # None: a run of graphcaps 0.1.0, which did not look
+
+
 RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
 }
-LARGEST_SEED = 2**32 - 1
 FEWEST_STEPS = 400  # a small data set is passed over more often
+LIMITS = {
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 1_000_000_000),
+    "iterations": (1, 1000),
+    "shift": (0, 1000),
+    "seed": (0, 2**32 - 1),
+    "checkpoint_every": (1, 1_000_000_000),
+}
+LARGEST_RATE = torch.finfo(torch.float32).max  # the weights' dtype
 MAY_CHANGE_ON_RESUME = ("run_dir", "data_dir", "engine", "device", "tensorboard")
 OF_ONE_START = ("resume", "cuda_graph")  # a run does not remember them
 
@@ -97,6 +135,40 @@ def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, s
     return "small", f"the paper's net is for CUDA, and this is trained on {device}"
 
 
+def check_settings(settings: TrainSettings) -> None:
+    """See whether a training can have such settings, whatever its data.
+
+    Args:
+        settings: with absolute paths.
+
+    Raises:
+        ValueError: a number out of its limits, an unknown routing, a name that is not UTF-8.
+    """
+    options_of(settings.routing)
+    _check_numbers(settings, LIMITS)
+    _check_rate(settings.learning_rate)
+    for name in ("dataset", "data_dir", "run_dir"):
+        path = str(getattr(settings, name))
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"expected a name in UTF-8 as {name}, for the run's files hold it; "
+                f"got {os.fsencode(path)!r}"
+            ) from None
+
+
+def check_started(started: RunSettings) -> None:
+    """See whether a training can go on with settings that were read from a file.
+
+    Raises:
+        ValueError: as `check_settings`.
+    """
+    _check_numbers(started.recipe, ("epochs", "batch_size"))
+    _check_rate(started.recipe.learning_rate)
+    check_settings(started.settings)
+
+
 def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
     """The preset's recipe with what was asked for in its place.
 
@@ -109,69 +181,65 @@ def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
         The recipe of this training.
 
     Raises:
-        ValueError: numbers that no training can have.
+        ValueError: a batch of more images than there are.
     """
     recipe = RECIPES[preset]
     batch_size = settings.batch_size
     if batch_size is None:
         batch_size = min(recipe.batch_size, images)
-    if not 1 <= batch_size <= images:
+    if batch_size > images:
         raise ValueError(
             f"expected a --batch-size from 1 to the {images} training images; got {batch_size}"
         )
     enough = max(recipe.epochs, math.ceil(FEWEST_STEPS / (images // batch_size)))
     epochs = enough if settings.epochs is None else settings.epochs
     rate = recipe.learning_rate if settings.learning_rate is None else settings.learning_rate
-    for name, number, least in (
-        ("epochs", epochs, 1),
-        ("seed", settings.seed, 0),
-        ("iterations", settings.iterations, 1),
-        ("shift", settings.shift, 0),
-        ("checkpoint_every", settings.checkpoint_every, 1),
-    ):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}; got {number}")
-    if settings.seed > LARGEST_SEED:
-        raise ValueError(f"the seed must be at most {LARGEST_SEED}; got {settings.seed}")
-    if not 0 < rate < math.inf:
-        raise ValueError(f"the learning rate must be above 0; got {rate}")
     return replace(recipe, epochs=epochs, batch_size=batch_size, learning_rate=rate)
 
 
-def resume_settings(asked: TrainSettings, stored: dict[str, Any]) -> tuple[TrainSettings, Recipe]:
+def given_fields(arguments: Sequence[str]) -> set[str]:
+    """The fields of `TrainSettings` whose flags are among a command's arguments.
+
+    >>> sorted(given_fields(["train", "--resume", "--run-dir", "runs/digits", "--seed=0"]))
+    ['resume', 'run_dir', 'seed']
+    """
+    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    return names & {field.name for field in fields(TrainSettings)}
+
+
+def resume_settings(
+    asked: TrainSettings, started: RunSettings, given: Collection[str] | None = None
+) -> TrainSettings:
     """What a run was started with, and what may change from one start to the next.
 
     Args:
         asked: what is asked for now.
-        stored: what the run's settings.json holds.
+        started: what the run was started with.
+        given: the fields of `asked` that count; those that differ from their default, if None.
 
     Returns:
-        The settings to go on with, and the run's recipe.
+        The settings to go on with.
 
     Raises:
-        ValueError: something is asked for that a run cannot change, or `stored` is foreign.
+        ValueError: something is asked for that a run cannot change.
     """
-    try:
-        values = stored["settings"]
-        started = TrainSettings(**{**values, "data_dir": Path(values["data_dir"])})
-        recipe = Recipe(**stored["recipe"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"the run's settings are not those of graphcaps: {error}") from None
-    if asked.dataset != TrainSettings.dataset:
-        asked = replace(asked, dataset=with_absolute_paths(asked).dataset)
-    changes = {}
-    for field in fields(TrainSettings):
-        new, old = getattr(asked, field.name), getattr(started, field.name)
-        if field.name in OF_ONE_START:
-            changes[field.name] = new
-        elif field.name in MAY_CHANGE_ON_RESUME:
-            changes[field.name] = old if new == field.default else new
-        elif new not in (field.default, old):
+    if given is None:
+        defaults = TrainSettings()
+        names = [field.name for field in fields(TrainSettings)]
+        given = [name for name in names if getattr(asked, name) != getattr(defaults, name)]
+    asked = with_absolute_paths(asked)
+    changes = {name: getattr(asked, name) for name in OF_ONE_START}
+    for name in given:
+        new, old = getattr(asked, name), getattr(started.settings, name)
+        if name in MAY_CHANGE_ON_RESUME:
+            changes[name] = new
+        elif name not in OF_ONE_START and new not in (old, getattr(started.recipe, name, old)):
             raise ValueError(
-                f"a run goes on with the settings it was started with: {field.name} is {old}, "
-                f"not {new}; leave it out, or start another run"
+                f"a run goes on with the settings it was started with: {name} is {old}, "
+                f"not {short_repr(new)}; leave it out, or start another run"
             )
-    return with_absolute_paths(replace(started, **changes)), recipe
+    return with_absolute_paths(replace(started.settings, **changes))
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
@@ -183,18 +251,48 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return replace(settings, dataset=dataset, data_dir=settings.data_dir.resolve())
 
 
-def as_json(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as values that JSON has."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+def as_json(started: RunSettings) -> dict[str, Any]:
+    """What a run is started with, as values that JSON has."""
+    values = asdict(started)
+    named = values["settings"].items()
+    values["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in named}
+    return values
 
 
-def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+def describe_data(data: Dataset) -> TrainingData:
+    """The number and the hash of the images and labels that a training sees."""
+    digest = hashlib.sha256()
+    for tensor in (*data.train, *data.holdout):
+        digest.update(f"{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return TrainingData(len(data.train.labels), digest.hexdigest())
+
+
+def check_data(data: Dataset, started: RunSettings) -> None:
+    """See whether these are the data that a run was started with.
+
+    Raises:
+        ValueError: they are others.
+    """
+    now = describe_data(data)
+    if started.data not in (None, now):
+        raise ValueError(
+            f"expected the data that the run was started with, {started.data.images:,} training "
+            f"images with SHA-256 {started.data.sha256[:12]}…; {data.name} has {now.images:,} "
+            f"with {now.sha256[:12]}…. Put those in their place, or start another run"
+        )
+
+
+def make_schedule(
+    optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int, step: int = 0
+) -> LRScheduler:
     """The learning rate from step to step.
 
     Args:
         optimizer: whose rate is set.
         recipe: which schedule, and for how long.
         steps_per_epoch: number of steps.
+        step: how many were taken. If any, the optimizer has had such a schedule before.
 
     Returns:
         `exponential`: times 0.96 every 2000 steps, continuously, as in the authors' code.
@@ -202,5 +300,24 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) ->
     """
     if recipe.schedule == "one-cycle":
         steps = recipe.epochs * steps_per_epoch
-        return OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1)
-    return LambdaLR(optimizer, lambda step: 0.96 ** (step / 2000))
+        return OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=steps + 1, last_epoch=step - 1
+        )
+    return LambdaLR(optimizer, lambda step: 0.96 ** (step / 2000), last_epoch=step - 1)
+
+
+def _check_numbers(values: TrainSettings | Recipe, names: Iterable[str]) -> None:
+    for name in names:
+        number = getattr(values, name)
+        least, most = LIMITS[name]
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}; got {short_repr(number)}")
+        if number is not None and number > most:
+            raise ValueError(f"{name} must be at most {most}; got {short_repr(number)}")
+
+
+def _check_rate(rate: float | None) -> None:
+    if rate is not None and not 0 < rate <= LARGEST_RATE:
+        raise ValueError(
+            f"the learning rate must be above 0 and at most {LARGEST_RATE:.2g}; got {rate}"
+        )

@@ -1,11 +1,12 @@
-"""Settings enter, a trained and tested CapsNet in a run's folder leaves."""
+"""The training loop, from settings to a tested net in the folder of a run."""
 
 import math
 import platform
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,23 +20,34 @@ from tqdm import tqdm
 from graphcaps import __version__
 from graphcaps._dgl import dgl
 from graphcaps.capture import Captured
-from graphcaps.checkpoints import RunFolder
+from graphcaps.checkpoints import (
+    TRAINING,
+    EpochMetrics,
+    Result,
+    RunFolder,
+    StepMetrics,
+    check_alike,
+)
 from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
+from graphcaps.engines import choose as choose_engine
 from graphcaps.evaluation import as_input, evaluate
-from graphcaps.kernels import choose_engine
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.losses import capsnet_loss
 from graphcaps.model import CapsNet
 from graphcaps.settings import (
     Recipe,
+    RunSettings,
     TrainSettings,
-    as_json,
+    check_data,
+    check_settings,
     choose_preset,
+    describe_data,
     make_recipe,
     make_schedule,
     resume_settings,
     with_absolute_paths,
 )
+from graphcaps.streams import LenientStream, say
 from graphcaps.workers import Workers, joined_workers
 
 STEPS_PER_RECORD = 20
@@ -46,7 +58,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class TrainingInterrupt(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; the run in the folder `run` can go on from `checkpoint`."""
+    """SIGINT, SIGTERM or SIGHUP came; the run in the folder `run` can go on from `checkpoint`."""
 
     def __init__(self, checkpoint: Path | None, run: Path) -> None:
         saved = "nothing is saved yet" if checkpoint is None else f"saved as {checkpoint}"
@@ -54,11 +66,16 @@ class TrainingInterrupt(KeyboardInterrupt):
         self.run = run
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict[str, Any]:
     """Train, select the best epoch on the hold-out, test once.
+
+    On the main thread, SIGINT, SIGTERM and SIGHUP end it after the step that is being taken; those
+    that are ignored remain so.
 
     Args:
         settings: what is asked for. Under torchrun every process calls this with the same.
+        given: to resume a run, the fields of `settings` that count; those that differ from their
+            default, if None.
 
     Returns:
         What result.json holds: test accuracy and errors, the best epoch, seconds, the folder.
@@ -66,36 +83,39 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         ValueError, OSError, RuntimeError: settings that cannot be met, with what to do.
         TrainingDivergedError: a loss that is not finite; the last checkpoint is good.
-        TrainingInterrupt: SIGINT or SIGTERM came; everything is saved.
+        TrainingInterrupt: a signal came; everything is saved.
     """
     if settings.resume:
-        return _resume(settings)
+        return _resume(settings, given)
     settings = with_absolute_paths(settings)
+    check_settings(settings)
     with joined_workers(settings.device) as workers:
         preset, why = choose_preset(settings, workers.device)
         run = workers.agree(_new_run(settings, preset))
-        data = _load_data(settings, workers)
-        recipe = make_recipe(settings, preset, len(data.train.labels))
-        trainer = Trainer(settings, recipe, data, workers, run)
-        if workers.leads:
-            run.create(
-                {"settings": as_json(settings), "recipe": asdict(recipe), "versions": _versions()}
-            )
-        return trainer.train(f"Training the {preset} net: {why}.")
+        with workers.leader_in(run.locked()):
+            data = _load_data(settings, workers)
+            recipe = make_recipe(settings, preset, len(data.train.labels))
+            trainer = Trainer(settings, recipe, data, workers, run)
+            if workers.leads:
+                run.create(RunSettings(settings, recipe, _versions(), describe_data(data)))
+            return trainer.train(f"Training the {preset} net: {why}.")
 
 
-def _resume(asked: TrainSettings) -> dict[str, Any]:
+def _resume(asked: TrainSettings, given: Collection[str] | None) -> dict[str, Any]:
     if asked.run_dir is None:
         raise ValueError("--resume needs to know which run: add --run-dir FOLDER")
     run = RunFolder(asked.run_dir)
-    settings, recipe = resume_settings(asked, run.settings())
-    with joined_workers(settings.device) as workers:
+    started = run.settings()
+    settings = resume_settings(asked, started, given)
+    with joined_workers(settings.device) as workers, workers.leader_in(run.locked()):
         finished = run.result()
         if finished is not None:
             if workers.leads:
-                print(f"{run.path} is finished; nothing is left to do")
+                say(f"{run.path} is finished; nothing is left to do")
             return finished
-        trainer = Trainer(settings, recipe, _load_data(settings, workers), workers, run)
+        data = _load_data(settings, workers)
+        check_data(data, started)
+        trainer = Trainer(settings, started.recipe, data, workers, run)
         return trainer.train(trainer.resume())
 
 
@@ -124,6 +144,11 @@ class Trainer:
     ) -> None:
         _check_data(data)
         choose_engine(settings.engine, workers.device)
+        if recipe.batch_size > len(data.train.labels):
+            raise ValueError(
+                f"expected at least one batch of {recipe.batch_size} images to train on; "
+                f"{data.name} has {len(data.train.labels)}"
+            )
         if recipe.batch_size % workers.size:
             raise ValueError(
                 f"{workers.size} processes share every batch equally: expected a batch size "
@@ -175,7 +200,7 @@ class Trainer:
         return (
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "
-            f"{self.epochs} × {self.steps_per_epoch} steps of {self.batch_size} images.\n"
+            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images.\n"
             f"Everything goes to {self.run.path}"
         )
 
@@ -185,21 +210,28 @@ class Trainer:
         return self._seconds_before + time.monotonic() - self._started
 
     def resume(self) -> str:
-        """Go to the position of the run's last checkpoint; returns a sentence that says so.
+        """Go to the position of the run's last checkpoint, or of the one before if it is damaged.
+
+        Returns:
+            A sentence that says so.
 
         Raises:
-            ValueError: a checkpoint that is broken or foreign.
+            ValueError: no checkpoint is whole, or they are foreign.
         """
-        checkpoint = self.run.last_checkpoint()
-        if checkpoint is not None:
+        damage: list[Exception] = []
+        for checkpoint in self.run.checkpoints():
             try:
-                self._restore(self.run.load_checkpoint(checkpoint, self.model))
-            except KeyError as error:
-                raise ValueError(
-                    f"{checkpoint} was not written by this version of graphcaps: "
-                    f"it lacks {error}; its weights can still be evaluated"
-                ) from None
-        return f"Going on with the {self.recipe.preset} net after {self.step} steps."
+                self._restore(checkpoint)
+                break
+            except (ValueError, FileNotFoundError) as error:
+                damage.append(error)
+        else:
+            if damage:
+                raise damage[0]
+        if self.workers.agree(self.step) != self.step:
+            raise RuntimeError("the processes do not see the same checkpoints; try again")
+        where = f"Going on with the {self.recipe.preset} net after {self.step} steps."
+        return "\n".join([*(f"A checkpoint is left out: {error}." for error in damage), where])
 
     def train(self, why: str) -> dict[str, Any]:
         """Go on from the present position to the end, then test.
@@ -211,25 +243,25 @@ class Trainer:
             As `graphcaps.training.train`.
         """
         self.workers.wait()  # nobody writes before everybody has read
-        if not self.workers.leads:
-            return self._train_and_test()
-        with self.run.locked():
+        if self.workers.leads:
             self.run.forget_after(self.step)
-            print(f"{why}\n{self.describe()}", flush=True)
-            return self._train_and_test()
+            say(f"{why}\n{self.describe()}")
+        return self._train_and_test()
 
     def _train_and_test(self) -> dict[str, Any]:
         self._started = time.monotonic()
+        stderr = LenientStream(sys.stderr)
         bar = tqdm(
             total=self.epochs * self.steps_per_epoch * self.batch_size,
             initial=self.step * self.batch_size,
             unit=" images",
+            file=stderr,
             disable=not self.workers.leads,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            mininterval=0.5 if stderr.isatty() else 30,
         )
         try:
-            with bar, self._tensorboard(), _noting_signals(self._signals):
+            with bar, self._tensorboard(), _noting_signals(self._signals, bar):
                 for epoch in range(self.step // self.steps_per_epoch, self.epochs):
                     bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
                     self._train_epoch(epoch, bar)
@@ -249,6 +281,20 @@ class Trainer:
             saves = self.step % self.settings.checkpoint_every == 0
             if ends or records or saves:
                 self._look()
+            if records:
+                loss, correct = self._last_seen
+                self._log(
+                    StepMetrics(
+                        step=self.step,
+                        seconds=self.seconds,
+                        epoch=epoch + 1,
+                        loss=loss,
+                        accuracy=correct / self.batch_size,
+                        learning_rate=self._learning_rate(),
+                    )
+                )
+            if not ends and (saves or self._stopping):
+                self._save_checkpoint()
             bar.update(self.batch_size)
             seen = max(1, number + 1 - len(self._unseen))
             bar.set_postfix(
@@ -256,17 +302,6 @@ class Trainer:
                 accuracy=f"{self.epoch_sums[1] / (seen * self.batch_size):.2%}",
                 refresh=False,
             )
-            if records:
-                loss, correct = self._last_seen
-                self._log(
-                    "step",
-                    epoch=epoch + 1,
-                    loss=loss,
-                    accuracy=correct / self.batch_size,
-                    learning_rate=self._learning_rate(),
-                )
-            if not ends and (saves or self._stopping):
-                self._save_checkpoint()
             if not ends and self._stopping:
                 raise KeyboardInterrupt
 
@@ -302,7 +337,7 @@ class Trainer:
                 self.workers.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"
             ):
                 output = self.parallel(images, labels)
-            loss = capsnet_loss(output, images, labels)
+            loss = capsnet_loss(output, images, labels, kind=self.model.loss)
         except NonFinitePosesError:
             return torch.full((), torch.nan), torch.zeros(())
         return loss, (output.lengths.argmax(dim=1) == labels).sum()
@@ -343,6 +378,7 @@ class Trainer:
         train_loss = float(self.epoch_sums[0]) / self.steps_per_epoch
         train_accuracy = float(self.epoch_sums[1]) / images
         self.epoch_sums.zero_()
+        news = ""
         if self.workers.leads:
             self._check_weights()
             try:
@@ -354,74 +390,104 @@ class Trainer:
                 self.best_epoch, self.best_accuracy = epoch + 1, score.accuracy
                 self.model.save(self.run.best)
             self._log(
-                "epoch",
-                epoch=epoch + 1,
-                train_loss=train_loss,
-                train_accuracy=train_accuracy,
-                holdout_loss=score.loss,
-                holdout_accuracy=score.accuracy,
+                EpochMetrics(
+                    step=self.step,
+                    seconds=self.seconds,
+                    epoch=epoch + 1,
+                    train_loss=train_loss,
+                    train_accuracy=train_accuracy,
+                    holdout_loss=score.loss,
+                    holdout_accuracy=score.accuracy,
+                )
             )
-            bar.write(
+            news = (
                 f"epoch {epoch + 1}/{self.epochs}: loss {train_loss:.4f}, accuracy "
                 f"{train_accuracy:.2%}, on the hold-out {score.accuracy:.2%}"
-                f"{' (best)' if best else ''}, {self.seconds:.0f} s",
-                file=sys.stdout,
+                f"{' (best)' if best else ''}, {self.seconds:.0f} s"
             )
         self._save_checkpoint()
+        if self.workers.leads:
+            bar.clear()
+            say(news)
+            bar.refresh()
         if self.workers.total(torch.tensor(float(len(self._signals)))).item():
             raise KeyboardInterrupt
 
     def _test(self) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+        result: dict[str, Any] | None = None
         if self.workers.leads:
             best = CapsNet.load(self.run.best, engine=self.settings.engine)
             score = evaluate(best.to(self.workers.device), self.data.test)
-            result = {
-                "dataset": self.data.name,
-                "preset": self.recipe.preset,
-                "test_accuracy": score.accuracy,
-                "test_errors": score.errors,
-                "test_images": score.images,
-                "test_loss": score.loss,
-                "best_epoch": self.best_epoch,
-                "holdout_accuracy": self.best_accuracy,
-                "epochs": self.epochs,
-                "seconds": round(self.seconds, 1),
-                "run": str(self.run.path),
-            }
-            self.run.finish(result)
+            self.run.finish(
+                Result(
+                    dataset=self.data.name,
+                    preset=self.recipe.preset,
+                    test_accuracy=score.accuracy,
+                    test_errors=score.errors,
+                    test_images=score.images,
+                    test_loss=score.loss,
+                    best_epoch=self.best_epoch,
+                    holdout_accuracy=self.best_accuracy,
+                    epochs=self.epochs,
+                    seconds=round(self.seconds, 1),
+                    run=str(self.run.path),
+                )
+            )
+            result = self.run.result()
         return self.workers.agree(result)
 
     def _save_checkpoint(self) -> None:
         if self.workers.leads:
             self._check_weights()
-            self.run.save_checkpoint(
-                self.step,
-                self.model,
-                {
-                    "step": self.step,
-                    "seconds": self.seconds,
-                    "best_epoch": self.best_epoch,
-                    "best_accuracy": self.best_accuracy,
-                    "epoch_sums": self.epoch_sums,
-                    "optimizer": self.optimizer.state_dict(),
-                    "schedule": self.schedule.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "cuda_rng": self._cuda_rng(),
-                },
-            )
+            self.run.save_checkpoint(self.step, self.model, self._training())
         self.workers.wait()
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _training(self) -> dict[str, Any]:
+        """What it takes, besides the weights, to go on from here."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_epoch": self.best_epoch,
+            "best_accuracy": self.best_accuracy,
+            "epoch_sums": self.epoch_sums,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": self._cuda_rng(),
+        }
+
+    def _restore(self, checkpoint: Path) -> None:
+        saved = self.run.load_checkpoint(checkpoint, self.model)
+        try:
+            self._check_training(saved)
+            own = self.optimizer.state_dict()
+            self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+            torch.set_rng_state(saved["rng"])
+            if saved["cuda_rng"] is not None and self.workers.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda_rng"], self.workers.device)
+        except Exception as error:  # torch raises what it likes for states that it cannot take
+            raise ValueError(
+                f"{checkpoint / TRAINING} was not written by this version of graphcaps, or for "
+                f"other settings: {error}; the weights beside it can still be evaluated"
+            ) from error
         self.step, self._seconds_before = saved["step"], saved["seconds"]
         self._steps_seen = self.step
         self.best_epoch, self.best_accuracy = saved["best_epoch"], saved["best_accuracy"]
         self.epoch_sums = saved["epoch_sums"]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and self.workers.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"], self.workers.device)
+        self.schedule = make_schedule(self.optimizer, self.recipe, self.steps_per_epoch, self.step)
+
+    def _check_training(self, saved: Any) -> None:
+        expected = self._training()
+        del expected["cuda_rng"]  # of the device on which it was saved
+        check_alike(saved, {**expected, "optimizer": {}}, "training")
+        steps = self.epochs * self.steps_per_epoch
+        if not 0 <= saved["step"] <= steps:
+            raise ValueError(f"expected a step from 0 to {steps}, got {saved['step']}")
+        state = {
+            number: {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+            for number, weight in enumerate(self.model.parameters())
+        }
+        optimizer = {"state": state if saved["step"] else {}}
+        check_alike(saved["optimizer"], optimizer, "training.optimizer")
 
     def _cuda_rng(self) -> Tensor | None:
         device = self.workers.device
@@ -443,13 +509,14 @@ class Trainer:
             f"{checkpoint or 'none, it came too early'}. Try a lower --learning-rate"
         )
 
-    def _log(self, kind: str, **values: float) -> None:
+    def _log(self, metrics: StepMetrics | EpochMetrics) -> None:
         if not self.workers.leads:
             return
-        self.run.log({"kind": kind, "step": self.step, "seconds": self.seconds, **values})
+        self.run.log(metrics)
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, self.step)
+            for name, value in asdict(metrics).items():
+                if name not in ("kind", "step", "seconds"):
+                    self._writer.add_scalar(f"{metrics.kind}/{name}", value, self.step)
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
@@ -464,7 +531,7 @@ class Trainer:
 
 
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
-    """A folder that is free: a run that cannot be written must not start."""
+    """A folder that is free."""
     path = settings.run_dir
     if path is None:
         name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -519,17 +586,29 @@ def _check_capture(settings: TrainSettings, workers: Workers) -> None:
 
 
 @contextmanager
-def _noting_signals(came: list[int]) -> Iterator[None]:
-    """Put SIGINT and SIGTERM on a list as they come; the second of a kind interrupts at once."""
+def _noting_signals(came: list[int], bar: tqdm) -> Iterator[None]:
+    """Put signals that end a program on a list as they come; the second of a kind ends it at once.
+
+    Elsewhere than on the main thread, where Python handles no signals, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def note(number: int, frame: object) -> None:
         came.append(number)
         signal.signal(number, signal.default_int_handler)
-        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+        bar.clear()
+        print("stopping after this step; once more to stop at once", file=LenientStream(sys.stderr))
+        bar.refresh()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ending}
+    noted = [number for number in ending if before[number] != signal.SIG_IGN]  # as nohup wants it
+    for number in noted:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in noted:
+            signal.signal(number, before[number])

@@ -1,42 +1,35 @@
-"""Poses of children and matrices enter, one vote per edge leaves: û_{j|i} = W_eᵀ u_i."""
+"""Votes on the edges from poses of children and matrices: û_{j|i} = W_eᵀ u_i."""
 
 import torch
 from torch import Tensor
 
+from graphcaps.structure import Structure
 
-def votes_along_edges(u: Tensor, weight: Tensor, child: Tensor, weight_index: Tensor) -> Tensor:
-    """Votes on the edges of any graph, the same one for every sample.
+
+def votes_on_edges(u: Tensor, weight: Tensor, structure: Structure, rows: int = 1) -> Tensor:
+    """The vote of every edge, for every sample.
 
     Args:
-        u: poses, `[B, I, K]`.
-        weight: matrices, `[M, K, D]`.
-        child: the child of each edge of one sample, int64 `[E]`.
-        weight_index: the matrix of each edge, int64 `[E]`.
+        u: poses, `[B, I, P·K]`: P rows of K numbers each.
+        weight: matrices, `[M, K, D]`, in the dtype of `u`.
+        structure: which child votes with which matrix on which edge.
+        rows: P; every row of a pose is multiplied by the same matrix. A pose that is a vector is
+            one row, a 4×4 pose matrix is 4.
 
     Returns:
-        Votes of the batch's edges, sample-major, `[B·E, D]`.
+        Votes of the batch's edges, sample-major, `[B·E, P·D]`.
 
-    >>> u, weight = torch.randn(2, 3, 8), torch.randn(1, 8, 16)
-    >>> votes_along_edges(u, weight, torch.tensor([0, 2]), torch.tensor([0, 0])).shape
+    >>> from graphcaps import routing_graph
+    >>> structure = Structure(routing_graph([0, 2], [0, 0], weight_index=[0, 0]))
+    >>> votes_on_edges(torch.randn(2, 3, 8), torch.randn(1, 8, 16), structure).shape
     torch.Size([4, 16])
     """
-    u_hat = torch.einsum("bek,ekd->bed", u[:, child], weight[weight_index])
-    return u_hat.reshape(-1, weight.shape[-1])
-
-
-def votes_on_complete_graph(u: Tensor, weight: Tensor) -> Tensor:
-    """The same on a complete graph whose edges each have a matrix: no pose is copied to an edge.
-
-    Args:
-        u: poses, `[B, I, K]`.
-        weight: matrices, child-major, `[I·J, K, D]`.
-
-    Returns:
-        Votes of the batch's edges, `[B·I·J, D]`.
-
-    >>> votes_on_complete_graph(torch.randn(2, 3, 8), torch.randn(3 * 5, 8, 16)).shape
-    torch.Size([30, 16])
-    """
-    matrices = weight.unflatten(0, (u.shape[1], -1))
-    u_hat = torch.einsum("bik,ijkd->bijd", u, matrices)
-    return u_hat.reshape(-1, weight.shape[-1])
+    u = u.unflatten(-1, (rows, -1))
+    if structure.complete:  # no pose is copied to an edge
+        matrices = weight[: structure.edges].unflatten(0, (structure.children, structure.parents))
+        u_hat = torch.einsum("bipk,ijkd->bijpd", u, matrices)
+    else:
+        on_edges = structure.groups("child", u.device).expand(u, dim=1)
+        matrices = structure.groups("kind", u.device).expand(weight, dim=0)
+        u_hat = torch.einsum("bepk,ekd->bepd", on_edges, matrices)
+    return u_hat.reshape(len(u) * structure.edges, rows * weight.shape[-1])

@@ -1,12 +1,15 @@
-"""A module's weights enter, a safetensors file leaves, and back again."""
+"""Weights of a module, written to safetensors files and checked when they are read."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from graphcaps.files import write_whole
+from graphcaps.files import open_regular, write_whole
+
+Shape = tuple[int, ...]
 
 
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -27,8 +30,32 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
     write_whole(path, safetensors.torch.save(tensors))
 
 
+def read_shapes(path: Path) -> dict[str, Shape]:
+    """The shape of every tensor in a file, from its header alone.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a broken file.
+        OSError: it may not be read.
+    """
+    with open_regular(path):  # for its messages: safetensors waits for pipes, and names no file
+        pass
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); "
+            "take a copy of it, or train again"
+        ) from error
+
+
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Put the weights of a file into a module, in the module's dtype.
+    """Put the weights of a file into a module, in the module's dtypes.
 
     Args:
         path: a safetensors file.
@@ -36,24 +63,37 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a broken file, or the weights of another model.
+        ValueError: a broken file, the weights of another model, or weights that are not finite.
+        OSError: it may not be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        found = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); "
-            "take a copy of it, or train again"
-        ) from error
     expected = module.state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        here = list(expected[name].shape) if name in expected else "nothing"
-        there = list(found[name].shape) if name in found else "nothing"
-        if here != there:
+    different = first_difference(
+        {name: tuple(tensor.shape) for name, tensor in expected.items()}, read_shapes(path)
+    )
+    if different is not None:
+        raise ValueError(f"{path} holds the weights of another model: {different}")
+    weights = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
             raise ValueError(
-                f"{path} holds the weights of another model: "
-                f"for {name} the model has {here}, the file {there}"
+                f"{path}: expected {name} in {expected[name].dtype}, got {tensor.dtype}"
             )
-    module.load_state_dict(found)
+        weights[name] = tensor.to(expected[name].dtype)
+        if not weights[name].isfinite().all():
+            raise ValueError(
+                f"{path}: {name} holds numbers that are not finite; "
+                "take a copy of it, or train again with a lower learning rate"
+            )
+    module.load_state_dict(weights)
+
+
+def first_difference(
+    expected: Mapping[str, Shape], found: Mapping[str, Shape | None]
+) -> str | None:
+    """The first parameter, by name, whose shape is not as expected; None where all are."""
+    for name in sorted(expected.keys() | found.keys()):
+        here, there = expected.get(name), found.get(name)
+        if here != there:
+            ours, theirs = ("nothing" if s is None else list(s) for s in (here, there))
+            return f"for {name} expected {ours}, got {theirs}"
+    return None

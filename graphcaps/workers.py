@@ -1,8 +1,8 @@
-"""What torchrun says enters; this process's place among those that train together leaves."""
+"""The processes that train one model together, as torchrun starts them."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,25 @@ class Workers:
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+    @contextmanager
+    def leader_in(self, context: AbstractContextManager[Any]) -> Iterator[None]:
+        """Enter a context on the leader, before anybody goes on.
+
+        Raises:
+            Exception: what entering it raised, on every worker.
+        """
+        with ExitStack() as stack:
+            refusal = None
+            if self.leads:
+                try:
+                    stack.enter_context(context)
+                except Exception as error:
+                    refusal = error
+            refusal = self.agree(refusal)
+            if refusal is not None:
+                raise refusal
+            yield
 
 
 def leads() -> bool:
@@ -92,8 +111,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}; try auto, cpu, cuda or cuda:1")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # each backend that is not there has an exception of its own
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise RuntimeError(
             f"device {name!r} is not there: {reason}. Use --device auto or cpu"
         ) from None

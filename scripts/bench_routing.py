@@ -1,30 +1,32 @@
-"""Sizes of a capsule layer enter; time and memory of every form of it leave.
+"""Time and memory of a capsule layer in every form: dense, compiled, and every engine.
 
-The forms are dense routing, eager and compiled, and each engine. Every form is first compared with
-dense routing in float64, output and gradients; one that is wrong is not timed. Times are taken in
-one process, form after form in every round; memory in a process of its own for each form.
+Every form is first compared with the dense one in float64, results and gradients; one that is wrong
+is not timed. Times are taken in one process, form after form in every round; memory in a process of
+its own for each form.
 
     python scripts/bench_routing.py --output benchmarks/routing-cpu.json     # everything
     python scripts/bench_routing.py --short                                  # under 2 minutes
+    python scripts/bench_routing.py --short --layer.routing em --layer.rows 4 --layer.child-dim 16
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from measuring import alternating, in_own_process, machine, peak_mib, quartiles, write
 from torch import Tensor
-from torch.nn import Parameter
 
 import graphcaps as gc
 from graphcaps._dgl import dgl
+from graphcaps.inspection import dense_form, results_and_gradients
 
 FORMS = ("dense", "compiled", "udf", "builtin", "scatter", "fused")
 MODES = ("inference", "forward", "forward+backward")
-ALLOWED_ERROR = 1e-4  # relative to the largest value; float32 has 1e-7 for one operation
+ALLOWED_ERROR = 1e-4  # relative to the largest value, besides four times the dense form's own
 MEBI = 2**20
 
 
@@ -32,23 +34,31 @@ MEBI = 2**20
 class Layer:
     """A capsule layer, votes and routing."""
 
+    routing: str = "dynamic"
+    """A name in graphcaps.ROUTINGS."""
+    iterations: int | None = None
+    """Of a routing that has them; its default, if not given."""
+    graph: Literal["complete", "conv"] = "complete"
+    """conv: 3×3 windows with stride 2 over 14×14 positions of 32 maps, to 6×6 of 32 maps, with
+    matrices shared by all positions: 331,776 edges (Hinton et al. 2018, first layer)."""
     batch: int = 64
     children: int = 1152
     parents: int = 10
     child_dim: int = 8
     parent_dim: int = 16
-    iterations: int = 3
+    rows: int = 1
+    """Rows of a pose; 4 with 16 numbers is a 4×4 matrix."""
     kept: float = 1.0
     """Share of the edges of the complete graph, drawn at random."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare the engines of graphcaps with dense routing."""
+    """Compare the engines of graphcaps with the dense form of a routing."""
 
     layer: Layer = Layer()
     short: bool = False
-    """The layer alone: no sweeps, no large layer, a third of the rounds."""
+    """The layer alone: no sweeps, no other routings, no large layers, a third of the rounds."""
     threads: int = 2
     """Of torch and of DGL."""
     device: str = "cpu"
@@ -69,10 +79,24 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "kept": (1.0, 0.5, 0.25, 0.1),
 }
 SWEPT = ("dense", "builtin", "fused")
+MATRICES: dict[str, Any] = dict(child_dim=16, parent_dim=16, rows=4)
+OTHERS = (
+    Layer("uniform"),
+    Layer("em", **MATRICES),
+    Layer("attention"),
+    Layer("self_attention"),
+    Layer("self_routing"),
+    Layer("variational_bayes", **MATRICES),
+)
+
+
+CONV = Layer("em", graph="conv", children=14 * 14 * 32, parents=6 * 6 * 32, **MATRICES)
 
 
 def make_graph(layer: Layer) -> dgl.DGLGraph:
-    """The complete graph, or so many of its edges, each with a matrix of its own."""
+    """The complete graph, or so many of its edges, each with a matrix of its own; or windows."""
+    if layer.graph == "conv":
+        return _windows(size=14, maps=32, kernel=3, stride=2)
     if layer.kept == 1:
         return gc.complete_graph(layer.children, layer.parents)
     every = layer.children * layer.parents
@@ -86,78 +110,101 @@ def make_graph(layer: Layer) -> dgl.DGLGraph:
     )
 
 
-def make_form(
-    form: str, layer: Layer, graph: dgl.DGLGraph, weight: Parameter
-) -> Callable[[Tensor], Tensor]:
-    """The layer as a function of poses `[B, I, K]`, which gives `[B, J, D]`."""
-    if form in ("dense", "compiled"):
-        child, parent = (ends.long().to(weight.device) for ends in graph.edges())
-        mask = torch.zeros(layer.children, layer.parents, dtype=torch.bool, device=weight.device)
-        mask[child, parent] = True
+def _windows(size: int, maps: int, kernel: int, stride: int) -> dgl.DGLGraph:
+    across = (size - kernel) // stride + 1
+    sizes = (across, across, kernel, kernel, maps, maps)
+    y, x, dy, dx, i, j = (n.flatten() for n in torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    child = (i * size + y * stride + dy) * size + x * stride + dx
+    parent = (j * across + y) * across + x
+    return gc.routing_graph(
+        child,
+        parent,
+        children=maps * size * size,
+        weight_index=((dy * kernel + dx) * maps + i) * maps + j,
+        parent_type=torch.arange(maps).repeat_interleave(across * across),
+    )
 
-        def dense(u: Tensor) -> Tensor:
-            if layer.kept == 1:
-                votes = gc.reference.votes(u, weight.unflatten(0, mask.shape))
-                return gc.reference.dynamic_routing(votes, layer.iterations)[0]
-            matrices = weight.new_zeros(*mask.shape, *weight.shape[1:])
-            matrices = matrices.index_put((child, parent), weight)
-            votes = gc.reference.votes(u, matrices)
-            return gc.reference.dynamic_routing(votes, layer.iterations, mask=mask)[0]
 
-        return dense if form == "dense" else torch.compile(dense)
-    capsules = gc.CapsuleLayer(
+def make_capsules(layer: Layer, graph: dgl.DGLGraph, device: str) -> gc.CapsuleLayer:
+    """The layer, with the same weights at each call."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {}
+    if layer.iterations is not None:
+        options["iterations"] = layer.iterations
+    return gc.CapsuleLayer(
         graph,
         layer.child_dim,
         layer.parent_dim,
-        iterations=layer.iterations,
-        engine=form,
-        dtype=weight.dtype,
-        device=weight.device,
+        rows=layer.rows,
+        routing=layer.routing,
+        device=device,
+        **options,
     )
-    capsules.weight = weight
-    return capsules
 
 
-def make_input(
-    layer: Layer, edges: int, device: str, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Parameter]:
-    """Squashed poses and the matrices, the same at each call."""
+def make_input(layer: Layer, capsules: gc.CapsuleLayer) -> tuple[Tensor, ...]:
+    """Squashed poses, and activations for a routing that has them, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     poses = torch.randn(layer.batch, layer.children, layer.child_dim, generator=generator)
-    weight = torch.randn(edges, layer.child_dim, layer.parent_dim, generator=generator)
-    poses, weight = gc.squash(poses).to(device, dtype), (0.1 * weight).to(device, dtype)
-    return poses.requires_grad_(), Parameter(weight)
+    activations = torch.rand(layer.batch, layer.children, generator=generator)
+    given = [gc.squash(poses)] + ([activations] if capsules.routing.activations else [])
+    return tuple(x.to(capsules.weight).requires_grad_() for x in given)
 
 
-def run(function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str) -> Tensor:
+def make_form(form: str, capsules: gc.CapsuleLayer) -> Callable[..., Tensor]:
+    """The layer as a function of what it is given, which gives the sum of squares of its results.
+
+    Its weights are those of `capsules`, which is left as it is.
+    """
+    if form in ("dense", "compiled"):
+        function = dense_form(capsules)
+        dense = torch.compile(function) if form == "compiled" else function
+        # poses and activations, without the coupling that stands between them
+        return lambda *given: _squares(x for n, x in enumerate(dense(*given)) if n != 1)
+
+    def by_engine(*given: Tensor) -> Tensor:
+        capsules.engine = form
+        found = capsules(*given)
+        return _squares(found if isinstance(found, tuple) else (found,))
+
+    return by_engine
+
+
+def _squares(results: Iterable[Tensor]) -> Tensor:
+    return torch.stack([x.square().sum() for x in results]).sum()
+
+
+def run(
+    function: Callable[..., Tensor], capsules: gc.CapsuleLayer, given: tuple[Tensor, ...], mode: str
+) -> Tensor:
     """One forward for its result alone, one that could be differentiated, or one that is."""
-    u.grad = weight.grad = None
+    for x in (*given, *capsules.parameters()):
+        x.grad = None
     if mode == "inference":
         with torch.no_grad():
-            return function(u)
-    v = function(u)
+            return function(*given)
+    loss = function(*given)
     if mode == "forward+backward":
-        v.square().sum().backward()
-    return v
+        loss.backward()
+    return loss
 
 
-def errors(layer: Layer, graph: dgl.DGLGraph, forms: Iterator[str], device: str) -> dict[str, Any]:
-    """The largest error of output and gradients, relative to the largest value; or why not."""
+def errors(layer: Layer, graph: dgl.DGLGraph, forms: Sequence[str], device: str) -> dict[str, Any]:
+    """The largest error of results and gradients, relative to the largest value; or why not."""
     small = replace(layer, batch=min(layer.batch, 8))  # samples are routed apart
-
-    def found(form: str, dtype: torch.dtype) -> list[Tensor]:
-        u, weight = make_input(small, graph.num_edges(), device, dtype)
-        v = run(make_form(form, small, graph, weight), u, weight, "forward+backward")
-        assert u.grad is not None and weight.grad is not None
-        return [v.detach(), u.grad, weight.grad]
-
-    truth = found("dense", torch.float64)
+    forms = ("dense", *(form for form in forms if form != "dense"))
+    capsules = make_capsules(small, graph, device)
+    given = make_input(small, capsules)
+    truth = results_and_gradients("dense", copy.deepcopy(capsules).double(), *given)
     said: dict[str, Any] = {}
     for form in forms:
         try:
-            pairs = zip(found(form, torch.float32), truth, strict=True)
+            # compiled, the dense form is the same program
+            found = results_and_gradients("dense" if form == "compiled" else form, capsules, *given)
             said[form] = max(
-                float((x - right).abs().max() / right.abs().max()) for x, right in pairs
+                float((found[name] - right).abs().max() / right.abs().max())
+                for name, right in truth.items()
+                if right.any()
             )
         except Exception as problem:  # a compiler or a GPU that is not there: said, not hidden
             said[form] = f"cannot run: {str(problem).strip().splitlines()[0]}"
@@ -169,15 +216,33 @@ def measure(
 ) -> dict[str, Any]:
     """Every form that is right, in every mode: seconds of each round."""
     graph = make_graph(layer)
-    wrong = errors(layer, graph, iter(forms), options.device)
-    right = [f for f in forms if isinstance(wrong[f], float) and wrong[f] <= ALLOWED_ERROR]
-    u, weight = make_input(layer, graph.num_edges(), options.device)
-    functions = {form: make_form(form, layer, graph, weight) for form in right}
+    wrong = errors(layer, graph, forms, options.device)
+    allowed = ALLOWED_ERROR + 4 * wrong["dense"]
+    right = [f for f in forms if isinstance(wrong[f], float) and wrong[f] <= allowed]
+    capsules = make_capsules(layer, graph, options.device)
+    given = make_input(layer, capsules)
+    functions = {form: make_form(form, capsules) for form in right}
     seconds = {}
     for mode in modes:
-        calls = {f: _call(function, u, weight, mode) for f, function in functions.items()}
+        calls = {f: _call(function, capsules, given, mode) for f, function in functions.items()}
         seconds[mode] = alternating(calls, options.rounds)
     return {"layer": asdict(layer), "relative_error": wrong, "seconds": seconds}
+
+
+def measure_alone(layer: Layer, options: Options) -> dict[str, Any]:
+    """Engine fused on a layer whose votes would not fit, so that no dense form checks it."""
+    capsules = make_capsules(layer, make_graph(layer), options.device)
+    given = make_input(layer, capsules)
+    function = make_form("fused", capsules)
+    seconds = {
+        mode: alternating({"fused": _call(function, capsules, given, mode)}, options.rounds)
+        for mode in MODES[::2]
+    }
+    return {
+        "layer": asdict(layer),
+        "seconds": seconds,
+        "peak_mib": peaks_apart("fused", layer, options),
+    }
 
 
 def measure_kept(form: str, mode: str, options: Options) -> dict[str, list[float]]:
@@ -185,39 +250,43 @@ def measure_kept(form: str, mode: str, options: Options) -> dict[str, list[float
     calls = {}
     for share in SWEEPS["kept"]:
         layer = replace(options.layer, kept=share)
-        graph = make_graph(layer)
-        u, weight = make_input(layer, graph.num_edges(), options.device)
-        calls[str(share)] = _call(make_form(form, layer, graph, weight), u, weight, mode)
+        capsules = make_capsules(layer, make_graph(layer), options.device)
+        given = make_input(layer, capsules)
+        calls[str(share)] = _call(make_form(form, capsules), capsules, given, mode)
     return alternating(calls, options.rounds)
 
 
 def _call(
-    function: Callable[[Tensor], Tensor], u: Tensor, weight: Parameter, mode: str
+    function: Callable[..., Tensor], capsules: gc.CapsuleLayer, given: tuple[Tensor, ...], mode: str
 ) -> Callable[[], Tensor]:
-    return lambda: run(function, u, weight, mode)
+    return lambda: run(function, capsules, given, mode)
 
 
-def peak_memory(form: str, mode: str, layer: Layer, device: str) -> float:
-    """MiB that one run needs beyond its inputs, its output and its gradients."""
-    graph = make_graph(layer)
-    u, weight = make_input(layer, graph.num_edges(), device)
-    function = make_form(form, layer, graph, weight)
-    run(function, u, weight, mode)  # libraries load, and code that is compiled for this size
-    u.grad = weight.grad = None
-    results = layer.batch * layer.parents * layer.parent_dim
-    if mode == "forward+backward":
-        results += u.numel() + weight.numel()
-    if device != "cpu":
+def peak_memory(
+    form: str, mode: str, capsules: gc.CapsuleLayer, given: tuple[Tensor, ...]
+) -> float:
+    """MiB that one run needs beyond its inputs and its gradients."""
+    function = make_form(form, capsules)
+    run(function, capsules, given, mode)  # libraries load, and code that is compiled for this size
+    inputs = (*given, *capsules.parameters())
+    results = sum(x.numel() for x in inputs) if mode == "forward+backward" else 0
+    for x in inputs:
+        x.grad = None
+    if capsules.weight.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(function, u, weight, mode)
+        run(function, capsules, given, mode)
         return (torch.cuda.max_memory_allocated() - before - 4 * results) / MEBI
-    return peak_mib(lambda: run(function, u, weight, mode)) - 4 * results / MEBI
+    return peak_mib(lambda: run(function, capsules, given, mode)) - 4 * results / MEBI
 
 
 def peaks_apart(form: str, layer: Layer, options: Options) -> dict[str, float]:
     """The same for every mode, in a process of its own."""
-    sizes = [f"--layer.{name.replace('_', '-')}={n}" for name, n in asdict(layer).items()]
+    sizes = [
+        f"--layer.{name.replace('_', '-')}={n}"
+        for name, n in asdict(layer).items()
+        if n is not None
+    ]
     printed = in_own_process(
         __file__,
         *sizes,
@@ -250,11 +319,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_of_routings(results: dict[str, Any]) -> str:
+    """Every routing by `fused` beside its dense form and DGL's kernels, as Markdown."""
+    lines = [
+        "| routing | poses | dense, forward + backward | × dense: builtin | fused "
+        "| peak memory: dense | fused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in results["routings"]:
+        layer, peaks = case["layer"], case["peak_mib"]
+        times = {f: quartiles(x)[1] for f, x in case["seconds"]["forward+backward"].items()}
+        pose = "4×4" if layer["rows"] == 4 else f"{layer['child_dim']} → {layer['parent_dim']}"
+        cells = [layer["routing"], pose, f"{1e3 * times['dense']:.0f} ms"]
+        for form in ("builtin", "fused"):
+            cells.append(f"{times[form] / times['dense']:.3f}" if form in times else "wrong")
+        cells += [f"{peaks[form]['forward+backward']:.0f} MiB" for form in ("dense", "fused")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def describe(layer: dict[str, Any]) -> str:
     """A layer in words."""
+    rounds = "" if layer["iterations"] is None else f", {layer['iterations']} iterations"
     return (
         f"{layer['children']} → {layer['parents']} capsules, {layer['child_dim']} → "
-        f"{layer['parent_dim']}, {layer['iterations']} iterations, batch {layer['batch']}"
+        f"{layer['parent_dim']}, {layer['routing']} routing{rounds}, batch {layer['batch']}"
     )
 
 
@@ -263,8 +352,10 @@ def main() -> None:
     options = tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,))
     torch.set_num_threads(options.threads)
     if options.memory_of is not None:
+        capsules = make_capsules(options.layer, make_graph(options.layer), options.device)
+        given = make_input(options.layer, capsules)
         for mode in MODES:
-            print(peak_memory(options.memory_of, mode, options.layer, options.device))
+            print(peak_memory(options.memory_of, mode, capsules, given))
         return
     if options.short:
         options = replace(options, rounds=max(2, options.rounds // 3))
@@ -282,11 +373,17 @@ def main() -> None:
             for name, values in SWEEPS.items()
         }
         results["kept"] = measure_kept("fused", MODES[-1], options)
+        results["routings"] = [
+            measure(layer, SWEPT, MODES[::2], options)
+            | {"peak_mib": {form: peaks_apart(form, layer, options) for form in SWEPT}}
+            for layer in OTHERS
+        ]
+        print("\n" + table_of_routings(results))
         few = replace(options, rounds=2)
-        results["large"] = measure(LARGE, ("fused",), MODES[::2], few) | {
-            "peak_mib": peaks_apart("fused", LARGE, options)
-        }
-        print(f"\n{describe(asdict(LARGE))}, fused:", results["large"]["peak_mib"], "MiB")
+        for name, layer in (("large", LARGE), ("conv", CONV)):
+            results[name] = measure_alone(layer, few)
+            peaks = results[name]["peak_mib"]
+            print(f"\n{describe(asdict(layer))}, fused: {peaks} MiB")
     if options.output is not None:
         write(options.output, results)
 

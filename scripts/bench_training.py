@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import graphcaps as gc
 from graphcaps.capture import Captured
+from graphcaps.inspection import dense_form
 
 BFLOAT16 = "fused, --amp bf16"
 CAPTURED = "fused, --cuda-graph"  # on a GPU alone
@@ -53,7 +54,7 @@ class Unrouted(nn.Module):
 
     def __init__(self, layer: gc.CapsuleLayer) -> None:
         super().__init__()
-        self.weight, self.parents = layer.weight, layer.graph.num_nodes("parent")
+        self.weight, self.parents = layer.weight, layer.structure.parents
 
     def forward(self, u: Tensor) -> Tensor:
         """Poses `[B, I, K]` to `[B, J, D]`."""
@@ -63,16 +64,16 @@ class Unrouted(nn.Module):
 
 
 class Dense(nn.Module):
-    """A layer's matrices with dynamic routing in dense tensors."""
+    """A layer's matrices with the dense form of its routing."""
 
     def __init__(self, layer: gc.CapsuleLayer) -> None:
         super().__init__()
-        self.weight, self.iterations = layer.weight, layer.iterations
+        self.layer, self.dense = layer, dense_form(layer)
+        self.weight = layer.weight
 
     def forward(self, u: Tensor) -> Tensor:
         """Poses `[B, I, K]` to `[B, J, D]`."""
-        votes = gc.reference.votes(u, self.weight.unflatten(0, (u.shape[1], -1)))
-        return gc.reference.dynamic_routing(votes, self.iterations)[0]
+        return self.dense(u)[0]
 
 
 class Training:

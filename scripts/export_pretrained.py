@@ -67,10 +67,10 @@ def main() -> None:
     if result is None:
         raise SystemExit(f"{options.run} is not finished: it has no result.json")
     started = run.settings()
-    settings, recipe, versions = (started[part] for part in ("settings", "recipe", "versions"))
+    settings, recipe = started.settings, started.recipe
     CapsNet.load(run.best).save(options.output, torch.float16)
     model = CapsNet.load(options.output)
-    data = load_dataset(settings["dataset"], Path(settings["data_dir"]))
+    data = load_dataset(settings.dataset, settings.data_dir)
     score = evaluate(model, data.test)
     wrong = score.lengths.argmax(dim=1) != data.test.labels
     mistakes = {"images": data.test.images[wrong], "labels": data.test.labels[wrong]}
@@ -78,7 +78,7 @@ def main() -> None:
     card = CARD.format(
         name=options.output.name,
         parameters=sum(p.numel() for p in model.parameters()),
-        preset=recipe["preset"],
+        preset=recipe.preset,
         megabytes=(options.output / WEIGHTS).stat().st_size / 1e6,
         test_images=score.images,
         accuracy=score.accuracy,
@@ -86,16 +86,16 @@ def main() -> None:
         run_accuracy=result["test_accuracy"],
         run_errors=result["test_errors"],
         best_epoch=result["best_epoch"],
-        epochs=recipe["epochs"],
+        epochs=recipe.epochs,
         holdout=result["holdout_accuracy"],
         holdout_images=len(data.holdout.labels),
         train_images=len(data.train.labels),
-        shift=settings["shift"],
-        rate=recipe["learning_rate"],
-        batch_size=recipe["batch_size"],
-        seed=settings["seed"],
+        shift=settings.shift,
+        rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        seed=settings.seed,
         minutes=result["seconds"] / 60,
-        **{name: versions[name] for name in ("graphcaps", "torch", "dgl", "python")},
+        **{name: started.versions[name] for name in ("graphcaps", "torch", "dgl", "python")},
     )
     (options.output / "README.md").write_text(card)
     print(card)

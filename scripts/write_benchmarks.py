@@ -1,4 +1,4 @@
-"""The JSON files of the benchmarks enter; the tables of the README and the picture beside it leave.
+"""Write the README's tables, and the picture beside them, from the JSON files of the benchmarks.
 
     python scripts/write_benchmarks.py
 
@@ -41,6 +41,9 @@ def with_tables(readme: str) -> str:
         "routing-cpu": f"{_machine(routing)}\n\n{bench_routing.table(routing)}",
         "large-cpu": _large(routing),
         "kept-cpu": _kept(routing),
+        "routings-cpu": bench_routing.table_of_routings(routing),
+        "routings-mnist": _trained(_read_if_measured("routings-mnist")),
+        "conv-cpu": _large_without_votes(routing["conv"]),
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
     }.items():
@@ -77,6 +80,35 @@ def _large(results: dict[str, Any]) -> str:
         f"does forward and backward in {seconds:.1f} s and "
         f"{large['peak_mib']['forward+backward']:.0f} MiB beyond inputs, output and gradients."
     )
+
+
+def _large_without_votes(case: dict[str, Any]) -> str:
+    layer = case["layer"]
+    seconds = quartiles(case["seconds"]["forward+backward"]["fused"])[1]
+    return (
+        f"A convolutional layer of EM routing, 14×14×32 → 6×6×32 capsules with 4×4 poses, 3×3 "
+        f"windows, stride 2, batch {layer['batch']}, whose votes would be 1.4 GB: `fused` does "
+        f"forward and backward in {seconds:.1f} s and "
+        f"{case['peak_mib']['forward+backward']:.0f} MiB beyond inputs and gradients."
+    )
+
+
+def _trained(results: dict[str, Any] | None) -> str:
+    if results is None:
+        return "Not measured."
+    epochs = "one epoch" if results["epochs"] == 1 else f"{results['epochs']} epochs"
+    lines = [
+        f"{_machine(results)}",
+        "",
+        f"| routing | parameters | test accuracy after {epochs} | time |",
+        "|---|---|---|---|",
+    ]
+    for routing, found in results["routings"].items():
+        accuracy = 1 - found["test_errors"] / found["test_images"]
+        lines.append(
+            f"| {routing} | {found['parameters']:,} | {accuracy:.2%} | {found['seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
 
 
 def _kept(results: dict[str, Any]) -> str:

@@ -17,12 +17,13 @@ hypothesis.settings.load_profile("here")
 # In this order and before all others, so that workers that share the tests end at about the same
 # time: a file is run by one of them (--dist loadfile).
 LONGEST_FILES = (
+    "test_laws.py",
     "test_scripts.py",
     "test_dynamic_cpu.py",
     "test_workers.py",
     "test_cli.py",
     "test_killed.py",
-    "test_dynamic_triton.py",
+    "test_triton.py",
     "test_training.py",
     "test_report.py",
     "test_report_page.py",

@@ -1,10 +1,14 @@
 """Runs for the tests of the report: nets that were not trained, but whose routing decides."""
 
+import dataclasses
+
 import torch
+from runs import epoch_metrics, result
 
 import graphcaps as gc
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import Dataset, Split
+from graphcaps.settings import RECIPES, RunSettings, TrainSettings
 
 
 def lively_model(**changes):
@@ -36,22 +40,46 @@ def random_data(model, images=40, classes=None):
 def write_run(folder, model, *, dataset="random", finished=True, errors=13):
     """The folder of a run, as training leaves it."""
     run = RunFolder(folder)
-    settings = {"preset": "small", "dataset": str(dataset), "data_dir": "data", "seed": 0}
-    recipe = {"preset": "small", "epochs": 2}
-    run.create({"settings": settings, "recipe": recipe, "versions": {"graphcaps": "0.1.0"}})
+    settings = TrainSettings(preset="small", dataset=str(dataset))
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.create(
+        RunSettings(
+            settings, dataclasses.replace(RECIPES["small"], epochs=2), {"graphcaps": "0.1.0"}
+        )
+    )
     for epoch, accuracy in ((1, 0.5), (2, 0.4)):
         run.log(
-            {
-                "kind": "epoch",
-                "step": 10 * epoch,
-                "epoch": epoch,
-                "train_loss": 0.3 / epoch,
-                "train_accuracy": accuracy,
-                "holdout_loss": 0.2,
-                "holdout_accuracy": accuracy,
-            }
+            epoch_metrics(
+                epoch,
+                train_loss=0.3 / epoch,
+                train_accuracy=accuracy,
+                holdout_accuracy=accuracy,
+            )
         )
     model.save(run.best)
     if finished:
-        run.finish({"dataset": "random", "test_images": 40, "test_errors": errors, "best_epoch": 1})
+        run.finish(result(errors=errors))
     return run
+
+
+HOSTILE = (
+    '<img src=x onerror="window.attacked = true">\'</script></title></style>'
+    "<script>window.attacked = true</script>&amp;"
+)
+
+
+def filled_with(text, records, finished):
+    """The records with `text` in the place of every text, and of numbers that are only shown."""
+    config = dataclasses.replace(records.config)
+    object.__setattr__(config, "routing", text)  # which a configuration itself would refuse
+    parts = {text: {text: text, "list": [text]}, "recipe": {"epochs": text}}
+    return dataclasses.replace(
+        records,
+        name=text,
+        data=text,
+        classes=(text,) * 10,
+        config=config,
+        settings=parts,
+        metrics=[{**records.metrics[0], "epoch": text}],
+        result={text: text} if finished else None,
+    )

@@ -1,19 +1,25 @@
 """The program as a person uses it: from flags to the screen."""
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from graphcaps import cli
 from graphcaps.data import load_dataset
+from graphcaps.model import PRETRAINED
 
 DIGITS = Path(__file__).parent / "digits"
 
@@ -219,6 +225,146 @@ sys.exit(main())
     assert re.fullmatch(said, done.stderr)
 
 
+@pytest.fixture
+def digit(tmp_path):
+    """A picture of a digit whose name no text can hold."""
+    pixels = load_dataset(str(DIGITS)).test.images[0, 0].numpy()
+    path = tmp_path / os.fsdecode(b"digit-\xff\x1b[2J-\xc3\x97.png")  # × in UTF-8
+    Image.fromarray(pixels).save(path, format="png")
+    return path
+
+
+def test_a_name_that_is_no_text_is_told_without_what_a_terminal_would_obey(graphcaps, digit):
+    status, out, _ = graphcaps("predict", digit)
+    assert status == 0
+    assert r"digit-\udcff\x1b[2J-×.png: " in out
+    digit.write_bytes(b"")
+    status, _, err = graphcaps("predict", digit)
+    assert status == 1
+    assert r"digit-\udcff\x1b[2J-×.png: expected an image" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "koi8-r", "latin-1", "utf-8"])
+def test_any_encoding_of_the_output_will_do(graphcaps, digit, encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    status, _, err = graphcaps("predict", digit)
+    assert (status, err) == (0, "")
+    times = "×" if encoding in ("latin-1", "utf-8") else r"\xd7"
+    assert f"-{times}.png: " in stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("command", [("--help",), ("predict", "--help"), ("info",), ("predict", 0)])
+def test_an_output_that_takes_nothing_is_told_once(graphcaps, digit, monkeypatch, command):
+    arguments = [digit if argument == 0 else argument for argument in command]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = graphcaps(*arguments)
+        monkeypatch.undo()  # and closing it, as the end of the program does, raises nothing
+    assert status == 1
+    assert err == "graphcaps: standard output: No space left on device\n"
+
+
+def test_a_reader_that_is_gone_ends_the_program_without_a_word(graphcaps, digit, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        status, _, err = graphcaps("predict", digit)
+        monkeypatch.undo()
+    assert status == 128 + signal.SIGPIPE
+    assert err == ""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("command", [("info",), ("evaluate", "nowhere"), ("--help",), ("fly",)])
+def test_a_closed_stream_is_no_error(graphcaps, monkeypatch, closed, command):
+    monkeypatch.setattr(sys, closed, None)
+    status, out, _ = graphcaps(*command)
+    assert status == {"evaluate": 1, "fly": 2}.get(command[0], 0)
+    assert command[0] == "info" or closed == "stdout" or "nowhere" not in out
+
+
+@pytest.mark.parametrize("library", ["libtorch_cpu.so", "libdgl"])
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to see imports in")
+def test_ctrl_c_while_it_is_importing_is_one_line(library):
+    command = [sys.executable, "-m", "graphcaps", "info"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        while library not in Path(f"/proc/{program.pid}/maps").read_text():
+            time.sleep(0.01)
+        program.send_signal(signal.SIGINT)
+        assert program.communicate()[1] == "graphcaps: interrupted\n"
+    assert program.returncode == 128 + signal.SIGINT
+
+
+def test_ctrl_c_after_the_imports_is_one_line(graphcaps, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for function in ("_info", "_asked_for"):
+        monkeypatch.setattr(cli, function, interrupted)
+        assert graphcaps("info") == (130, "", "graphcaps: interrupted\n")
+
+
+def test_what_should_not_happen_is_one_line_too_and_shown_in_full_on_request(monkeypatch, capsys):
+    def broken():
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "_info", broken)
+    for flags in ([], ["--traceback"]):
+        monkeypatch.setattr(sys, "argv", ["graphcaps", "info", *flags])
+        assert cli.main() == 1
+        err = capsys.readouterr().err
+        assert "graphcaps: KeyError: 'first line" in err
+        assert ("Traceback" in err and "in broken" in err) == bool(flags)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_the_traceback_of_an_error_is_shown_on_request(monkeypatch, capsys, place):
+    command = ["--traceback", "evaluate", "nowhere"]
+    arguments = command if place == "before" else [*command[1:], command[0]]
+    monkeypatch.setattr(sys, "argv", ["graphcaps", *arguments])
+    assert cli.main() == 1
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err and "in _load" in err
+    assert err.splitlines()[-1].startswith("graphcaps: no trained net at nowhere")
+
+
+@pytest.mark.parametrize("device", ["hpu", "xla", "mps", "meta", "cuda:99", "privateuseone", "é"])
+def test_a_device_that_is_not_there_is_one_line(trained, graphcaps, device):
+    status, _, err = graphcaps("evaluate", trained[0], "--device", device)
+    assert status == 1
+    assert f"device '{device}'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "report"])
+def test_weights_that_are_not_finite_are_refused_by_every_command(
+    copied, graphcaps, digit, command
+):
+    weights = load_file(copied / "best" / "model.safetensors")
+    weights["capsules.weight"][0, 0, 0] = torch.nan
+    save_file(weights, copied / "best" / "model.safetensors")
+    arguments = (digit, "--run-dir", copied) if command == "predict" else (copied,)
+    status, out, err = graphcaps(command, *arguments)
+    assert (status, out) == (1, "")
+    assert "model.safetensors: capsules.weight holds numbers that are not finite" in err
+
+
+def test_lengths_that_are_not_finite_are_no_answer(graphcaps, digit, tmp_path):
+    shutil.copytree(PRETRAINED / "mnist-small", tmp_path / "net")
+    weights = load_file(tmp_path / "net" / "model.safetensors")
+    weights["capsules.weight"] = weights["capsules.weight"].float() * 1e37
+    save_file(weights, tmp_path / "net" / "model.safetensors")
+    status, out, err = graphcaps("predict", digit, "--run-dir", tmp_path / "net")
+    assert (status, out) == (1, "")
+    assert "are not finite for 1 of 1 images" in err
+    arguments = ("--dataset", DIGITS, "--device", "cpu")
+    status, out, err = graphcaps("evaluate", tmp_path / "net", *arguments)
+    assert (status, out) == (1, "")
+    assert "are not finite for 100 of 100 images" in err
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a" * 9, b"\x89PNG\r\n\x1a\n"])
 def test_a_picture_that_is_none_is_named(content, trained, graphcaps, tmp_path):
     path = tmp_path / "digit.png"
@@ -287,13 +433,46 @@ def test_a_run_before_its_first_epoch_has_no_report(copied, graphcaps):
 
 def test_a_report_needs_the_images_and_says_which(copied, graphcaps, tmp_path):
     settings = json.loads((copied / "settings.json").read_text())
-    settings["settings"]["dataset"] = str(tmp_path / "moved")
+    settings["settings"]["dataset"] = "/moved"
     (copied / "settings.json").write_text(json.dumps(settings))
     status, _, err = graphcaps("report", copied)
     assert status == 1
-    assert f"got '{tmp_path / 'moved'}'" in err
+    assert f"{copied} was trained on '/moved', which is not here" in err
+    assert "--dataset" in err
     status, _, _ = graphcaps("report", copied, "--dataset", DIGITS)
     assert status == 0
+
+
+def test_a_run_of_another_machine_makes_no_folder_of_that_machine_here(copied, graphcaps, tmp_path):
+    settings = json.loads((copied / "settings.json").read_text())
+    there = tmp_path / "home of another" / "data"
+    settings["settings"] |= {"dataset": "mnist", "data_dir": str(there)}
+    (copied / "settings.json").write_text(json.dumps(settings))
+    for command in ("evaluate", "report"):
+        status, _, err = graphcaps(command, copied)
+        assert status == 1
+        assert f"had its data in {there}, which is not here: add --data-dir" in err
+        assert not there.parent.exists()
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever takes long fails."""
+
+    def work(*_, **__):
+        pytest.fail("worked before it looked at the output")
+
+    monkeypatch.setattr(cli, "load_dataset", work)
+    monkeypatch.setattr(cli, "_load", work)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, f"new/{'x' * 256}/b", "a/" * 3000 + "b"])
+def test_an_output_whose_name_is_too_long_is_refused_before_any_work(copied, graphcaps, name):
+    status, _, err = graphcaps("report", copied, "--output", copied / name)
+    assert status == 1
+    assert "File name too long" in err
+    assert not (copied / "new").exists()
 
 
 def test_a_report_that_cannot_be_written_is_named(copied, graphcaps):

@@ -12,7 +12,8 @@ import graphcaps as gc
 from graphcaps import reference
 from graphcaps._dgl import why_not_on
 from graphcaps.capture import Captured
-from graphcaps.kernels.dynamic_triton import TritonEdges, routed
+from graphcaps.kernels.triton import TritonEdges, routed
+from graphcaps.kernels.triton.couple import couple, couple_backward
 from graphcaps.settings import TrainSettings
 from graphcaps.training import train
 
@@ -144,6 +145,111 @@ def test_triton_gives_equal_bits_and_never_stores_the_votes(dtype):
     assert all(map(torch.equal, *results))
     votes = batch * children * parents * 16 * dtype.itemsize
     assert torch.cuda.max_memory_allocated() - before < votes
+
+
+def general_pass(children, parents, batch, rows, child_dim, parent_dim, terms, device="cuda"):
+    """A pass over a complete graph: its arguments, and gradients of N, S and Q."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    kinds = children * parents
+    edges = TritonEdges.of(gc.complete_graph(children, parents), kinds, torch.device(device))
+    of_parents = (batch, parents, rows * parent_dim)
+    inputs = {
+        "u": torch.randn(batch, children, rows * child_dim),
+        "weight": torch.randn(kinds, child_dim, parent_dim) / child_dim**0.5,
+        "a": torch.rand(batch, children),
+        "r": torch.randn(of_parents),
+        "k": torch.randn(of_parents[:2]),
+        "p": torch.randn(of_parents) / of_parents[2] ** 0.5,
+        "q": -torch.rand(of_parents) / of_parents[2],
+        "beta": torch.rand(kinds),
+        "prior": torch.randn(kinds),
+    }
+    inputs = {n: x.to(device) if n in ("u", "weight", *terms) else None for n, x in inputs.items()}
+    sums = (torch.randn(of_parents[:2]), torch.randn(of_parents), torch.randn(of_parents))
+    how = (edges.tensors, parents, rows, False, "squares" in terms)
+    return inputs, how, tuple(x.to(device) for x in sums)
+
+
+def by_triton(inputs, how, of_sums):
+    """N, S, Q and all gradients but that of r."""
+    values = tuple(inputs.values())
+    *sums, kept = couple(*values, *how)
+    needed = {name: x is not None for name, x in inputs.items() if name != "r"}
+    found = couple_backward(*of_sums, kept, *values, *how, list(needed.values()))
+    gradients = {f"d{name}": x for name, x in zip(needed, found, strict=True) if needed[name]}
+    return dict(zip("NSQ", sums if how[-1] else sums[:2], strict=False)) | gradients
+
+
+def by_votes(inputs, how, of_sums, dtype):
+    """The same, densely, by autograd."""
+    _, parents, rows, _, squares = how
+    x = {n: v if v is None else v.to(dtype).requires_grad_() for n, v in inputs.items()}
+    weight = x["weight"].unflatten(0, (-1, parents))
+    y = torch.einsum("bipk,ijkd->bijpd", x["u"].unflatten(2, (rows, -1)), weight).flatten(3)
+    if x["r"] is not None:
+        y = y - x["r"][:, None]
+    b = torch.zeros_like(y[..., 0])
+    for name, factor in (("k", None), ("p", y), ("q", y**2)):
+        if x[name] is not None:
+            term = x[name][:, None]
+            b = b + (term if factor is None else (term * factor).sum(3))
+    if x["prior"] is not None:
+        b = b + x["prior"].view(b.shape[1:])
+    w = b.softmax(2)
+    w = w if x["beta"] is None else w + x["beta"].view(b.shape[1:])
+    w = w if x["a"] is None else w * x["a"][..., None]
+    sums = {"N": w.sum(1), "S": torch.einsum("bij,bijd->bjd", w, y)}
+    if squares:
+        sums["Q"] = torch.einsum("bij,bijd->bjd", w, y**2)
+    total = sum((s * d.to(dtype)).sum() for s, d in zip(sums.values(), of_sums, strict=False))
+    there = {n: v for n, v in x.items() if v is not None and n != "r"}
+    gradients = torch.autograd.grad(total, tuple(there.values()), materialize_grads=True)
+    return {n: s.detach() for n, s in sums.items()} | {
+        f"d{name}": gradient for name, gradient in zip(there, gradients, strict=True)
+    }
+
+
+EVERY_TERM = ("a", "r", "k", "p", "q", "beta", "prior", "squares")
+PASSES = {  # children, parents, batch, rows, child_dim, parent_dim, terms
+    "attention": (1152, 10, 33, 1, 8, 16, ("p",)),
+    "EM": (1152, 10, 33, 4, 4, 4, ("a", "r", "k", "q", "squares")),
+    "every term": (1152, 10, 33, 1, 8, 16, EVERY_TERM),
+    "many parents": (3, 5000, 5, 1, 8, 16, EVERY_TERM),
+    "one parent": (5000, 1, 5, 1, 8, 16, EVERY_TERM),
+    "odd sizes": (37, 5, 129, 3, 5, 7, EVERY_TERM),
+}
+
+
+@pytest.mark.parametrize("sizes", PASSES.values(), ids=PASSES)
+def test_a_pass_by_triton_errs_little_more_than_the_dense_form(monkeypatch, sizes):
+    """Against float64; besides twice the dense form's own error, 16 units are allowed."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    job = general_pass(*sizes)
+    got = by_triton(*job)
+    truth, rival = (by_votes(*job, dtype) for dtype in (torch.float64, torch.float32))
+    assert got.keys() == truth.keys()
+    for name, right in truth.items():
+        unit = torch.finfo(torch.float32).eps * right.abs().max()
+        error = (got[name] - right).abs().max()
+        allowed = 2 * (rival[name] - right).abs().max() + 16 * unit
+        assert error <= allowed, f"{name}: {error / unit:.1f} units, allowed {allowed / unit:.1f}"
+
+
+def test_a_pass_by_triton_gives_equal_bits_and_never_stores_the_votes():
+    job = general_pass(1152, 10, 128, 4, 4, 4, ("a", "r", "k", "q", "squares"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    once = by_triton(*job)
+    votes = 128 * 1152 * 10 * 16 * 4
+    assert torch.cuda.max_memory_allocated() - before < votes
+    again = by_triton(*job)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_a_pass_by_triton_sees_nan_in_one_matrix_in_every_parent_of_its_child():
+    inputs, how, of_sums = general_pass(40, 10, 3, 1, 8, 16, ("p",))
+    inputs["weight"][0] = torch.nan
+    assert by_triton(inputs, how, of_sums)["N"].isnan().all()
 
 
 def test_triton_counts_beyond_31_bits():

@@ -4,8 +4,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps.data import Split
-from graphcaps.evaluation import Score, as_input, evaluate
+from graphcaps.data import Dataset, Split
+from graphcaps.evaluation import Score, as_input, check_fits, evaluate
 
 
 class Scripted(gc.CapsNet):
@@ -70,3 +70,27 @@ def test_a_score_counts_errors_and_what_was_taken_for_what():
     score = Score(nn.functional.one_hot(read, 3).float(), labels, loss=0.0)
     assert (score.images, score.errors, score.accuracy) == (8, 2, 0.75)
     assert score.confusion().tolist() == [[2, 0, 0], [0, 2, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "said"),
+    [
+        ((5, 1, 28, 27), 10, r"shape \[1, 28, 28\], mine has images of shape \[1, 28, 27\]"),
+        ((5, 3, 28, 28), 10, r"mine has images of shape \[3, 28, 28\]"),
+        ((5, 1, 28, 28), 11, "the net tells 10 classes and mine has 11"),
+    ],
+)
+def test_data_that_a_net_cannot_tell_are_named(split, images, classes, said):
+    split = split._replace(images=torch.zeros(images, dtype=torch.uint8))
+    data = Dataset("mine", tuple(map(str, range(classes))), split, split, split)
+    with pytest.raises(ValueError, match=said):
+        check_fits(Scripted(), data)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_net_whose_lengths_are_not_finite_has_no_score(split, bad):
+    net = Scripted()
+    forward = net.forward
+    net.forward = lambda *_: forward(*_)._replace(lengths=torch.full((5, 10), bad))
+    with pytest.raises(gc.layers.NonFinitePosesError, match="not finite for 5 of 5 images"):
+        evaluate(net, split)

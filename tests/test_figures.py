@@ -2,7 +2,9 @@
 
 import io
 import math
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -265,6 +267,31 @@ def test_differences_have_a_row_for_each_form_and_a_mark_for_each_quantity():
     close(line(axes, "v").get_xdata(), [2, 1])
     close(line(axes, "gradient").get_xdata(), [3, 4])
     drawn(figure)
+
+
+NAMES = (r"$\frac{$", "$x$, 5 $", "--><b>&", r"a\$b$", "nul \0 and \x1b[2J", "\udcff")
+WITH_NAMES = {
+    "entropy": lambda: figures.entropy_by_iteration(
+        torch.rand(3, 6, 4), 6, torch.arange(6), classes=NAMES
+    ),
+    "graph": lambda: figures.coupling_graph(traced(parents=6).networkx(0, 2), NAMES),
+    "reconstructions": lambda: figures.reconstructions(
+        torch.rand(6, 1, 5, 5), torch.rand(6, 1, 5, 5), torch.arange(6), torch.arange(6), NAMES
+    ),
+    "confusion": lambda: figures.confusion_matrix(torch.eye(6, dtype=torch.int64), NAMES),
+    "lengths": lambda: figures.class_lengths(torch.rand(6, 6), torch.arange(6), NAMES),
+}
+
+
+@pytest.mark.parametrize("make", WITH_NAMES.values(), ids=WITH_NAMES.keys())
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_of_classes_are_drawn_as_they_are_and_are_no_formulas(make):
+    svg = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        make().savefig(svg, format="svg")
+    written = "".join(ElementTree.fromstring(svg.getvalue()).itertext())
+    for name in (*NAMES[:4], "nul \ufffd and \ufffd[2J"):
+        assert name in written
 
 
 def test_drawing_leaves_pyplot_alone():

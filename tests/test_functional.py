@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps import reference
-from graphcaps.functional import multi_hot
+from graphcaps.functional import exponential_squash, multi_hot
 
 
 @pytest.mark.parametrize("length", [1e-6, 0.1, 1.0, 3.0, 1e4])
@@ -31,6 +31,34 @@ def test_squash_and_length_and_their_gradients_are_finite(function, value, dtype
     if value == 0:
         assert result.eq(0).all()
         assert s.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_length_of_a_vector_that_is_not_finite_is_not_finite(bad):
+    v = torch.tensor([[3.0, 4.0], [3.0, bad], [0.0, 0.0]])
+    lengths = gc.length(v)
+    assert not lengths[1].isfinite()
+    assert lengths[[0, 2]].tolist() == [5, 0]
+
+
+@pytest.mark.parametrize("function", [gc.squash, exponential_squash])
+@pytest.mark.parametrize("length", [1e-8, 1.0, 1e4, 1e14, 1e15, 1e18])
+def test_gradients_of_squash_in_float32_are_those_in_float64_whatever_the_length(function, length):
+    direction, functional = torch.tensor([0.6, 0.0, -0.8]), torch.tensor([0.3, -0.7, 0.2])
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        s = (length * direction).to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad((function(s) * functional.to(dtype)).sum(), s)
+        gradients.append(gradient.double())
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_the_squash_of_efficient_capsnet_equals_the_one_of_the_reference():
+    s = torch.randn(5, 3, dtype=torch.float64)
+    assert_close(exponential_squash(s), reference.exponential_squash(s))
+    zero = torch.zeros(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(exponential_squash(zero).sum(), zero)
+    assert torch.equal(gradient, torch.ones(2, 3))
 
 
 def test_gradients_of_squash_are_those_of_finite_differences():

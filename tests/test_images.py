@@ -1,6 +1,11 @@
-"""Digits on papers of many kinds enter; what `read_digit` makes of them is compared with them."""
+"""What `read_digit` makes of digits on papers of many kinds."""
 
 import itertools
+import os
+import resource
+import struct
+import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +81,7 @@ SHEETS = {
     "cut out closely": (lambda digit: cut_out(draw(digit)), "png", {}),
     "black on nothing": (lambda digit: see_through(draw(digit), 0), "png", {}),
     "white on nothing": (lambda digit: see_through(draw(digit), 255), "png", {}),
-    "a palette": (lambda digit: black_on_white(draw(digit)).quantize(16), "gif", {}),
+    "a palette": (lambda digit: black_on_white(draw(digit)).quantize(16), "png", {}),
     "black or white": (lambda digit: black_on_white(draw(digit)).convert("1"), "png", {}),
     "dark on light, 28 x 28": (lambda digit: Image.fromarray(255 - digit), "png", {}),
 }
@@ -110,6 +115,18 @@ def test_black_on_white_and_white_on_black_are_read_alike(tmp_path):
     black_on_white(draw(DIGITS[0])).save(tmp_path / "black.png")
     white_on_black(draw(DIGITS[0])).save(tmp_path / "white.png")
     assert torch.equal(read_digit(tmp_path / "black.png"), read_digit(tmp_path / "white.png"))
+
+
+@pytest.mark.parametrize(("ink", "unseen"), [(0, 255), (255, 0)])
+def test_the_colour_of_pixels_that_are_not_visible_does_not_matter(tmp_path, ink, unseen):
+    amount = draw(DIGITS[0])
+    see_through(amount, ink).save(tmp_path / "plain.png")
+    sheet = np.asarray(see_through(amount, ink)).copy()
+    sheet[sheet[..., 3] == 0, :3] = unseen
+    Image.fromarray(sheet).save(tmp_path / "unseen.png")
+    found = read_digit(tmp_path / "unseen.png")
+    assert torch.equal(found, read_digit(tmp_path / "plain.png"))
+    assert likeness(found[0].numpy(), DIGITS[0]) > 0.9
 
 
 def test_it_does_not_matter_where_on_the_sheet_a_digit_stands(tmp_path):
@@ -234,13 +251,72 @@ def test_a_file_that_is_no_image_is_named_with_what_is_expected(tmp_path):
         read_digit(tmp_path / "digit.png")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_an_image_that_is_cut_short_is_named(tmp_path, suffix):
     path = tmp_path / f"digit.{suffix}"
     photograph(draw(DIGITS[0])).save(path)
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(ValueError, match=rf"digit\.{suffix}: expected an image"):
         read_digit(path)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 40 40
+%%EndComments
+(/tmp/graphcaps-was-here) (w) file closefile showpage
+"""
+
+
+@pytest.mark.parametrize("suffix", ["png", "eps"])
+def test_a_file_that_is_a_program_for_ghostscript_is_not_opened(tmp_path, monkeypatch, suffix):
+    def called(*_: object, **__: object) -> None:
+        pytest.fail("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", called)
+    (tmp_path / f"digit.{suffix}").write_bytes(EPS)
+    with pytest.raises(ValueError, match=rf"digit\.{suffix}: expected an image in PNG or JPEG"):
+        read_digit(tmp_path / f"digit.{suffix}")
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
+def test_pictures_in_other_formats_are_not_opened(tmp_path, form):
+    black_on_white(draw(DIGITS[0])).save(tmp_path / "digit.png", format=form)
+    with pytest.raises(ValueError, match=r"digit\.png: expected an image in PNG or JPEG"):
+        read_digit(tmp_path / "digit.png")
+
+
+@pytest.mark.parametrize(("width", "height"), [(70_000, 1000), (2**31 - 1, 1), (60_000, 60_000)])
+def test_a_picture_too_large_is_refused_before_it_is_unpacked(tmp_path, width, height):
+    Image.new("1", (1, 1)).save(tmp_path / "digit.png")
+    content = (tmp_path / "digit.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    head = content[:12] + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "digit.png").write_bytes(head + content[33:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"digit\.png: .* pixels"):
+        read_digit(tmp_path / "digit.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # kB
+
+
+def test_a_file_too_large_for_a_picture_is_not_read(tmp_path):
+    with (tmp_path / "digit.png").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"digit\.png: .*at most 134,217,728 bytes"):
+        read_digit(tmp_path / "digit.png")
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "digit.png")
+    with pytest.raises(ValueError, match=r"digit\.png: expected a regular file"):
+        read_digit(tmp_path / "digit.png")
+
+
+def test_a_very_large_photograph_is_read_as_a_smaller_one(tmp_path):
+    small = black_on_white(draw(DIGITS[0]))
+    small.save(tmp_path / "small.png")
+    small.resize((12 * WIDTH, 12 * HEIGHT), Image.Resampling.BOX).save(tmp_path / "large.png")
+    found, expected = (read_digit(tmp_path / f"{name}.png")[0] for name in ("large", "small"))
+    assert likeness(found.numpy(), expected.numpy()) > 0.99
 
 
 def grainy_paper() -> Image.Image:

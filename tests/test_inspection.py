@@ -78,22 +78,27 @@ def test_differences_from_dense_are_small_and_see_an_engine_that_errs(monkeypatc
 
     right = ENGINES["scatter"].softmax_over_parents
     monkeypatch.setattr(
-        ENGINES["scatter"], "softmax_over_parents", lambda self, b: right(self, b) * 1.0001
+        ENGINES["scatter"],
+        "softmax_over_parents",
+        lambda self, b, leak=False: right(self, b, leak) * 1.0001,
     )
-    assert differences_from_dense(layer, u)["scatter"]["output v"] > 100
+    assert differences_from_dense(layer, u)["scatter"]["poses"] > 100
     assert layer.engine == "auto"
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize(
-    ("graph", "changes"),
-    [
-        (gc.routing_graph([0, 1], [0, 1]), {}),
-        (gc.complete_graph(2, 2), dict(routing="uniform")),
-        (gc.complete_graph(2, 2), dict(dtype=torch.float64)),
-    ],
-)
-def test_layers_that_have_no_dense_form_here_are_refused(graph, changes):
-    layer = gc.CapsuleLayer(graph, 4, 5, **changes)
-    with pytest.raises(ValueError, match="dynamic routing on a complete graph"):
-        differences_from_dense(layer, torch.rand(2, 2, 4, dtype=layer.weight.dtype))
+@pytest.mark.parametrize("routing", gc.ROUTINGS)
+def test_every_routing_is_compared_with_its_dense_form(routing):
+    graph = gc.routing_graph([0, 1, 1, 3], [0, 1, 0, 2], weight_index=[1, 0, 2, 0])
+    layer = gc.CapsuleLayer(graph, 4, 5, routing=routing)
+    a = torch.rand(2, 4) if layer.routing.activations else None
+    units = differences_from_dense(layer, torch.rand(2, 4, 4), a)
+    assert set(units) == {"dense", "udf", "builtin", "scatter", "fused"}
+    for form in units.values():
+        assert all(0 <= unit <= 4 * units["dense"][name] + 64 for name, unit in form.items())
+
+
+def test_layers_in_another_dtype_are_refused():
+    layer = gc.CapsuleLayer(gc.complete_graph(2, 2), 4, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"layer and poses in float32; got torch\.float64"):
+        differences_from_dense(layer, torch.rand(2, 2, 4))

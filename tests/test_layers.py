@@ -1,18 +1,19 @@
 import copy
 import io
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from by_hand import route_by_hand
-from routings import ENGINES
+from routings import ENGINES, WITH_VOTES
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps import layers, reference
-from graphcaps._dgl import dgl
+from graphcaps import engines, passing, reference
 from graphcaps.layers import NonFinitePosesError
+from graphcaps.routing import EdgesWithoutVotes
+from graphcaps.structure import BATCH_SIZES_KEPT, Structure
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -21,87 +22,6 @@ def small_layer(engine="auto", **changes):
     return gc.CapsuleLayer(
         gc.complete_graph(6, 3), child_dim=4, parent_dim=5, engine=engine, **changes
     )
-
-
-def sparse_graph():
-    """Shared matrices, a child without parents, a parent without children, any order."""
-    return gc.routing_graph(
-        [3, 0, 0, 2, 3], [0, 2, 0, 2, 3], children=4, parents=5, weight_index=[1, 0, 2, 0, 1]
-    )
-
-
-@every_engine
-@pytest.mark.parametrize("routing", ["dynamic", "uniform"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_layer_equals_the_reference_in_values_and_gradients(engine, routing, dtype):
-    layer = small_layer(engine, routing=routing, dtype=dtype)
-    u = torch.randn(2, 6, 4, dtype=dtype, requires_grad=True)
-    weight = layer.weight.detach().view(6, 3, 4, 5).requires_grad_()
-    v = layer(u)
-    iterations = 3 if routing == "dynamic" else 1  # equal logits: the first iteration is uniform
-    v_dense, _ = reference.dynamic_routing(reference.votes(u, weight), iterations)
-    assert_close(v, v_dense)
-    functional = torch.randn_like(v)
-    got = torch.autograd.grad((v * functional).sum(), (u, layer.weight))
-    expected = torch.autograd.grad((v_dense * functional).sum(), (u, weight))
-    assert_close(got[0], expected[0])
-    assert_close(got[1].view_as(weight), expected[1])
-
-
-@every_engine
-def test_a_layer_on_a_sparse_graph_with_shared_matrices_equals_the_loops(engine):
-    graph = sparse_graph()
-    layer = gc.CapsuleLayer(graph, 3, 2, engine=engine, dtype=torch.float64)
-    u = torch.randn(2, 4, 3, dtype=torch.float64)
-    v = layer(u)
-    assert layer.weight.shape == (3, 3, 2)
-    edges = list(zip(*(x.tolist() for x in graph.edges()), strict=True))
-    matrices = graph.edata["weight_index"].tolist()
-    for sample in range(2):
-        u_hat = [
-            (layer.weight[m].T @ u[sample, i]).tolist()
-            for (i, _), m in zip(edges, matrices, strict=True)
-        ]
-        by_hand, _ = route_by_hand(edges, u_hat, 4, 5, 3)
-        assert_close(v[sample], torch.tensor(by_hand, dtype=torch.float64))
-    assert v[:, [1, 4]].eq(0).all()  # parents without children
-
-
-@every_engine
-@pytest.mark.parametrize("graph", [gc.complete_graph(3, 2), sparse_graph()])
-def test_gradients_of_a_layer_are_those_of_finite_differences(engine, graph):
-    layer = gc.CapsuleLayer(graph, 2, 3, engine=engine, dtype=torch.float64)
-    u = torch.randn(2, graph.num_nodes("child"), 2, dtype=torch.float64, requires_grad=True)
-    weight = layer.weight.detach().clone().requires_grad_()
-
-    def run(u, weight):
-        return torch.func.functional_call(layer, {"weight": weight}, (u,))
-
-    assert torch.autograd.gradcheck(run, (u, weight))
-
-
-@every_engine
-def test_a_ragged_batch_gives_what_its_graphs_give_alone(engine):
-    layer = gc.CapsuleLayer(sparse_graph(), 3, 2, engine=engine)
-    graphs = [
-        gc.routing_graph([0, 1, 1], [0, 0, 1], weight_index=[2, 0, 1]),
-        gc.routing_graph([0], [3], children=5, weight_index=[1]),
-    ]
-    poses = [torch.randn(graph.num_nodes("child"), 3) for graph in graphs]
-    together = layer(torch.cat(poses), graph=dgl.batch(graphs))
-    alone = [layer(u, graph=graph) for u, graph in zip(poses, graphs, strict=True)]
-    assert torch.equal(together, torch.cat(alone))
-    own = torch.randn(1, 4, 3)
-    assert_close(layer(own[0], graph=sparse_graph()), layer(own)[0])
-
-
-@every_engine
-def test_an_image_is_routed_alike_alone_and_in_a_batch(engine):
-    layer = small_layer(engine)
-    u = torch.randn(5, 6, 4)
-    together = layer(u)
-    for sample in range(5):
-        assert_close(layer(u[sample : sample + 1])[0], together[sample])
 
 
 @every_engine
@@ -113,19 +33,45 @@ def test_nothing_routed_is_kept_between_calls(engine):
     assert torch.equal(layer(u), first)
 
 
-@every_engine
-def test_the_batched_graph_is_built_once_per_batch_size(engine, monkeypatch):
-    built = []
-    monkeypatch.setattr(
-        layers, "batch_graph", lambda graph, size: built.append(size) or gc.batch_graph(graph, size)
-    )
-    layer = small_layer(engine)
+@pytest.mark.parametrize("engine", WITH_VOTES)
+def test_what_an_engine_prepares_is_made_once_per_batch_size(engine, monkeypatch):
+    layer, built = small_layer(engine), []
+
+    class Counted(passing.ENGINES[engine]):
+        def __init__(self, structure, samples, device):
+            built.append(samples)
+            super().__init__(structure, samples, device)
+
+    monkeypatch.setitem(passing.ENGINES, engine, Counted)
     for size in (2, 2, 3, 2, 3):
         layer(torch.randn(size, 6, 4))
     assert built == [2, 3]
     for size in range(4, 20):
         layer(torch.randn(size, 6, 4))
-    assert len(layer._bound) == layers.BATCH_SIZES_KEPT
+    assert len(layer.structure._kept_for_batch) == BATCH_SIZES_KEPT
+
+
+def test_operations_are_kept_for_each_engine_batch_size_and_device_apart():
+    structure = Structure(any_graph())
+    for engine in WITH_VOTES:
+        for samples in (2, 3):
+            made = passing.passing_on(structure, engine, samples, torch.device("cpu"))
+            assert type(made) is passing.ENGINES[engine]
+            assert made.samples == samples
+    for device in map(torch.device, ("cpu", "meta")):
+        made = passing.passing_on(structure, "scatter", 3, device)
+        assert made.by_child.index.device == device
+
+
+def test_what_is_kept_of_a_graph_is_kept_for_each_device_apart():
+    structure = Structure(any_graph())
+    for device in map(torch.device, ("cpu", "meta")):
+        assert structure.groups("child", device).index.device == device
+        assert structure.numbers("parent_type", device).device == device
+        assert structure.degree(device).device == device
+        u, weight = torch.zeros(2, 4, 4, device=device), torch.zeros(3, 4, 5, device=device)
+        edges = EdgesWithoutVotes(structure, u, weight, rows=1)
+        assert edges.sorted.by_child.start.device == device
 
 
 def test_engines_differ_in_no_checkpoint_and_may_be_changed():
@@ -170,7 +116,7 @@ def saved_and_loaded(layer):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded]
 )
-@pytest.mark.parametrize("engine", ["fused", *ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_layer_that_has_run_survives_copy_pickle_and_save(copied, engine):
     layer = small_layer(engine)
     u = torch.randn(2, 6, 4)
@@ -182,7 +128,7 @@ def test_a_layer_that_has_run_survives_copy_pickle_and_save(copied, engine):
     assert torch.equal(layer(u), expected)
 
 
-@pytest.mark.parametrize("engine", ["fused", *ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_layer_that_has_run_is_saved_without_its_batched_graphs(engine):
     layer = small_layer(engine)
     fresh = len(pickle.dumps(layer))
@@ -196,12 +142,109 @@ def test_weights_are_drawn_with_a_deviation_of_a_tenth():
     assert abs(weight.mean().item()) < 0.001
 
 
-def test_routing_stays_in_float32_under_autocast():
-    layer = small_layer()
+@every_engine
+def test_routing_stays_in_float32_under_autocast(engine):
+    layer = small_layer(engine)
     u = torch.randn(2, 6, 4)
     expected = layer(u)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(u), expected)
+        from_16_bits = layer(u.bfloat16())
+    assert from_16_bits.dtype == torch.float32
+    assert torch.equal(from_16_bits, layer(u.bfloat16().float()))
+
+
+def any_graph():
+    """Not complete, with shared matrices."""
+    return gc.routing_graph([3, 0, 0, 2], [0, 2, 0, 2], children=4, weight_index=[1, 0, 2, 0])
+
+
+@every_engine
+def test_a_layer_made_on_the_meta_device_routes_once_its_weights_are_loaded(engine):
+    layer = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    u = torch.randn(2, 4, 4)
+    on_meta = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine, device="meta")
+    with torch.device("meta"):
+        made_there = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    for other in (on_meta, made_there):
+        assert other.weight.is_meta
+        other.to_empty(device="cpu")
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(u), layer(u))
+
+
+@pytest.mark.parametrize("build", [any_graph, lambda: gc.batch_graph(any_graph(), 2)])
+def test_a_graph_is_built_alike_under_the_meta_device(build):
+    with torch.device("meta"):
+        graph = build()
+    for there, here in zip(graph.edges(), build().edges(), strict=True):
+        assert torch.equal(there, here)
+    assert gc.complete_graph(3, 2).edata["weight_index"].device.type == "cpu"
+
+
+@every_engine
+def test_a_layer_that_ran_in_inference_mode_first_can_be_trained(engine):
+    layer = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    u = torch.randn(2, 4, 4)
+    with torch.inference_mode():
+        expected = layer(u)
+    v = layer(u)
+    v.sum().backward()
+    assert torch.equal(v, expected)
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@every_engine
+def test_what_is_written_on_a_graph_after_its_layer_was_made_changes_nothing(engine):
+    graph = any_graph()
+    layer = gc.CapsuleLayer(graph, 4, 5, engine=engine)
+    u = torch.randn(2, 4, 4)
+    graph.edata["weight_index"][:] = 0
+    untouched = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    untouched.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(u), untouched(u))
+    with pytest.raises(AttributeError, match="no setter"):
+        layer.graph = graph
+
+
+@every_engine
+def test_looking_for_nan_leaves_the_callers_poses_as_they_are(engine):
+    u = torch.randn(2, 6, 4)
+    small_layer(engine)(u)
+    u.resize_(3)  # refused of a tensor whose memory numpy holds
+    negated = torch.randn(2, 6, 4, dtype=torch.complex64).conj().imag  # a view numpy cannot hold
+    layer = small_layer(engine)
+    assert torch.equal(layer(negated), layer(negated.clone()))
+
+
+def test_torch_func_sees_a_layer_on_scatter():
+    layer = small_layer("scatter")
+    u = torch.randn(5, 6, 4)
+    one_by_one = torch.func.vmap(lambda pose: layer(pose.unsqueeze(0)).squeeze(0))
+    assert_close(one_by_one(u), layer(u))
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (u,)).square().sum()
+
+    gradient = torch.func.grad(loss)(layer.weight.detach())
+    layer(u).square().sum().backward()
+    assert_close(gradient, layer.weight.grad)
+    assert_close(layer(u), layer(u))  # nothing that was made under a transform was kept
+
+
+def test_torch_export_and_compile_see_a_layer_on_scatter():
+    layer, u = small_layer("scatter"), torch.randn(5, 6, 4)
+    assert_close(torch.export.export(layer, (u,)).module()(u), layer(u))
+    assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(u), layer(u))
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_torch_jit_trace_records_a_layer(engine):
+    layer, u = small_layer(engine), torch.randn(9, 6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, (u,), check_trace=False)
+    assert_close(traced(u), layer(u))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +294,13 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
     [
         (dict(iterations=0), "iterations must be at least 1; got 0"),
         (dict(engine="dense"), "unknown engine 'dense'; choose one of auto, fused, udf"),
-        (dict(routing="em"), "unknown routing 'em'"),
+        (dict(routing="e-m"), "unknown routing 'e-m'; choose one of dynamic, uniform, em"),
         (dict(gradients="some"), "unknown gradients"),
+        (dict(routing="uniform", iterations=2), "no option iterations; it takes none"),
+        (dict(variant="paper"), "dynamic routing has no option variant; it takes iterations, g"),
+        (dict(routing=gc.EMRouting(), iterations=2), "give them to the routing itself"),
+        (dict(rows=2), "multiples of 2; got 4 and 5"),
+        (dict(rows=0), "rows must be at least 1"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(changes, said):
@@ -292,13 +340,6 @@ def test_a_layer_serves_several_threads_with_many_batch_sizes():
         assert all(threads.map(serve, poses))
 
 
-def test_a_routing_that_does_not_exist_is_refused_also_later():
-    layer = small_layer()
-    layer.routing = "em"
-    with pytest.raises(ValueError, match="unknown routing 'em'"):
-        layer(torch.zeros(1, 6, 4))
-
-
 @pytest.mark.parametrize("engine", ["udf", "builtin"])
 def test_a_named_engine_that_cannot_run_says_why_and_never_falls_back(engine, monkeypatch):
     monkeypatch.setattr("graphcaps._dgl.has_cuda", lambda: False)
@@ -307,15 +348,13 @@ def test_a_named_engine_that_cannot_run_says_why_and_never_falls_back(engine, mo
 
 
 def test_auto_takes_dgls_backend_on_cuda_where_dgl_has_one_and_scatter_elsewhere(monkeypatch):
-    from graphcaps.passing import choose_engine
-
-    cuda = torch.device("cuda")
+    cuda, traced = torch.device("cuda"), dict(trace=True)
     monkeypatch.setattr("graphcaps._dgl.has_cuda", lambda: True)
-    assert choose_engine("auto", cuda) == "builtin"
+    assert engines.choose("auto", cuda, **traced) == "builtin"
     monkeypatch.setattr("graphcaps._dgl.has_cuda", lambda: False)
-    assert choose_engine("auto", cuda) == "scatter"
-    assert choose_engine("auto", torch.device("cpu")) == "builtin"
-    assert choose_engine("auto", torch.device("mps")) == "scatter"
+    assert engines.choose("auto", cuda, **traced) == "scatter"
+    assert engines.choose("auto", torch.device("cpu"), **traced) == "builtin"
+    assert engines.choose("auto", torch.device("mps"), **traced) == "scatter"
 
 
 def primary_by_hand(features, primary):

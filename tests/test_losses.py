@@ -15,6 +15,14 @@ def test_the_margin_loss_is_squared_summed_over_classes_and_averaged_over_images
     assert_close(gc.margin_loss(lengths, labels), torch.tensor((first + second) / 2))
 
 
+def test_a_length_beyond_its_margin_costs_nothing_and_has_no_gradient():
+    lengths = torch.tensor([[0.95, 0.05], [0.02, 0.99]], requires_grad=True)
+    loss = gc.margin_loss(lengths, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(lengths.grad, torch.zeros(2, 2))
+
+
 def test_the_margin_loss_takes_several_digits_in_one_image():
     lengths = torch.tensor([[0.5, 0.3, 0.05]])
     several = torch.tensor([[1, 1, 0]])
@@ -48,6 +56,46 @@ def test_the_loss_weighs_reconstruction_by_0_0005_of_the_sum_which_is_0_392_of_t
     without = output._replace(reconstruction=None)
     expected = gc.margin_loss(output.lengths, labels)
     assert_close(gc.capsnet_loss(without, images, labels), expected)
+
+
+def spread_by_hand(activations, labels, margin):
+    """Sums over plain numbers, averaged over the batch."""
+    total = 0.0
+    for row, true in zip(activations.tolist(), labels.tolist(), strict=True):
+        total += sum(
+            max(0.0, margin - (row[true] - a)) ** 2 for i, a in enumerate(row) if i != true
+        )
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.9])
+def test_the_spread_loss_equals_loops_over_plain_numbers(margin):
+    activations, labels = torch.rand(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    expected = spread_by_hand(activations, labels, margin)
+    assert gc.spread_loss(activations, labels, margin).item() == pytest.approx(expected)
+    present = torch.nn.functional.one_hot(labels, 4)
+    assert gc.spread_loss(activations, present, margin).item() == pytest.approx(expected)
+
+
+def test_a_class_that_is_ahead_by_the_margin_costs_nothing_and_has_no_gradient():
+    activations = torch.tensor([[0.95, 0.02, 0.0]], requires_grad=True)
+    loss = gc.spread_loss(activations, torch.tensor([0]))
+    loss.backward()
+    assert loss == 0
+    assert activations.grad.eq(0).all()
+
+
+def test_the_loss_of_a_net_is_the_one_that_its_routing_is_trained_with():
+    images, labels = torch.rand(2, 1, 28, 28), torch.tensor([3, 7])
+    for routing, loss in (("dynamic", gc.margin_loss), ("em", gc.spread_loss)):
+        net = gc.CapsNet.from_preset(
+            "small", conv_channels=4, capsule_maps=1, routing=routing, decoder_hidden=None
+        )
+        output = net(images)
+        got = gc.capsnet_loss(output, images, labels, kind=net.loss)
+        assert_close(got, loss(output.lengths, labels))
+    with pytest.raises(ValueError, match="unknown kind of loss 'ce'; choose margin or spread"):
+        gc.capsnet_loss(output, images, labels, kind="ce")
 
 
 def test_an_empty_batch_costs_nothing():

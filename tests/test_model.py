@@ -1,9 +1,13 @@
 import copy
+import json
 import pickle
+import resource
+from dataclasses import asdict
 
 import pytest
 import torch
 from routings import ENGINES
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import graphcaps as gc
@@ -151,3 +155,165 @@ def test_a_net_is_saved_and_loaded_by_a_name_in_text(tmp_path):
     model.save(str(tmp_path / "net"))
     again = gc.CapsNet.load(str(tmp_path / "net"))
     assert_close(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"decoder_hidden": None},
+        {"decoder_hidden": (7, 5, 3), "classes": 4, "parent_dim": 6, "child_dim": 3},
+        {"image_channels": 3, "image_size": 21, "kernel_size": 5, "capsule_maps": 3},
+    ],
+)
+def test_a_configuration_tells_the_shape_of_every_parameter(sizes):
+    model = tiny(**sizes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert model.config.parameter_shapes() == shapes
+
+
+def replace_decoder(model):
+    model.decoder = gc.CapsNet.from_preset("small", decoder_hidden=(5,)).decoder
+
+
+def replace_capsules(model):
+    graph = gc.complete_graph(model.capsules.graph.num_nodes("child"), 3)
+    model.capsules = gc.CapsuleLayer(graph, 8, 16)
+
+
+def turn_edges_round(model):
+    child, parent = model.capsules.graph.edges()
+    model.capsules = gc.CapsuleLayer(gc.routing_graph(child, 9 - parent), 8, 16)
+
+
+def iterate_more(model):
+    graph = model.capsules.graph
+    model.capsules = gc.CapsuleLayer(graph, 8, 16, iterations=5)
+
+
+@pytest.mark.parametrize(
+    ("swap", "said"),
+    [
+        (replace_decoder, r"decoder.layers.0.bias expected \[16\], got \[5\]"),
+        (replace_capsules, r"capsules.weight expected \[720, 8, 16\], got \[216, 8, 16\]"),
+        (turn_edges_round, "not completely connected"),
+        (iterate_more, r"the configuration has DynamicRouting\(iterations=3, g"),
+        (lambda model: setattr(model, "decoder", None), "decoder.layers.0.bias"),
+    ],
+)
+def test_a_net_with_a_swapped_layer_is_not_saved_as_another_one(tmp_path, swap, said):
+    model = tiny()
+    swap(model)
+    with pytest.raises(ValueError, match=said):
+        model.save(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_swapped_layer_is_saved_with_a_configuration_that_tells_it(tmp_path):
+    model = tiny()
+    replace_capsules(model)
+    model.decoder = None
+    model.config = gc.CapsNetConfig(
+        **(asdict(model.config) | {"classes": 3, "decoder_hidden": None})
+    )
+    model.save(tmp_path / "net")
+    images = torch.rand(2, 1, 28, 28)
+    assert_close(gc.CapsNet.load(tmp_path / "net")(images).lengths, model(images).lengths)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save(tmp_path / "net")
+    return tmp_path / "net"
+
+
+def change_config(folder, **changes):
+    content = json.loads((folder / "model.json").read_text())
+    for name, value in changes.items():
+        if value is ...:
+            del content[name]
+        else:
+            content[name] = value
+    (folder / "model.json").write_text(json.dumps(content))
+
+
+def test_a_field_that_an_older_version_did_not_write_has_its_default(saved):
+    change_config(saved, iterations=..., kernel_size=...)
+    assert gc.CapsNet.load(saved).config == tiny().config
+
+
+def test_a_field_of_a_newer_version_is_refused_by_its_name(saved):
+    change_config(saved, temperature=2)
+    with pytest.raises(ValueError, match=r"model\.json: temperature: unknown field"):
+        gc.CapsNet.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"conv_channels": 0}, "conv_channels must be at least 1; got 0"),
+        ({"conv_channels": "8"}, "conv_channels: expected a valid integer, got '8'"),
+        ({"conv_channels": 8.5}, "conv_channels: expected a valid integer, got 8.5"),
+        ({"conv_channels": True}, "conv_channels: expected a valid integer, got True"),
+        ({"kernel_size": 40}, "images of 28 pixels are too small"),
+        ({"decoder_hidden": [16, -1]}, "decoder_hidden must be at least 1; got -1"),
+        ({"decoder_hidden": 16}, "decoder_hidden: expected a valid array, got 16"),
+        ({"routing": "magic"}, "unknown routing 'magic'; choose one of"),
+        ({"iterations": 10**12}, "iterations must be at most 1000"),
+    ],
+)
+def test_a_configuration_that_no_net_can_have_is_named(saved, changes, said):
+    change_config(saved, **changes)
+    with pytest.raises(ValueError, match=rf"net/model\.json: {said}"):
+        gc.CapsNet.load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_hidden": [20_000, 20_000]},
+        {"classes": 10**9},
+        {"capsule_maps": 10**30},
+        {"image_size": 10**6},
+    ],
+)
+def test_sizes_that_no_memory_holds_are_compared_with_the_file_first(saved, changes):
+    gc.CapsNet.load(saved)  # what is loaded once and for all
+    change_config(saved, **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit model\.json"):
+        gc.CapsNet.load(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(saved, number):
+    weights = load_file(saved / "model.safetensors")
+    weights["capsules.weight"][3, 2, 1] = number
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: capsules.weight .* not finite"):
+        gc.CapsNet.load(saved)
+
+
+def test_weights_that_float32_cannot_hold_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    weights["conv.0.bias"] = weights["conv.0.bias"].double() + 1e300
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: conv.0.bias .* not finite"):
+        gc.CapsNet.load(saved)
+
+
+def test_weights_that_are_no_floats_are_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    weights["conv.0.weight"] = weights["conv.0.weight"].to(torch.int8)
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"safetensors: expected conv.0.weight in torch.float32"):
+        gc.CapsNet.load(saved)
+
+
+def test_weights_in_half_precision_are_loaded(tmp_path):
+    model = tiny()
+    model.save(tmp_path / "net", torch.bfloat16)
+    loaded = gc.CapsNet.load(tmp_path / "net")
+    rounded = model.conv[0].weight.bfloat16().float()
+    assert torch.equal(loaded.conv[0].weight, rounded)

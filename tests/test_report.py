@@ -4,16 +4,19 @@ import base64
 import dataclasses
 import errno
 import html.parser
+import json
 import math
 import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from reports import lively_model, random_data, write_run
+from reports import HOSTILE, filled_with, lively_model, random_data, write_run
 from torch.testing import assert_close
 
 import graphcaps as gc
@@ -148,12 +151,7 @@ def test_figures_that_a_net_cannot_have_are_left_out(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").unlink()
     found = report.sections(report.collect(run, net, random_data(net)))
     titles = {section.title for section in found}
-    assert not titles & {
-        "Learning curves",
-        "Reconstructions",
-        "Tweaked poses",
-        "Engines against dense routing",
-    }
+    assert not titles & {"Learning curves", "Reconstructions", "Tweaked poses"}
     assert "Entropy of the coupling" in titles
 
 
@@ -184,10 +182,12 @@ class Reader(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.loaded, self.ids, self.images, self.text = [], [], [], [], ""
+        self.elements = []  # tags with the names of their attributes
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, [name for name, _ in attributes]))
         attributes = dict(attributes)
         self.loaded += [v for k, v in attributes.items() if k in ("src", "href", "data", "action")]
         self.ids += [attributes["id"]] if "id" in attributes else []
@@ -270,6 +270,19 @@ def test_names_of_classes_cannot_break_the_page(model, data, tmp_path):
     assert "</script><b>" in reader.text
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_whatever_comes_from_a_file_is_text_in_the_page(records, finished):
+    pages = []
+    for text in (HOSTILE, "PLAIN"):
+        section = report.Section(text, text, text, Figure())
+        pages.append(report.render(filled_with(text, records, finished), [section]))
+    hostile, plain = map(Reader, pages)
+    assert hostile.elements == plain.elements
+    assert hostile.text.count(HOSTILE) == plain.text.count("PLAIN")
+    data = json.loads(re.search(r'id="records">(.*?)</script>', pages[0])[1])
+    assert data["classes"] == [HOSTILE] * 10
+
+
 def test_the_decoders_layers_are_those_of_torch(model):
     layers = decoder_layers(model)
     assert [tuple(weight.shape) for weight, _ in layers] == [(512, 160), (1024, 512), (784, 1024)]
@@ -295,6 +308,9 @@ def test_the_papers_net_makes_a_page_within_a_few_megabytes(tmp_path):
         {"classes": 3},
         {"image_channels": 3, "image_size": 20},
         {"iterations": 1, "classes": 2},
+        {"routing": "em", "child_dim": 16, "rows": 4},
+        {"routing": "attention"},
+        {"routing": "self_routing"},
     ],
 )
 def test_every_kind_of_net_has_a_report(changes, tmp_path):
@@ -311,7 +327,7 @@ def test_a_data_set_with_other_classes_or_images_is_refused(model, tmp_path):
     other = random_data(lively_model(classes=3))
     with pytest.raises(ValueError, match=r"tells 10 classes and random has 3.*--dataset"):
         report.collect(run, model, other)
-    with pytest.raises(ValueError, match="expected images of shape"):
+    with pytest.raises(ValueError, match=r"takes images of shape \[1, 20, 20\]"):
         report.collect(run, lively_model(image_size=20), load_dataset(str(DIGITS)))
 
 
@@ -322,6 +338,61 @@ def test_a_file_that_cannot_be_written_is_named_before_any_work(model, data, tmp
         report.write_report(run, model, None, tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         report.write_report(run, model, None, tmp_path / "file" / "report.html")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A report that takes no time."""
+    monkeypatch.setattr(report, "collect", lambda *_: None)
+    monkeypatch.setattr(report, "sections", lambda *_: [])
+    monkeypatch.setattr(report, "render", lambda *_: "page")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path):
+    link = tmp_path / "link.html"
+    for target in ("new/report.html", "other.html"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        report.write_report(None, None, None, link)
+        assert os.readlink(link) == target
+        assert (tmp_path / target).read_text() == "page"
+        assert not (tmp_path / target).is_symlink()
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_no_regular_file_is_written_into_and_stays(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(pipe.read_text)
+        report.write_report(None, None, None, pipe)
+        assert read.result(timeout=10) == "page"
+    assert pipe.is_fifo()
+    report.write_report(None, None, None, Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_report_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    if (process := os.fork()) == 0:
+        try:
+            monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            report.write_report(None, None, None, tmp_path / "report.html")
+        finally:
+            os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert os.listdir(tmp_path) == [f".report.html.{process}.unfinished"]
+    report.write_report(None, None, None, tmp_path / "report.html")
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_run_whose_name_is_no_text_has_a_report(tmp_path, monkeypatch, records):
+    name = os.fsdecode(b"run \xff")
+    monkeypatch.setattr(report, "collect", lambda *_: dataclasses.replace(records, name=name))
+    monkeypatch.setattr(report, "sections", lambda *_: [])
+    report.write_report(None, None, None, tmp_path / "report.html")
+    assert r"<h1>run \udcff</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_full_disk_leaves_the_report_that_was_there(model, data, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from browser import Page, find_chromium
 from matplotlib.figure import Figure
-from reports import lively_model, random_data, write_run
+from reports import HOSTILE, filled_with, lively_model, random_data, write_run
 
 from graphcaps import report
 
@@ -358,3 +358,19 @@ def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, 
     first = shown.records.examples[0]
     shown.check_drawing(first, 2, first.predicted)
     assert_quiet(shown)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_whatever_comes_from_a_file_is_text_and_runs_nothing(made, tmp_path, finished):
+    section = report.Section(HOSTILE, HOSTILE, HOSTILE, Figure(figsize=(2, 2)))
+    path = tmp_path / "hostile.html"
+    page = report.render(filled_with(HOSTILE, made.records, finished), [section])
+    path.write_text(page, encoding="utf-8")
+    made.browser.open(path)
+    assert made.run("window.attacked") is None
+    assert made.browser.complaints == []  # as of an image that is asked for
+    assert made.run("document.title") == f"{HOSTILE} – graphcaps report"
+    shown = made.run(
+        "[...document.querySelectorAll('h1, caption, #figures h3')].map(e => e.textContent)"
+    )
+    assert shown.count(HOSTILE) == 3

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from routings import ENGINES, cases
+from routings import WITH_VOTES, cases
 from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps import reference
 from graphcaps._dgl import dgl
+from graphcaps.routing import Sums
 
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_engine = pytest.mark.parametrize("engine", WITH_VOTES)
 
 
 def traced(graph, engine="auto", samples=2, iterations=3):
@@ -84,7 +85,8 @@ def test_entropy_of_a_decided_child_is_zero_and_its_gradient_finite():
     b = torch.tensor([[0.0], [200.0]], requires_grad=True)
     c = b.softmax(dim=0)
     nothing = torch.zeros(2, 1)
-    trace = gc.Trace.of(structure, 1, u_hat, [gc.Iteration(b, c, nothing, nothing)])
+    sums = Sums(N=nothing, S=nothing, Q=None, r=None, b=b, c=c)
+    trace = gc.Trace.of(structure, 1, u_hat, [gc.Iteration(sums, nothing)])
     assert trace.entropy().item() == 0
     assert trace.strongest_parent().item() == 1
 

@@ -1,25 +1,30 @@
-import json
+import errno
+import gzip
+import io
 import os
+import shutil
 import signal
-from dataclasses import asdict, replace
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import fake_cuda_graph
 import pytest
 import torch
+from runs import step_metrics
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps import training
+from graphcaps import cli, training
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import load_dataset
 from graphcaps.evaluation import Score, evaluate
-from graphcaps.model import CapsNet
+from graphcaps.model import PRESETS, CapsNet
 from graphcaps.settings import (
     RECIPES,
     Recipe,
+    RunSettings,
     TrainSettings,
-    as_json,
     choose_preset,
     make_recipe,
     make_schedule,
@@ -30,6 +35,7 @@ from graphcaps.training import Trainer, TrainingDivergedError, TrainingInterrupt
 from graphcaps.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
+NOWHERE = ("hpu", "mtia", "privateuseone", "mps", "opengl", "cuda:77")  # devices that torch knows
 CPU = Workers(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -39,6 +45,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def tiny_net(monkeypatch):
+    sizes = dict(conv_channels=8, capsule_maps=2, decoder_hidden=(8,))
+    monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], **sizes))
 
 
 def settings(run, **changes):
@@ -51,7 +63,7 @@ def trainer(run, **changes):
     data = load_dataset(asked.dataset)
     recipe = make_recipe(asked, "small", len(data.train.labels))
     run_folder = RunFolder(run)
-    run_folder.create({})
+    run.mkdir()
     return Trainer(asked, recipe, data, CPU, run_folder)
 
 
@@ -59,13 +71,14 @@ def weights(run):
     return RunFolder(run).last_checkpoint().joinpath("model.safetensors").read_bytes()
 
 
-def interrupt_at(step, monkeypatch):
-    """Ctrl-C while a step is taken."""
-    take_step = Trainer._take_step
+def interrupt_at(step, monkeypatch, *signals):
+    """Ctrl-C while a step is taken, or other signals, once."""
+    take_step, to_come = Trainer._take_step, [*(signals or [signal.SIGINT])]
 
     def interrupted(self, *args):
         if self.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            while to_come:
+                os.kill(os.getpid(), to_come.pop())
         return take_step(self, *args)
 
     monkeypatch.setattr(Trainer, "_take_step", interrupted)
@@ -95,9 +108,9 @@ def test_a_resumed_run_ends_with_the_very_weights_of_one_never_stopped(
 
 def test_what_a_killed_run_wrote_after_its_checkpoint_is_forgotten(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create({})
+    run.path.mkdir()
     for step in (1, 2, 3):
-        run.log({"kind": "step", "step": step})
+        run.log(step_metrics(step))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')  # killed while writing
     (tmp_path / "run" / "best").mkdir()
@@ -195,7 +208,7 @@ def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_pa
 
 
 def test_training_reduces_the_loss(tmp_path):
-    train(settings(tmp_path / "run", epochs=8))
+    train(settings(tmp_path / "run", epochs=20))
     epochs = [r for r in RunFolder(tmp_path / "run").metrics() if r["kind"] == "epoch"]
     assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
     assert epochs[-1]["holdout_accuracy"] > 0.5
@@ -207,9 +220,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_last_good_checkpoint
     loss = training.capsnet_loss
     calls = []
 
-    def spoiled(*args):
+    def spoiled(*args, **options):
         calls.append(1)
-        return loss(*args) * (torch.nan if len(calls) == 5 else 1)
+        return loss(*args, **options) * (torch.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(training, "capsnet_loss", spoiled)
     with pytest.raises(TrainingDivergedError) as caught:
@@ -253,12 +266,12 @@ def test_looking_seldom_still_tells_the_step_that_diverged_and_saves_nothing_aft
 ):
     loss, calls = training.capsnet_loss, []
 
-    def spoiled(*args):
+    def spoiled(*args, **options):
         calls.append(1)
-        return loss(*args) * (torch.nan if len(calls) == 5 else 1)
+        return loss(*args, **options) * (torch.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(training, "capsnet_loss", spoiled)
-    monkeypatch.setattr(gc.CapsuleLayer, "_check_poses", lambda *_: None)  # as on a GPU
+    monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)  # as on a GPU
     with pytest.raises(TrainingDivergedError, match="the loss is not finite at step 5"):
         train(settings(tmp_path / "run", checkpoint_every=4))
     assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000004"
@@ -280,7 +293,7 @@ def captures(monkeypatch):
         return torch.zeros(batch, classes, dtype=torch.int64).scatter(1, labels[:, None], 1)
 
     monkeypatch.setattr(training, "_check_capture", lambda *_: None)
-    monkeypatch.setattr(gc.CapsuleLayer, "_check_poses", lambda *_: None)
+    monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)
     for module in (gc.losses, gc.model):
         monkeypatch.setattr(module, "multi_hot", multi_hot)
     return fake_cuda_graph.install(monkeypatch)
@@ -393,6 +406,21 @@ def test_the_papers_rate_decays_by_0_96_every_2000_steps():
     assert_close(rates[1000], 0.96**0.5 * 1e-3)  # without steps, as in the authors' code
 
 
+@pytest.mark.parametrize("preset", RECIPES)
+def test_a_schedule_that_starts_in_the_middle_goes_on_as_one_that_came_there(preset):
+    came, starts = (torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]) for _ in range(2))
+    schedules = [make_schedule(optimizer, RECIPES[preset], 100) for optimizer in (came, starts)]
+    for _ in range(37):
+        came.step()
+        schedules[0].step()
+    schedules[1] = make_schedule(starts, RECIPES[preset], 100, step=37)
+    for _ in range(3):
+        assert starts.param_groups == came.param_groups
+        for optimizer, schedule in zip((came, starts), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_one_cycle_goes_up_to_the_rate_and_down_to_nothing(steps):
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -429,18 +457,8 @@ def test_small_data_sets_are_passed_over_until_400_steps_unless_epochs_are_given
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(epochs=0), "epochs must be at least 1; got 0"),
-        (dict(batch_size=0), "--batch-size from 1 to the 294"),
-        (dict(batch_size=295), "--batch-size from 1 to the 294"),
-        (dict(iterations=0), "iterations must be at least 1"),
-        (dict(shift=-1), "shift must be at least 0"),
-        (dict(seed=-1), "seed must be at least 0"),
-        (dict(seed=2**64), "seed must be at most"),
-        (dict(device="meta"), "unknown device 'meta'"),
-        (dict(learning_rate=0.0), "above 0"),
-        (dict(learning_rate=float("nan")), "above 0"),
-        (dict(device="gpu"), "unknown device 'gpu'"),
         (dict(dataset="mnits"), "mnist, fashion-mnist"),
+        (dict(batch_size=295), "--batch-size from 1 to the 294"),
         (dict(resume=True), "no run at"),
         (dict(resume=True, run_dir=None), "add --run-dir FOLDER"),
     ],
@@ -452,6 +470,47 @@ def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(epochs=0), "epochs must be at least 1; got 0"),
+        (dict(epochs=10**400), "epochs must be at most 1000000; got 1000"),
+        (dict(batch_size=0), "batch_size must be at least 1; got 0"),
+        (dict(batch_size=10**400), "batch_size must be at most"),
+        (dict(iterations=0), "iterations must be at least 1"),
+        (dict(iterations=10**12), "iterations must be at most 1000; got 1000000000000"),
+        (dict(shift=-1), "shift must be at least 0"),
+        (dict(shift=2**63), "shift must be at most 1000"),
+        (dict(seed=-1), "seed must be at least 0"),
+        (dict(seed=2**64), "seed must be at most"),
+        (dict(checkpoint_every=0), "checkpoint_every must be at least 1"),
+        (dict(checkpoint_every=10**400), "checkpoint_every must be at most"),
+        (dict(learning_rate=0.0), "must be above 0"),
+        (dict(learning_rate=float("nan")), "must be above 0"),
+        (dict(learning_rate=1e308), r"at most 3.4e\+38; got 1e\+308"),
+        (dict(device="meta"), "unknown device 'meta'"),
+        (dict(device="gpu"), "unknown device 'gpu'"),
+        *((dict(device=name), f"device '{name}' is not there: ") for name in NOWHERE),
+        (dict(run_dir=Path("r" * 256)), "File name too long"),
+        (dict(run_dir=Path("/".join(["r" * 200] * 20), "r" * 50)), "File name too long"),
+        (dict(run_dir=Path(__file__) / "run"), "Not a directory"),
+        (dict(run_dir=Path("/proc/run")), "could not be written"),
+        (dict(run_dir=Path("caf\udce9")), r"name in UTF-8 as run_dir.* got b'caf\\xe9'"),
+        (dict(data_dir=Path("caf\udce9")), "name in UTF-8 as data_dir"),
+    ],
+)
+def test_settings_that_no_data_allow_are_refused_in_a_sentence_before_any_work(
+    changes, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "load_dataset", lambda *_: pytest.fail("data are loaded"))
+    asked = replace(settings(tmp_path / "run"), **changes)
+    with pytest.raises((ValueError, OSError, RuntimeError), match=said) as caught:
+        train(asked)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(asked.run_dir))
+    assert not list(tmp_path.iterdir())
+
+
 def test_few_images_make_one_batch():
     assert make_recipe(TrainSettings(), "small", 55).batch_size == 55
     assert make_recipe(TrainSettings(), "small", 101).batch_size == 100
@@ -460,24 +519,119 @@ def test_few_images_make_one_batch():
 def test_a_run_that_exists_is_not_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "diary.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="exists already; add --resume"):
+    with pytest.raises(FileExistsError, match="exists already"):
         train(settings(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
 
 
+def test_a_start_that_was_killed_before_there_was_a_run_can_be_made_again(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / ".settings.json.77.unfinished").write_text('{"sett')
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        train(TrainSettings(run_dir=run, resume=True))
+    train(settings(run, epochs=1))
+    assert not list(run.glob(".*"))
+
+
+def test_nothing_is_left_behind_but_the_files_of_the_run(tmp_path):
+    train(settings(tmp_path / "run", checkpoint_every=2))
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    parts = ("model.json", "model.safetensors")
+    assert files == {
+        *(f"run/{name}" for name in ("settings.json", "metrics.jsonl", "result.json")),
+        *(f"run/best/{name}" for name in parts),
+        *(
+            f"run/checkpoints/step-{step:08d}/{name}"
+            for step in (10, 12)
+            for name in (*parts, "training.pt", "SHA256SUMS")
+        ),
+    }
+
+
+def test_a_second_start_while_the_first_loads_its_data_is_refused(tmp_path, monkeypatch):
+    load, refusals = training.load_dataset, []
+
+    def slow(*args):
+        if not refusals:
+            refusals.append("another process is training in")
+            with pytest.raises(RuntimeError, match=refusals[0]):
+                train(settings(tmp_path / "run"))
+        return load(*args)
+
+    monkeypatch.setattr(training, "load_dataset", slow)
+    train(settings(tmp_path / "run", epochs=1))
+    assert refusals
+
+
+def test_a_second_start_sees_what_the_first_wrote_until_it_had_the_lock(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(TrainingInterrupt):
+            train(settings(run.path))
+    asked = TrainSettings(run_dir=run.path, resume=True)
+    lock, first = RunFolder.locked, []
+
+    def late(self):
+        if not first:
+            first.append(None)
+            first[0] = train(asked), run.metrics(), weights(run.path)
+        return lock(self)
+
+    monkeypatch.setattr(RunFolder, "locked", late)
+    assert train(asked) == first[0][0]
+    assert (run.metrics(), weights(run.path)) == first[0][1:]
+
+
 def test_a_resumed_run_cannot_change_its_settings(tmp_path):
-    started = replace(settings(tmp_path / "run"), epochs=5, seed=3)
-    recipe = make_recipe(started, "small", 294)
-    stored = json.loads(json.dumps({"settings": as_json(started), "recipe": asdict(recipe)}))
+    settled = replace(settings(tmp_path / "run"), epochs=5, seed=3)
+    started = RunSettings(settled, make_recipe(settled, "small", 294), {})
     asked = TrainSettings(run_dir=tmp_path / "moved", resume=True, engine="udf")
     resumed = with_absolute_paths(
-        replace(started, run_dir=tmp_path / "moved", resume=True, engine="udf")
+        replace(settled, run_dir=tmp_path / "moved", resume=True, engine="udf")
     )
-    assert resume_settings(asked, stored) == (resumed, recipe)
+    assert resume_settings(asked, started) == resumed
     with pytest.raises(ValueError, match="epochs is 5, not 6"):
-        resume_settings(replace(asked, epochs=6), stored)
-    with pytest.raises(ValueError, match="not those of graphcaps"):
-        resume_settings(asked, stored | {"settings": {"data_dir": "data", "colour": "blue"}})
+        resume_settings(replace(asked, epochs=6), started)
+
+
+def test_a_flag_that_is_given_counts_on_resume_though_it_is_the_default(tmp_path):
+    settled = replace(settings(tmp_path / "run"), engine="udf", seed=3)
+    started = RunSettings(settled, make_recipe(settled, "small", 294), {})
+    asked = TrainSettings(run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="seed is 3, not 0"):
+        resume_settings(asked, started, given={"run_dir", "resume", "seed"})
+    with pytest.raises(ValueError, match=r"dataset is .*digits, not 'mnist'"):
+        resume_settings(asked, started, given={"run_dir", "resume", "dataset"})
+    assert resume_settings(asked, started, {"run_dir", "resume"}).engine == "udf"
+    assert resume_settings(asked, started, {"run_dir", "resume", "engine"}).engine == "auto"
+
+
+@pytest.mark.parametrize(
+    "again", [dict(batch_size=49), dict(preset="small"), dict(preset="auto"), dict(epochs=9)]
+)
+def test_a_flag_that_repeats_what_the_run_has_is_accepted_on_resume(again, tmp_path):
+    settled = replace(settings(tmp_path / "run"), epochs=None)
+    started = RunSettings(settled, replace(make_recipe(settled, "small", 294), epochs=9), {})
+    asked = TrainSettings(run_dir=tmp_path / "run", resume=True, **again)
+    assert resume_settings(asked, started, again).epochs is None
+
+
+def test_the_program_refuses_a_given_flag_that_differs_from_the_run(tmp_path, monkeypatch, capsys):
+    started = settings(tmp_path / "run", seed=3)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(TrainingInterrupt):
+            train(started)
+    resume = ["graphcaps", "train", "--run-dir", str(tmp_path / "run"), "--resume"]
+    for seed in (["--seed", "0"], ["--seed=0"]):
+        monkeypatch.setattr("sys.argv", [*resume, *seed])
+        assert cli.main() == 1
+        assert "seed is 3, not 0" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*resume, "--seed", "3"])
+    assert cli.main() == 0
 
 
 def test_a_run_resumes_from_another_working_folder_on_the_device_it_was_started_on(
@@ -492,21 +646,146 @@ def test_a_run_resumes_from_another_working_folder_on_the_device_it_was_started_
             train(asked)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    stored = RunFolder(tmp_path / "run").settings()
-    resumed, _ = resume_settings(TrainSettings(run_dir=tmp_path / "run", resume=True), stored)
+    started = RunFolder(tmp_path / "run").settings()
+    resumed = resume_settings(TrainSettings(run_dir=tmp_path / "run", resume=True), started)
     assert (resumed.device, resumed.data_dir) == ("cpu", tmp_path / "here")
     assert train(resumed)["test_images"] == 100
 
 
-def test_a_checkpoint_of_another_version_is_named(tmp_path, monkeypatch):
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run of twelve steps, stopped after the fourth, with checkpoints of the last two."""
     with monkeypatch.context() as patch:
         interrupt_at(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(tmp_path / "run"))
-    checkpoint = RunFolder(tmp_path / "run").last_checkpoint()
-    torch.save({"step": 4}, checkpoint / "training.pt")
-    with pytest.raises(ValueError, match=r"step-00000004 was not written by this version.*lacks"):
+        with pytest.raises(TrainingInterrupt):
+            train(settings(tmp_path / "stopped", checkpoint_every=1))
+    return RunFolder(tmp_path / "stopped")
+
+
+def resume(run):
+    return train(TrainSettings(run_dir=run.path, resume=True))
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A copy of the digits that a test may change."""
+    return Path(shutil.copytree(DIGITS, tmp_path / "digits"))
+
+
+def change_a_pixel(folder):
+    file = folder / "train-images-idx3-ubyte"
+    pixels = bytearray(gzip.decompress((folder / f"{file.name}.gz").read_bytes()))
+    pixels[-1] ^= 1
+    file.write_bytes(pixels)
+
+
+def drop_images(folder):
+    for name, size, header in (("images-idx3", 784, 16), ("labels-idx1", 1, 8)):
+        file = folder / f"train-{name}-ubyte"
+        content = gzip.decompress((folder / f"{file.name}.gz").read_bytes())
+        count = (100).to_bytes(4, "big")
+        file.write_bytes(content[:4] + count + content[8 : header + 100 * size])
+
+
+@pytest.mark.parametrize("change", [change_a_pixel, drop_images])
+def test_a_run_is_not_resumed_on_other_data(digits, tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(TrainingInterrupt):
+            train(settings(tmp_path / "run", dataset=str(digits)))
+    before = weights(tmp_path / "run")
+    change(digits)
+    with pytest.raises(ValueError, match=r"expected the data .* 294 training images with SHA-256"):
         train(TrainSettings(run_dir=tmp_path / "run", resume=True))
+    assert weights(tmp_path / "run") == before
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (digits / name).unlink(missing_ok=True)
+    train(TrainSettings(run_dir=tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "SHA256SUMS"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
+    name, stopped, tmp_path, capsys
+):
+    train(settings(tmp_path / "unbroken", checkpoint_every=1))
+    damaged = stopped.last_checkpoint() / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    resume(stopped)
+    said = capsys.readouterr().out
+    assert f"A checkpoint is left out: {damaged.parent}" in said
+    assert "Going on with the small net after 3 steps" in said
+    assert weights(stopped.path) == weights(tmp_path / "unbroken")
+
+
+def test_a_checkpoint_with_a_missing_file_is_a_damaged_one(stopped, capsys):
+    (stopped.last_checkpoint() / "model.safetensors").unlink()
+    resume(stopped)
+    assert "after 3 steps" in capsys.readouterr().out
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_nothing_is_removed(stopped):
+    for checkpoint in stopped.checkpoints():
+        (checkpoint / "training.pt").write_bytes(b"GIF89a")
+    before = sorted(stopped.path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{stopped.last_checkpoint() / 'training.pt'} is damaged"):
+        resume(stopped)
+    assert sorted(stopped.path.rglob("*")) == before
+
+
+WRONG = [None, "a", -1, 10**9, 0.5, [], {}, torch.zeros(3)]
+
+
+def places(state):
+    """Every place of a training state where something wrong can stand."""
+    yield ()
+    yield from ((name,) for name in state)
+    yield ("optimizer", "state")
+    yield from (("optimizer", "state", number) for number in (0, 3))
+    yield from (("optimizer", "state", 3, name) for name in state["optimizer"]["state"][3])
+
+
+def with_wrong(state, place, wrong):
+    if not place:
+        return wrong
+    name, *rest = place
+    return {**state, name: with_wrong(state[name], rest, wrong)}
+
+
+def test_a_training_state_of_any_wrong_type_is_refused_in_a_sentence_or_of_no_matter(stopped):
+    """Without a checksum, as graphcaps 0.1.0 wrote it."""
+    checkpoint, other = stopped.checkpoints()
+    shutil.rmtree(other)
+    (checkpoint / "SHA256SUMS").unlink()
+    file = checkpoint / "training.pt"
+    whole, refusals = torch.load(file), []
+    started = stopped.settings()
+    data = load_dataset(str(DIGITS))
+    for place in places(whole):
+        for wrong in WRONG:
+            torch.save(with_wrong(whole, place, wrong), file)
+            resumed = Trainer(started.settings, started.recipe, data, CPU, stopped)
+            try:
+                resumed.resume()
+            except ValueError as error:
+                refusals.append(str(error))
+            else:
+                assert resumed.step == 4, place
+                resumed._take_step(*(part[:2] for part in resumed._plan(0)))
+    assert len(refusals) > 85
+    assert all(str(file) in told and "\n" not in told for told in refusals)
+
+
+def test_a_checkpoint_of_another_version_is_named(stopped):
+    for checkpoint in stopped.checkpoints():
+        torch.save({"step": 4}, checkpoint / "training.pt")
+        (checkpoint / "SHA256SUMS").unlink()
+    with pytest.raises(
+        ValueError, match=r"step-00000004/training.pt was not written by this.*lacks"
+    ):
+        resume(stopped)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
@@ -516,3 +795,95 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert again == first
     assert weights(tmp_path / "run") == before
     assert "nothing is left to do" in capsys.readouterr().out
+
+
+class Dead(io.StringIO):
+    """A stream that nobody reads."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    flush = isatty = fileno = write
+
+
+def dead_streams():
+    closed = io.StringIO()
+    closed.close()
+    yield "broken pipe", Dead(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    yield "full disk", Dead(OSError(errno.ENOSPC, "No space left on device"))
+    yield "hung up", Dead(OSError(errno.EIO, "Input/output error"))
+    yield "reentrant call", Dead(RuntimeError("reentrant call"))
+    yield "closed", closed
+    yield "none", None
+    yield "ASCII", io.TextIOWrapper(io.BytesIO(), "ascii")
+    yield "KOI8-R", io.TextIOWrapper(io.BytesIO(), "koi8-r")
+
+
+@pytest.mark.parametrize("stream", [pytest.param(s, id=name) for name, s in dead_streams()])
+def test_streams_that_cannot_be_written_change_nothing(stream, tmp_path, monkeypatch, digits):
+    folder = digits.rename(tmp_path / "Ziffern – 数字")
+    asked = dict(dataset=str(folder), epochs=1)
+    train(settings(tmp_path / "told", **asked))
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.stderr", stream)
+    untold = train(settings(tmp_path / "untold", **asked))
+    assert untold["test_images"] == 100
+    assert weights(tmp_path / "untold") == weights(tmp_path / "told")
+
+
+@pytest.mark.parametrize("stream", [pytest.param(s, id=name) for name, s in dead_streams()])
+def test_ctrl_c_saves_though_nobody_can_be_told(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.stderr", stream)
+    interrupt_at(3, monkeypatch)
+    with pytest.raises(TrainingInterrupt, match=r"saved as .*step-00000004"):
+        train(settings(tmp_path / "run"))
+
+
+def test_an_epochs_checkpoint_is_there_before_its_words(tmp_path, monkeypatch):
+    run, told = RunFolder(tmp_path / "run"), []
+    monkeypatch.setattr(training, "say", lambda text: told.append((text, run.last_checkpoint())))
+    train(settings(tmp_path / "run"))
+    news = [(text[:9], checkpoint.name) for text, checkpoint in told if text.startswith("epoch")]
+    assert news == [("epoch 1/2", "step-00000006"), ("epoch 2/2", "step-00000012")]
+
+
+def test_what_is_told_at_the_start_is_in_characters_that_every_terminal_has(tmp_path):
+    assert trainer(tmp_path / "run").describe().isascii()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end_saves_as_ctrl_c_does(name, tmp_path, monkeypatch):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    interrupt_at(3, monkeypatch, number)
+    with pytest.raises(TrainingInterrupt, match=r"saved as .*step-00000004"):
+        train(settings(tmp_path / "run"))
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_remains_so(tmp_path, monkeypatch):
+    """As nohup ignores SIGHUP, and a shell SIGINT for what runs in the background."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        interrupt_at(3, monkeypatch, signal.SIGHUP, signal.SIGINT)
+        assert train(settings(tmp_path / "run", epochs=1))["epochs"] == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_can_be_trained_off_the_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(train(settings(tmp_path / "thread", epochs=1)))
+    )
+    thread.start()
+    thread.join()
+    assert results and results[0]["epochs"] == 1
+    train(settings(tmp_path / "main", epochs=1))
+    assert weights(tmp_path / "thread") == weights(tmp_path / "main")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -98,6 +99,24 @@ def test_every_process_says_what_is_wrong_with_it(tmp_path):
     done = processes(2, *command, "--batch-size", 49, "--device", "cpu", fails=True)
     assert "graphcaps[0]: 2 processes share every batch equally" in done.stderr
     assert "graphcaps[1]: 2 processes share every batch equally" in done.stderr
+
+
+def test_what_the_leader_cannot_enter_is_told_on_every_worker(tmp_path, monkeypatch):
+    sent = []
+
+    def broadcast(values):  # to the others, from the leader, which comes first here
+        if values == [None]:
+            values[0] = pickle.loads(sent[0])
+        sent.append(pickle.dumps(values[0]))
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        for rank in (0, 1):
+            worker = Workers(rank=rank, size=2, device=torch.device("cpu"))
+            with pytest.raises(RuntimeError, match="another process is training in"):
+                worker.leader_in(RunFolder(run.path).locked()).__enter__()
+    assert len(sent) == 2
 
 
 def test_two_interrupted_processes_go_on_as_if_never_stopped(tmp_path):

@@ -1,46 +1,55 @@
-"""Routing's message passing as torch's index operations: any device, DGL holds the structure."""
+"""Message passing as torch's index operations: any device, DGL holds the structure alone."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from graphcaps._dgl import dgl
+from graphcaps.structure import Groups, Structure
 
 
 class ScatterEngine:
-    """Gather by index, scatter by index; the graph itself stays where it is."""
+    """Gather by index, scatter by index, with the samples side by side."""
 
-    def __init__(self, graph: dgl.DGLGraph, device: torch.device) -> None:
-        child, parent = graph.edges()
-        self.child = child.to(device, torch.int64)
-        self.parent = parent.to(device, torch.int64)
-        self.edges = graph.num_edges()
-        self.children = graph.num_nodes("child")
-        self.parents = graph.num_nodes("parent")
+    def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:
+        self.structure, self.samples = structure, samples
+        self.by_child = structure.groups("child", device)
+        self.by_parent = structure.groups("parent", device)
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
         return None
 
-    def softmax_over_parents(self, b: Tensor) -> Tensor:
-        b = b.squeeze(-1)
-        largest = b.new_zeros(self.children).scatter_reduce(
-            0, self.child, b.detach(), "amax", include_self=False
+    def softmax_over_parents(self, b: Tensor, leak: bool = False) -> Tensor:
+        b = b.reshape(self.samples, len(self.by_child.index), 1)
+        child = self.by_child.index.view(1, -1, 1).expand_as(b)
+        largest = b.new_zeros(self.samples, self.by_child.count, 1).scatter_reduce(
+            1, child, b.detach(), "amax", include_self=leak
         )
-        exponential = (b - largest[self.child]).exp()
-        total = b.new_zeros(self.children).index_add(0, self.child, exponential)
-        return (exponential / total[self.child]).unsqueeze(-1)
+        exponential = (b - self.by_child.expand(largest, dim=1)).exp()
+        total = self.by_child.sum(exponential, dim=1)
+        if leak:
+            total = total + (-largest).exp()
+        return (exponential / self.by_child.expand(total, dim=1)).flatten(0, 1)
 
-    def sum_into_parents(
-        self, c: Tensor, u_hat: Tensor, node_function: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        message = c * u_hat
-        s = message.new_zeros(self.parents, message.shape[1]).index_add(0, self.parent, message)
-        return s, node_function(s)
+    def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
+        weighted = (w * x).reshape(self.samples, len(self.by_parent.index), x.shape[1])
+        return self.by_parent.sum(weighted, dim=1).flatten(0, 1)
 
-    def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
-        return torch.einsum("ed,ed->e", u_hat, self.expand_to_edges(v)).unsqueeze(-1)
+    def agreement(self, x: Tensor, p: Tensor) -> Tensor:
+        return torch.einsum("ed,ed->e", x, self.expand_from_parents(p)).unsqueeze(-1)
 
-    def expand_to_edges(self, v: Tensor) -> Tensor:
-        return v.index_select(0, self.parent)
+    def expand_from_parents(self, v: Tensor) -> Tensor:
+        return self._expand(self.by_parent, v)
+
+    def expand_from_children(self, a: Tensor) -> Tensor:
+        return self._expand(self.by_child, a)
+
+    def update_parents(
+        self, function: Callable[..., tuple[Tensor, ...]], *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        return function(*features)
+
+    def _expand(self, groups: Groups, x: Tensor) -> Tensor:
+        by_sample = x.reshape(self.samples, groups.count, x.shape[1])
+        return groups.expand(by_sample, dim=1).flatten(0, 1)

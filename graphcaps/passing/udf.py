@@ -1,67 +1,96 @@
-"""Routing's message passing as DGL's user-defined functions: the definition, literally."""
+"""Message passing as DGL's user-defined functions: the definition of routing, literally."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from graphcaps._dgl import dgl, softmax_over_parents, why_not_on
+from graphcaps._dgl import why_not_on
+from graphcaps.graph import batch_graph
+from graphcaps.passing.many_edges import EdgesOfChildren
+from graphcaps.structure import Structure
+
+MOST_IN_A_PRODUCT = 4096  # terms; a product sums them one after the other, a sum in parts
 
 
 class UdfEngine:
-    """Edge softmax, a message and a reduce function, a node function and an edge function."""
+    """Edge softmax, a message and a reduce function, node functions and edge functions."""
 
-    def __init__(self, graph: dgl.DGLGraph, device: torch.device) -> None:
-        self.graph = graph.to(device)
-        self.edges = graph.num_edges()
+    def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:
+        self.structure, self.samples = structure, samples
+        self.graph = batch_graph(structure.graph, samples).to(device)
+        self.of_children = EdgesOfChildren(structure, samples, self.graph)
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
         return why_not_on(device)
 
-    def softmax_over_parents(self, b: Tensor) -> Tensor:
-        return softmax_over_parents(self.graph, b)
+    def softmax_over_parents(self, b: Tensor, leak: bool = False) -> Tensor:
+        return self.of_children.softmax(b, leak)
 
-    def sum_into_parents(
-        self, c: Tensor, u_hat: Tensor, node_function: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
         graph = self.graph.local_var()
-        graph.edata["c"], graph.edata["u_hat"] = c, u_hat
-        # for parents that no message reaches; a sum over no votes, so that gradients know of it
-        nothing = u_hat[:0].sum(dim=0)
+        graph.edata["w"], graph.edata["x"] = w, x
+        # for parents that no message reaches; a sum over no edges, so that gradients know of it
+        nothing = x[:0].sum(dim=0)
         graph.nodes["parent"].data["s"] = nothing.repeat(graph.num_nodes("parent"), 1)
 
         def message(edges):
-            return {"c": edges.data["c"].squeeze(-1), "u_hat": edges.data["u_hat"]}
+            return {"w": edges.data["w"].squeeze(-1), "x": edges.data["x"]}
 
-        def reduce(nodes):  # c · û summed in one product: a mailbox of c · û costs a pass more
-            c, u_hat = nodes.mailbox["c"], nodes.mailbox["u_hat"]
-            return {"s": torch.einsum("ji,jid->jd", c, u_hat)}
-
-        def apply(nodes):
-            return {"v": node_function(nodes.data["s"])}
+        def reduce(nodes):  # w · x summed in one product: a mailbox of w · x costs a pass more
+            w, x = nodes.mailbox["w"], nodes.mailbox["x"]
+            if w.shape[1] > MOST_IN_A_PRODUCT:
+                return {"s": (w.unsqueeze(-1) * x).sum(dim=1)}
+            return {"s": torch.einsum("ji,jid->jd", w, x)}
 
         if graph.num_edges():  # without edges DGL warns and does nothing
             graph.update_all(message, reduce)
-        graph.apply_nodes(apply, ntype="parent")
-        return graph.nodes["parent"].data["s"], graph.nodes["parent"].data["v"]
+        return graph.nodes["parent"].data["s"]
 
-    def agreement(self, u_hat: Tensor, v: Tensor) -> Tensor:
+    def agreement(self, x: Tensor, p: Tensor) -> Tensor:
         def agree(edges):
-            agreement = torch.einsum("ed,ed->e", edges.data["u_hat"], edges.dst["v"])
-            return {"a": agreement.unsqueeze(-1)}
+            return {"b": torch.einsum("ed,ed->e", edges.data["x"], edges.dst["p"]).unsqueeze(-1)}
 
-        if not len(u_hat):
-            return u_hat.sum(dim=-1, keepdim=True)
+        if not len(x):
+            return x.sum(dim=-1, keepdim=True)
         graph = self.graph.local_var()
-        graph.edata["u_hat"], graph.nodes["parent"].data["v"] = u_hat, v
+        graph.edata["x"], graph.nodes["parent"].data["p"] = x, p
         graph.apply_edges(agree)
-        return graph.edata["a"]
+        return graph.edata["b"]
 
-    def expand_to_edges(self, v: Tensor) -> Tensor:
+    def expand_from_parents(self, v: Tensor) -> Tensor:
         if not self.graph.num_edges():
             return v[:0]
         graph = self.graph.local_var()
         graph.nodes["parent"].data["v"] = v
         graph.apply_edges(lambda edges: {"v": edges.dst["v"]})
         return graph.edata["v"]
+
+    def expand_from_children(self, a: Tensor) -> Tensor:
+        if not self.graph.num_edges():
+            return a[:0]
+        if self.of_children.many:
+            return self.of_children.expand(a)
+        graph = self.graph.local_var()
+        graph.nodes["child"].data["a"] = a
+        graph.apply_edges(lambda edges: {"a": edges.src["a"]})
+        return graph.edata["a"]
+
+    def update_parents(
+        self, function: Callable[..., tuple[Tensor, ...]], *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        if not self.graph.num_nodes("parent"):  # then DGL does nothing
+            return function(*features)
+        graph = self.graph.local_var()
+        names = [f"feature {number}" for number in range(len(features))]
+        for name, feature in zip(names, features, strict=True):
+            graph.nodes["parent"].data[name] = feature
+
+        def apply(nodes):
+            new = function(*(nodes.data[name] for name in names))
+            return {f"new {number}": feature for number, feature in enumerate(new)}
+
+        graph.apply_nodes(apply, ntype="parent")
+        made = graph.nodes["parent"].data
+        return tuple(made[name] for name in made if name.startswith("new "))

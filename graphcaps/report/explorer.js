@@ -1,11 +1,11 @@
-// The records in the page enter; drawings that follow what the reader picks leave.
+// Drawings of the page's records that follow what the reader picks.
 
 const records = JSON.parse(document.getElementById("records").textContent);
 const { classes, children, field } = records;
 const { channels, size } = records.image;
 const byId = (id) => document.getElementById(id);
 
-// ---- numbers -----------------------------------------------------------------------------
+// numbers
 
 function bytes(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -36,7 +36,7 @@ function scaleOf(numbers) {
   return Object.assign(scale, { low, high });
 }
 
-// ---- the decoder: as torch's, in the page --------------------------------------------------
+// the decoder: as torch's, in the page
 
 const decoder = records.decoder.map(({ rows, weight, bias }) => {
   const matrix = halves(weight);
@@ -61,7 +61,7 @@ function decode(pose, parent) {
   return layer.map((x) => 255 / (1 + Math.exp(-x)));
 }
 
-// ---- what is picked ------------------------------------------------------------------------
+// what is picked
 
 const examples = records.examples.map((example) => ({
   ...example,
@@ -111,7 +111,7 @@ function show() {
   if (decoder.length) showReconstruction();
 }
 
-// ---- elements ------------------------------------------------------------------------------
+// elements
 
 function make(parent, name, attributes = {}, text = "") {
   const svg = parent instanceof SVGElement;
@@ -143,7 +143,7 @@ function paint(canvas, pixels) {
   context.putImageData(image, 0, 0);
 }
 
-// ---- pictures to pick from -----------------------------------------------------------------
+// pictures to pick from
 
 const isRight = (example) => example.label === example.predicted;
 
@@ -194,7 +194,7 @@ function showPicks() {
     `|v| = ${lengths[longest].toFixed(2)}: ${verdict}.`;
 }
 
-// ---- the votes over the image --------------------------------------------------------------
+// the votes over the image
 
 const LARGEST_CIRCLE = 0.95; // pixels of the image; neighbours stand `field.step` apart
 
@@ -240,7 +240,7 @@ function showInput() {
     "what the strongest see.";
 }
 
-// ---- the coupling graph --------------------------------------------------------------------
+// the coupling graph
 
 const GRAPH = { classes: 62, top: 280, gap: 4, smallestBlock: 30, largestBlock: 78 };
 let graph = {};
@@ -371,7 +371,7 @@ function showCoupling() {
     "the largest c|u|. Circles: classes, their area is |v|.";
 }
 
-// ---- the lengths ---------------------------------------------------------------------------
+// the lengths
 
 let bars = [];
 
@@ -410,7 +410,7 @@ function showLengths() {
     `${records.largestEntropy.toFixed(4)}, the maximum.`;
 }
 
-// ---- the reconstruction --------------------------------------------------------------------
+// the reconstruction
 
 const LARGEST_OFFSET = 0.25; // figure 4 of the paper
 let sliders = [];
@@ -475,7 +475,7 @@ function showReconstruction() {
   });
 }
 
-// ---- start ---------------------------------------------------------------------------------
+// start
 
 function start() {
   buildPicks();

@@ -1,4 +1,4 @@
-"""Records and figures enter, the text of one HTML page with all that it needs leaves."""
+"""The page of a report: one HTML text with all that it needs, all of a run's words escaped."""
 
 import base64
 import io
@@ -18,6 +18,7 @@ from torch import Tensor
 from graphcaps.model import PRIMARY_STRIDE
 from graphcaps.report.records import Example, Records
 from graphcaps.report.sections import Section
+from graphcaps.routing import ROUTINGS, options_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,17 +157,17 @@ def _lead(records: Records) -> str:
     )
     best = _best_epoch(records)
     weights = "" if best is None else f", weights of epoch {best}, the best on the hold-out"
-    return (
-        f"<strong>{records.score.accuracy:.2%}</strong> of {images:,} test images of "
-        f"{escape(records.data)} classified correctly: {errors:,} "
+    found = (
+        f" of {images:,} test images of {records.data} classified correctly: {errors:,} "
         f"{'error' if errors == 1 else 'errors'}. "
         f"{records.parameters:,} parameters, {_routing(records)}{weights}.{tested}"
     )
+    return f"<strong>{records.score.accuracy:.2%}</strong>{escape(found)}"
 
 
 def _routing(records: Records) -> str:
     config = records.config
-    if config.routing != "dynamic":
+    if config.routing in ROUTINGS and "iterations" not in options_of(config.routing):
         return f"{config.routing} routing"
     times = "iteration" if config.iterations == 1 else "iterations"
     return f"{config.iterations} {times} of {config.routing} routing"
@@ -177,10 +178,8 @@ def _notice(records: Records) -> str:
         return ""
     done = len(_epochs(records))
     planned = records.settings.get("recipe", {}).get("epochs", "?")
-    return (
-        '<p class="notice"><strong>This run is not finished:</strong> '
-        f"{done} of {planned} epochs are done. What is shown is its best epoch so far.</p>"
-    )
+    how_far = f"{done} of {planned} epochs are done. What is shown is its best epoch so far."
+    return f'<p class="notice"><strong>This run is not finished:</strong> {escape(how_far)}</p>'
 
 
 def _figure(section: Section) -> str:

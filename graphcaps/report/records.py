@@ -1,4 +1,4 @@
-"""A trained net and test images enter; the numbers that a report shows leave, nothing drawn."""
+"""The numbers that a report shows of a trained net and test images; nothing is drawn here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from graphcaps.checkpoints import RunFolder
 from graphcaps.data import Dataset, Split
-from graphcaps.evaluation import Score, as_input, evaluate
+from graphcaps.evaluation import Score, as_input, check_fits, evaluate
 from graphcaps.functional import length
 from graphcaps.inspection import differences_from_dense, tweak_pose, votes_by_position
 from graphcaps.model import CapsNet, CapsNetConfig
+from graphcaps.settings import as_json
 
 EXAMPLES = 20
 MISTAKES = 8  # at most so many of the examples are misclassified ones
@@ -32,7 +33,7 @@ class Example:
         predicted: the class of the longest capsule after the last iteration.
         image: uint8 `[C, H, W]`.
         poses: class capsules v, `[R, J, D]`.
-        lengths: |v|, `[R, J]`.
+        lengths: how sure the net is of each class, |v| or activations, `[R, J]`.
         coupling: c, `[R, I, J]`.
         map_coupling: the mean of c over the children of each capsule map, `[R, maps, J]`.
         votes: c times the child's length, summed over the maps at each position of the
@@ -75,7 +76,7 @@ class Records:
         drawn: what the decoder draws of the examples, `[n, C, H, W]`; None without a decoder.
         tweaked: the first example's pose, moved, as `inspection.tweak_pose` draws it; likewise.
         differences: of the engines from dense routing, as `inspection.differences_from_dense`
-            gives them; none where routing is not dynamic.
+            gives them.
         decoder: weight `[out, in]` and bias `[out]` of each of the decoder's layers; none
             without a decoder.
     """
@@ -114,7 +115,8 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         FileNotFoundError: there is no run in the folder.
         ValueError: images or classes that are not those of the net.
     """
-    settings = run.settings()
+    settings = as_json(run.settings())
+    check_fits(model, data)
     if len(data.classes) != model.config.classes:
         raise ValueError(
             f"the net tells {model.config.classes} classes and {data.name} has "
@@ -128,7 +130,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
     with torch.no_grad():
         _, trace = model(first, return_trace=True)
         output, of_examples = model(as_input(data.test.images[chosen], model), return_trace=True)
-        u = model.primary(model.conv(first[:COMPARED]))
+        children = model.primary_capsules(first[:COMPARED])
     last = len(trace.c) - 1
     strongest = of_examples.strongest_children(0, last, IN_GRAPH)
     shown = examples[0]
@@ -150,9 +152,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         tweaked=None
         if model.decoder is None
         else tweak_pose(model, output.poses[0], shown.predicted),
-        differences=differences_from_dense(model.capsules, u)
-        if model.config.routing == "dynamic"
-        else {},
+        differences=differences_from_dense(model.capsules, *children),
         decoder=decoder_layers(model),
     )
 
@@ -203,17 +203,18 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
         An example for each of them.
     """
     config = model.config
-    u = model.primary(model.conv(as_input(split.images[chosen], model)))
-    poses, trace = model.capsules(u, return_trace=True)
+    children = model.primary_capsules(as_input(split.images[chosen], model))
+    _, trace = model.capsules(*children, return_trace=True)
+    u, a = children if len(children) == 2 else (children[0], None)
     rounds, samples = trace.c.shape[:2]
     c = trace.c.view(rounds, samples, -1, config.classes)
-    weighted = c * length(u)[None, :, :, None]
+    weighted = c * (length(u) if a is None else a)[None, :, :, None]
     map_coupling = c.unflatten(2, (config.capsule_maps, -1)).mean(dim=3)
-    votes = votes_by_position(u, trace.c, config)
+    votes = votes_by_position(u, trace.c, config, a)
     strongest = weighted.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)
-    lengths = length(trace.v)
+    lengths = model.confidence(trace.v, trace.a)
     entropy = trace.entropy().mean(dim=-1)
-    predicted = length(poses).argmax(dim=-1)
+    predicted = lengths[-1].argmax(dim=-1)
     return tuple(
         Example(
             number=number,

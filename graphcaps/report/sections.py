@@ -1,4 +1,4 @@
-"""Records enter, the figures of the page leave, in the order in which they are shown."""
+"""The figures of a report's page with their words, in the order in which they are shown."""
 
 from dataclasses import dataclass
 

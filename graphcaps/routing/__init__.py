@@ -1,12 +1,37 @@
-"""Votes on the edges of a batched graph enter, the parents' outputs leave, iteration by iteration.
+"""Routing algorithms, each written once over the pass, for every graph and engine."""
 
-Each algorithm is written once, over the four verbs of `graphcaps.passing`, and yields an
-`Iteration` at a time: the last one is the result, all of them are what there is to see.
-"""
-
-from graphcaps.routing.dynamic import dynamic_routing
-from graphcaps.routing.iteration import Iteration
+from graphcaps.routing.attention import InvertedAttention
+from graphcaps.routing.base import Iteration, Routing, Sizes
+from graphcaps.routing.dynamic import DynamicRouting
+from graphcaps.routing.edges import Edges, EdgesWithoutVotes, EdgesWithVotes, Sums
+from graphcaps.routing.em import EMRouting
+from graphcaps.routing.on_votes import dynamic_routing, uniform_routing
+from graphcaps.routing.registry import ROUTINGS, make_routing, options_of
+from graphcaps.routing.self_attention import SelfAttention
+from graphcaps.routing.self_routing import SelfRouting
 from graphcaps.routing.trace import Trace
-from graphcaps.routing.uniform import uniform_routing
+from graphcaps.routing.uniform import UniformRouting
+from graphcaps.routing.variational_bayes import VariationalBayes
 
-__all__ = ["Iteration", "Trace", "dynamic_routing", "uniform_routing"]
+__all__ = [
+    "ROUTINGS",
+    "DynamicRouting",
+    "EMRouting",
+    "Edges",
+    "EdgesWithVotes",
+    "EdgesWithoutVotes",
+    "InvertedAttention",
+    "Iteration",
+    "Routing",
+    "SelfAttention",
+    "SelfRouting",
+    "Sizes",
+    "Sums",
+    "Trace",
+    "UniformRouting",
+    "VariationalBayes",
+    "dynamic_routing",
+    "make_routing",
+    "options_of",
+    "uniform_routing",
+]

@@ -1,54 +1,144 @@
-"""Votes enter, outputs of routing by agreement leave: Sabour et al. 2017, procedure 1."""
+"""Routing by agreement: Sabour, Frosst, Hinton 2017."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from graphcaps import reference
 from graphcaps.functional import squash
-from graphcaps.passing import MessagePassing
-from graphcaps.routing.iteration import Iteration, check_votes
+from graphcaps.routing.base import Iteration, Routing, Sizes, check_at_least_1, check_choice
+from graphcaps.routing.edges import Edges, EdgesWithoutVotes
 
 
-def dynamic_routing(
-    passing: MessagePassing,
-    u_hat: Tensor,
-    iterations: int = 3,
-    gradients: Literal["all", "last"] = "all",
-) -> Iterator[Iteration]:
-    """Route by agreement: a child couples more to the parents that its votes agree with.
+class DynamicRouting(Routing):
+    """A child couples more to the parents that its votes agree with.
+
+    Procedure 1 of Sabour et al. 2017 (arXiv:1710.09829), from `b = 0`, R times:
+
+        c = softmax of b over the parents of each child
+        s_j = Σ_i c_ij û_ij (+ bias_j),   v_j = squash(s_j)
+        b_ij += û_ij · v_j / temperature
+
+    Logits start at 0 and add up dot products, so `b_ij = û_ij · V_j`, with V_j the sum of the
+    earlier v_j: a pass needs V alone.
 
     Args:
-        passing: the batched graph, bound to an engine.
-        u_hat: votes, `[B·E, D]`.
-        iterations: R, at least 1.
-        gradients: `"all"` lets gradients flow through every iteration, as the authors do;
-            `"last"` stops them in all but the last.
-
-    Yields:
-        The R iterations; v of the last is the result.
+        iterations: R.
+        gradients: `"all"` lets gradients flow through every iteration, as in the authors' code;
+            `"last"` stops them in all but the last, on engine `"fused"` only for poses that are
+            vectors and without the options below.
+        bias: learn a vector for each type of parent that is added to s, as the authors' code does.
+            It starts at 0.1, as there.
+        leak: let each child couple to one more parent, of logit 0, that receives nothing: the
+            leaky routing of the authors' code.
+        accumulate: False takes the last agreement alone as logit, `b_ij = û_ij · v_j /
+            temperature`: routing as soft k-means (Wang & Liu 2018), but for their normalisation.
+        temperature: what agreement is divided by.
 
     Raises:
-        ValueError: not one vote per edge, iterations below 1, another word for `gradients`; when
-            the first iteration is asked for.
+        ValueError: iterations below 1, another word for `gradients`, a temperature that is not
+            above 0.
 
-    >>> import torch, graphcaps as gc
-    >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
-    >>> *_, last = dynamic_routing(passing, torch.randn(18, 4), iterations=3)
-    >>> last.v.shape
-    torch.Size([3, 4])
+    >>> import graphcaps as gc
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing=DynamicRouting(bias=True))
+    >>> layer(torch.rand(2, 6, 4)).shape
+    torch.Size([2, 3, 5])
     """
-    check_votes(passing, u_hat)
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1; got {iterations}")
-    if gradients not in ("all", "last"):
-        raise ValueError(f"unknown gradients {gradients!r}; choose all or last")
-    b = u_hat.new_zeros(len(u_hat), 1)
-    for iteration in range(1, iterations + 1):
-        last = iteration == iterations
-        votes = u_hat if last or gradients == "all" else u_hat.detach()
-        c = passing.softmax_over_parents(b)
-        s, v = passing.sum_into_parents(c, votes, node_function=squash)
-        yield Iteration(b, c, s, v)
-        if not last:
-            b = b + passing.agreement(votes, v)
+
+    name = "dynamic"
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        iterations: int = 3,
+        *,
+        gradients: Literal["all", "last"] = "all",
+        bias: bool = False,
+        leak: bool = False,
+        accumulate: bool = True,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_at_least_1("iterations", iterations)
+        check_choice("gradients", gradients, ("all", "last"))
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {temperature}")
+        self.iterations = iterations
+        self.gradients = gradients
+        self.has_bias = bias
+        self.leak = leak
+        self.accumulate = accumulate
+        self.temperature = temperature
+        self.register_parameter("bias", None)
+
+    def build(self, sizes: Sizes) -> None:
+        """See `Routing.build`."""
+        own_kernel = sizes.rows == 1 and self._as_in_the_paper
+        self.needs_votes = self.gradients == "last" and not own_kernel
+        if self.has_bias:
+            self.bias = nn.Parameter(torch.empty(sizes.types, sizes.parent_dim))
+
+    def reset_parameters(self, weight: Tensor) -> None:
+        """Draw matrices from N(0, 0.1²), as the authors do; the bias starts at 0.1."""
+        super().reset_parameters(weight)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, 0.1)
+
+    def steps(self, edges: Edges) -> Iterator[Iteration]:
+        """See `Routing.steps`."""
+        bias = None if self.bias is None else edges.of_type(self.bias)
+        last_alone = self.gradients == "last"
+        earlier = edges.detach() if last_alone else edges
+        V = None
+        for iteration in range(1, self.iterations + 1):
+            last = iteration == self.iterations
+            sums = (edges if last else earlier).couple(
+                p=V, leak=self.leak, detach_coupling=last and last_alone
+            )
+            s = sums.S if bias is None else sums.S + bias
+            (v,) = edges.update(squash_sums, s)
+            yield Iteration(sums, v)
+            agreed = v / self.temperature
+            V = agreed if V is None or not self.accumulate else V + agreed
+
+    def dense(
+        self, u_hat: Tensor, a: Tensor | None, mask: Tensor, by_edge: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """See `Routing.dense`."""
+        return reference.dynamic_routing(
+            u_hat,
+            self.iterations,
+            mask=mask,
+            gradients=self.gradients,
+            bias=self.bias,
+            leak=self.leak,
+            accumulate=self.accumulate,
+            temperature=self.temperature,
+        )
+
+    def by_kernel(self, edges: EdgesWithoutVotes) -> Tensor | None:
+        """The procedure of the paper for vectors, with one backward pass for all iterations."""
+        if edges.rows > 1 or not self._as_in_the_paper:
+            return None
+        return edges.route_dynamically(self.iterations, self.gradients)
+
+    @property
+    def _as_in_the_paper(self) -> bool:
+        return not self.has_bias and not self.leak and self.accumulate and self.temperature == 1
+
+    def extra_repr(self) -> str:
+        """The options, for `print(layer)`."""
+        options = [f"iterations={self.iterations}", f"gradients={self.gradients!r}"]
+        options += ["bias=True"] if self.has_bias else []
+        options += ["leak=True"] if self.leak else []
+        options += [] if self.accumulate else ["accumulate=False"]
+        options += [] if self.temperature == 1 else [f"temperature={self.temperature}"]
+        return ", ".join(options)
+
+
+def squash_sums(s: Tensor) -> tuple[Tensor]:
+    """The node function: squashed sums."""
+    return (squash(s),)

@@ -1,14 +1,15 @@
-"""The iterations of one routing enter; what there is to see in them leaves."""
+"""What a routing did, iteration by iteration: entropy, parse tree, graphs to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx
 import torch
 from torch import Tensor
 
+from graphcaps import functional
 from graphcaps._dgl import dgl
-from graphcaps.routing.iteration import Iteration
+from graphcaps.routing.base import Iteration
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Trace:
         c: coupling, `[R, B, E]`.
         s: weighted sums, `[R, B, J, D]`.
         v: outputs, `[R, B, J, D]`.
+        a: activations of the parents, `[R, B, J]`; of a routing without them, the lengths |v|.
 
     >>> import graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), child_dim=4, parent_dim=5, iterations=2)
@@ -42,6 +44,7 @@ class Trace:
     c: Tensor
     s: Tensor
     v: Tensor
+    a: Tensor
 
     @classmethod
     def of(
@@ -55,17 +58,24 @@ class Trace:
             u_hat: votes of the batch, `[B·E, D]`.
             iterations: all that the algorithm yielded.
         """
+
+        def stacked(features: Iterable[Tensor | None], *size: int) -> Tensor:
+            return torch.stack([x for x in features if x is not None]).view(len(iterations), *size)
+
         edges, parents = structure.num_edges(), structure.num_nodes("parent")
-        dim = u_hat.shape[1]
-        b, c, s, v = (torch.stack(features) for features in zip(*iterations, strict=True))
-        rounds = len(iterations)
+        dim = iterations[-1].v.shape[1]  # votes may have more columns, for their logits
+        v = stacked((i.v for i in iterations), samples, parents, dim)
+        without = any(i.a is None for i in iterations)
         return cls(
             structure=structure,
-            u_hat=u_hat.view(samples, edges, dim),
-            b=b.view(rounds, samples, edges),
-            c=c.view(rounds, samples, edges),
-            s=s.view(rounds, samples, parents, dim),
-            v=v.view(rounds, samples, parents, dim),
+            u_hat=u_hat[:, :dim].reshape(samples, edges, dim),
+            b=stacked((i.b for i in iterations), samples, edges),
+            c=stacked((i.c for i in iterations), samples, edges),
+            s=stacked((i.s[:, :dim] for i in iterations), samples, parents, dim),
+            v=v,
+            a=functional.length(v)
+            if without
+            else stacked((i.a for i in iterations), samples, parents),
         )
 
     def entropy(self) -> Tensor:
@@ -123,7 +133,7 @@ class Trace:
 
         Returns:
             A new graph with edge features `b`, `c` `[E, 1]` and `u_hat` `[E, D]`, and parent
-            features `s`, `v` `[J, D]`.
+            features `s`, `v` `[J, D]` and `a` `[J, 1]`.
         """
         graph = self.structure.local_var().to(self.c.device)
         graph.edata["b"] = self.b[iteration, sample].unsqueeze(-1)
@@ -131,6 +141,7 @@ class Trace:
         graph.edata["u_hat"] = self.u_hat[sample]
         graph.nodes["parent"].data["s"] = self.s[iteration, sample]
         graph.nodes["parent"].data["v"] = self.v[iteration, sample]
+        graph.nodes["parent"].data["a"] = self.a[iteration, sample].unsqueeze(-1)
         return graph
 
     def networkx(

@@ -1,35 +1,41 @@
-"""Votes enter, outputs without any routing leave: the control that routing is compared with."""
+"""Equal coupling: the control that routing is compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from graphcaps.functional import squash
-from graphcaps.passing import MessagePassing
-from graphcaps.routing.iteration import Iteration, check_votes
+from graphcaps import reference
+from graphcaps.routing.base import Iteration, Routing
+from graphcaps.routing.dynamic import squash_sums
+from graphcaps.routing.edges import Edges, EdgesWithoutVotes
 
 
-def uniform_routing(passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
-    """Couple each child equally to all its parents, c = 1/out-degree, the softmax of equal logits.
+class UniformRouting(Routing):
+    """Each child couples equally to all its parents, `c = 1/out-degree`.
 
-    Args:
-        passing: the batched graph, bound to an engine.
-        u_hat: votes, `[B·E, D]`.
-
-    Yields:
-        One iteration, the result.
-
-    Raises:
-        ValueError: not one vote per edge; when the iteration is asked for.
+    `v_j = squash(Σ_i c_ij û_ij)`: the first iteration of dynamic routing, the softmax of equal
+    logits. Whatever routing is worth shows beside it.
 
     >>> import torch, graphcaps as gc
-    >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
-    >>> (only,) = uniform_routing(passing, torch.randn(18, 4))
-    >>> only.c[0]
-    tensor([0.3333])
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="uniform")
+    >>> layer(torch.rand(2, 6, 4)).shape
+    torch.Size([2, 3, 5])
     """
-    check_votes(passing, u_hat)
-    b = u_hat.new_zeros(len(u_hat), 1)
-    c = passing.softmax_over_parents(b)
-    s, v = passing.sum_into_parents(c, u_hat, node_function=squash)
-    yield Iteration(b, c, s, v)
+
+    name = "uniform"
+
+    def steps(self, edges: Edges) -> Iterator[Iteration]:
+        """See `Routing.steps`."""
+        sums = edges.couple()
+        (v,) = edges.update(squash_sums, sums.S)
+        yield Iteration(sums, v)
+
+    def dense(
+        self, u_hat: Tensor, a: Tensor | None, mask: Tensor, by_edge: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """See `Routing.dense`."""
+        return reference.uniform_routing(u_hat, mask=mask)
+
+    def by_kernel(self, edges: EdgesWithoutVotes) -> Tensor | None:
+        """The first iteration of the kernel of dynamic routing."""
+        return None if edges.rows > 1 else edges.route_dynamically(iterations=1)

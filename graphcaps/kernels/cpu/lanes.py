@@ -1,0 +1,403 @@
+"""Loops over lanes: what the passes over the edges are made of.
+
+A *row* is as many numbers side by side as there are lanes, one of each sample: 16 for each entry of
+the tuple `lanes`, whose length is part of its type, so that loops have known ends. Arrays are flat,
+and read and written by numbers of rows. All arithmetic is that of whole vectors; only `add_outer`
+and `sum_lanes` go across the lanes.
+
+What a function writes lies apart from what it reads, in other rows at least.
+"""
+
+import math
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from graphcaps.kernels.cpu.compiled import (
+    compiled,
+    entry,
+    inlined,
+    inlined_in_order,
+    intrinsic,
+)
+
+
+@intrinsic
+def get(typingctx, x, i):
+    """Number i of an array.
+
+    Indexing would ask whether i is negative, for every number, which keeps LLVM from making
+    vectors.
+    """
+
+    def build(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [args[1]], inbounds=True))
+
+    return x.dtype(x, i), build
+
+
+@intrinsic
+def put(typingctx, x, i, value):
+    """Write number i of an array."""
+
+    def build(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        builder.store(args[2], builder.gep(data, [args[1]], inbounds=True))
+        return context.get_dummy_value()
+
+    return types.void(x, i, x.dtype), build
+
+
+@inlined
+def blocks_of(samples, lanes):
+    """How many blocks of lanes the samples fill."""
+    return (samples + 16 * len(lanes) - 1) // (16 * len(lanes))
+
+
+@entry
+def lay_in_lanes(x, samples, nodes, d, out, lanes):
+    """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
+    for block in range(blocks_of(samples, lanes)):
+        for i in range(nodes):
+            lay_node_in_lanes(x, samples, nodes, block, i, d, out, (block * nodes + i) * d, lanes)
+
+
+@entry
+def lay_in_samples(x, samples, nodes, d, out, lanes):
+    """`[blocks, n, d, lanes]` to `[B, n, d]`."""
+    for block in range(blocks_of(samples, lanes)):
+        for i in range(nodes):
+            row = (block * nodes + i) * d
+            lay_node_in_samples(x, row, samples, nodes, block, i, d, out, lanes)
+
+
+@compiled
+def lay_node_in_lanes(x, samples, nodes, block, node, d, out, row, lanes):
+    """What `[B, n, d]` has of a node, for the samples of one block, to d rows."""
+    L = 16 * len(lanes)
+    o, there = row * L, min(L, samples - block * L)
+    for n in range(there):
+        i = ((block * L + n) * nodes + node) * d
+        for column in range(d):
+            put(out, o + column * L + n, get(x, i + column))
+    for column in range(d):
+        for n in range(there, L):
+            put(out, o + column * L + n, x.dtype.type(0))
+
+
+@compiled
+def lay_node_in_samples(x, row, samples, nodes, block, node, d, out, lanes):
+    """d rows to what `[B, n, d]` has of a node."""
+    L = 16 * len(lanes)
+    i, there = row * L, min(L, samples - block * L)
+    for n in range(there):
+        o = ((block * L + n) * nodes + node) * d
+        for column in range(d):
+            put(out, o + column, get(x, i + column * L + n))
+
+
+@inlined
+def fill(out, o, value, count, lanes):
+    """`out[d] = value`, for so many rows."""
+    L = 16 * len(lanes)
+    for n in range(o * L, (o + count) * L):
+        put(out, n, value)
+
+
+@inlined
+def copy(out, o, x, i, count, lanes):
+    """`out[d] = x[d]`."""
+    L = 16 * len(lanes)
+    for n in range(count * L):
+        put(out, o * L + n, get(x, i * L + n))
+
+
+@inlined
+def copy_negative(out, o, x, i, count, lanes):
+    """`out[d] = −x[d]`."""
+    L = 16 * len(lanes)
+    for n in range(count * L):
+        put(out, o * L + n, -get(x, i * L + n))
+
+
+@inlined
+def add(out, o, x, i, count, lanes):
+    """`out[d] += x[d]`."""
+    L = 16 * len(lanes)
+    for n in range(count * L):
+        put(out, o * L + n, get(out, o * L + n) + get(x, i * L + n))
+
+
+@inlined
+def add_number(out, o, number, lanes):
+    """`out += number`, one row."""
+    L = 16 * len(lanes)
+    for n in range(o * L, (o + 1) * L):
+        put(out, n, get(out, n) + number)
+
+
+@inlined
+def maximum(out, o, x, i, lanes):
+    """`out = max(out, x)`, one row; NaN in x is passed over."""
+    L = 16 * len(lanes)
+    for n in range(L):
+        found, other = get(out, o * L + n), get(x, i * L + n)
+        put(out, o * L + n, other if other > found else found)
+
+
+@inlined
+def multiply(out, o, x, i, lanes):
+    """`out *= x`, one row."""
+    L = 16 * len(lanes)
+    for n in range(L):
+        put(out, o * L + n, get(out, o * L + n) * get(x, i * L + n))
+
+
+@inlined
+def invert(out, o, lanes):
+    """`out = 1 / out`, one row."""
+    L = 16 * len(lanes)
+    for n in range(o * L, (o + 1) * L):
+        put(out, n, out.dtype.type(1) / get(out, n))
+
+
+@inlined
+def subtract_and_multiply(out, o, x, i, y, j, lanes):
+    """`out = (out − x) y`, one row."""
+    L = 16 * len(lanes)
+    for n in range(L):
+        put(out, o * L + n, (get(out, o * L + n) - get(x, i * L + n)) * get(y, j * L + n))
+
+
+@inlined
+def sum_lanes(x, i, lanes):
+    """The sum of one row."""
+    L = 16 * len(lanes)
+    total = x.dtype.type(0)
+    for n in range(i * L, (i + 1) * L):
+        total += get(x, n)
+    return total
+
+
+@compiled
+def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes):
+    """`out[a] += Σ_b matrix[b, a] x[b]`, for so many rows of a pose.
+
+    `matrix` is `[inner, outer]`, from number m on, with strides down and across. Two a and four b
+    are taken at a time, so that each number loaded is used more than once.
+    """
+    L = 16 * len(lanes)
+    for a in range(0, outer - 1, 2):
+        for b in range(0, inner - 3, 4):
+            m0 = m + b * down + a * across
+            m00, m10 = get(matrix, m0), get(matrix, m0 + down)
+            m20, m30 = get(matrix, m0 + 2 * down), get(matrix, m0 + 3 * down)
+            m1 = m0 + across
+            m01, m11 = get(matrix, m1), get(matrix, m1 + down)
+            m21, m31 = get(matrix, m1 + 2 * down), get(matrix, m1 + 3 * down)
+            for row in range(rows):
+                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
+                o1, i1, i2, i3 = o0 + L, i0 + L, i0 + 2 * L, i0 + 3 * L
+                for n in range(L):
+                    x0, x1, x2, x3 = get(x, i0 + n), get(x, i1 + n), get(x, i2 + n), get(x, i3 + n)
+                    t0 = m00 * x0 + m10 * x1 + m20 * x2 + m30 * x3
+                    t1 = m01 * x0 + m11 * x1 + m21 * x2 + m31 * x3
+                    put(out, o0 + n, get(out, o0 + n) + t0)
+                    put(out, o1 + n, get(out, o1 + n) + t1)
+        for b in range(inner - inner % 4, inner):
+            m0 = m + b * down + a * across
+            m00, m01 = get(matrix, m0), get(matrix, m0 + across)
+            for row in range(rows):
+                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
+                for n in range(L):
+                    x0 = get(x, i0 + n)
+                    put(out, o0 + n, get(out, o0 + n) + m00 * x0)
+                    put(out, o0 + L + n, get(out, o0 + L + n) + m01 * x0)
+    for a in range(outer - outer % 2, outer):
+        for b in range(inner):
+            m00 = get(matrix, m + b * down + a * across)
+            for row in range(rows):
+                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
+                for n in range(L):
+                    put(out, o0 + n, get(out, o0 + n) + m00 * get(x, i0 + n))
+
+
+@compiled
+def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
+    """`out[b, a] += Σ x[b] y[a]`, summed over the rows of a pose and over the lanes.
+
+    `out` is `[inner, outer]`, from number m on. Four a are taken at a time.
+    """
+    L = 16 * len(lanes)
+    for b in range(inner):
+        for a in range(0, outer - 3, 4):
+            t0 = t1 = t2 = t3 = x.dtype.type(0)
+            for row in range(rows):
+                i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
+                j1, j2, j3 = j0 + L, j0 + 2 * L, j0 + 3 * L
+                for n in range(L):
+                    x0 = get(x, i0 + n)
+                    t0 += x0 * get(y, j0 + n)
+                    t1 += x0 * get(y, j1 + n)
+                    t2 += x0 * get(y, j2 + n)
+                    t3 += x0 * get(y, j3 + n)
+            m0 = m + b * outer + a
+            put(out, m0, get(out, m0) + t0)
+            put(out, m0 + 1, get(out, m0 + 1) + t1)
+            put(out, m0 + 2, get(out, m0 + 2) + t2)
+            put(out, m0 + 3, get(out, m0 + 3) + t3)
+        for a in range(outer - outer % 4, outer):
+            t0 = x.dtype.type(0)
+            for row in range(rows):
+                i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
+                for n in range(L):
+                    t0 += get(x, i0 + n) * get(y, j0 + n)
+            m0 = m + b * outer + a
+            put(out, m0, get(out, m0) + t0)
+
+
+@inlined
+def add_dot(out, o, x, i, y, j, count, lanes):
+    """`out += Σ_d x[d] y[d]`, one row; four d at a time."""
+    L = 16 * len(lanes)
+    for d in range(0, count - 3, 4):
+        i0, j0 = (i + d) * L, (j + d) * L
+        for n in range(L):
+            t0 = get(x, i0 + n) * get(y, j0 + n)
+            t1 = get(x, i0 + L + n) * get(y, j0 + L + n)
+            t2 = get(x, i0 + 2 * L + n) * get(y, j0 + 2 * L + n)
+            t3 = get(x, i0 + 3 * L + n) * get(y, j0 + 3 * L + n)
+            put(out, o * L + n, get(out, o * L + n) + ((t0 + t1) + (t2 + t3)))
+    for d in range(count - count % 4, count):
+        i0, j0 = (i + d) * L, (j + d) * L
+        for n in range(L):
+            put(out, o * L + n, get(out, o * L + n) + get(x, i0 + n) * get(y, j0 + n))
+
+
+@inlined
+def add_squares(out, o, x, i, y, j, count, lanes):
+    """`out += Σ_d x[d] y[d]²`, one row; four d at a time."""
+    L = 16 * len(lanes)
+    for d in range(0, count - 3, 4):
+        i0, j0 = (i + d) * L, (j + d) * L
+        for n in range(L):
+            y0, y1 = get(y, j0 + n), get(y, j0 + L + n)
+            y2, y3 = get(y, j0 + 2 * L + n), get(y, j0 + 3 * L + n)
+            t0, t1 = get(x, i0 + n) * y0 * y0, get(x, i0 + L + n) * y1 * y1
+            t2, t3 = get(x, i0 + 2 * L + n) * y2 * y2, get(x, i0 + 3 * L + n) * y3 * y3
+            put(out, o * L + n, get(out, o * L + n) + ((t0 + t1) + (t2 + t3)))
+    for d in range(count - count % 4, count):
+        i0, j0 = (i + d) * L, (j + d) * L
+        for n in range(L):
+            y0 = get(y, j0 + n)
+            put(out, o * L + n, get(out, o * L + n) + get(x, i0 + n) * y0 * y0)
+
+
+@inlined
+def scale(out, o, w, e, x, i, count, lanes):
+    """`out[d] = w · x[d]`."""
+    L = 16 * len(lanes)
+    for d in range(count):
+        o0, i0 = (o + d) * L, (i + d) * L
+        for n in range(L):
+            put(out, o0 + n, get(w, e * L + n) * get(x, i0 + n))
+
+
+@inlined
+def add_scaled(out, o, w, e, x, i, count, lanes):
+    """`out[d] += w · x[d]`, four d at a time."""
+    L = 16 * len(lanes)
+    for d in range(0, count - 3, 4):
+        o0, i0 = (o + d) * L, (i + d) * L
+        o1, o2, o3 = o0 + L, o0 + 2 * L, o0 + 3 * L
+        i1, i2, i3 = i0 + L, i0 + 2 * L, i0 + 3 * L
+        for n in range(L):
+            factor = get(w, e * L + n)
+            put(out, o0 + n, get(out, o0 + n) + factor * get(x, i0 + n))
+            put(out, o1 + n, get(out, o1 + n) + factor * get(x, i1 + n))
+            put(out, o2 + n, get(out, o2 + n) + factor * get(x, i2 + n))
+            put(out, o3 + n, get(out, o3 + n) + factor * get(x, i3 + n))
+    for d in range(count - count % 4, count):
+        o0, i0 = (o + d) * L, (i + d) * L
+        for n in range(L):
+            put(out, o0 + n, get(out, o0 + n) + get(w, e * L + n) * get(x, i0 + n))
+
+
+@inlined
+def add_scaled_with_squares(out, squares, o, w, e, x, i, count, lanes):
+    """`out[d] += w · x[d]` and `squares[d] += w · x[d]²`."""
+    L = 16 * len(lanes)
+    for d in range(count):
+        o0, i0 = (o + d) * L, (i + d) * L
+        for n in range(L):
+            x0 = get(x, i0 + n)
+            t0 = get(w, e * L + n) * x0
+            put(out, o0 + n, get(out, o0 + n) + t0)
+            put(squares, o0 + n, get(squares, o0 + n) + t0 * x0)
+
+
+@inlined
+def add_slopes(out, o, w, e, x, i, y, j, count, lanes):
+    """`out[d] += 2 w · x[d] y[d]`."""
+    L = 16 * len(lanes)
+    for d in range(count):
+        o0, i0, j0 = (o + d) * L, (i + d) * L, (j + d) * L
+        for n in range(L):
+            slope = get(w, e * L + n) * get(x, i0 + n) * get(y, j0 + n)
+            put(out, o0 + n, get(out, o0 + n) + (slope + slope))
+
+
+@inlined_in_order
+def exponential(b, i, largest, at, total, o, lanes):
+    """`b = exp(b − largest)`, and the same added to `total`; one row."""
+    L = 16 * len(lanes)
+    for n in range(L):
+        power = exp_below_0(get(b, i * L + n) - get(largest, at * L + n))
+        put(b, i * L + n, power)
+        put(total, o * L + n, get(total, o * L + n) + power)
+
+
+def exp_below_0(x):
+    """`exp x` for x ≤ 0; NaN gives NaN. In float32 within 2 units and without a call."""
+    raise NotImplementedError("for compiled code alone")
+
+
+@overload(exp_below_0, jit_options=dict(fastmath={"contract"}))
+def _exp_below_0(x):
+    if x == types.float32:
+        return _exp_of_float32
+    return lambda x: math.exp(x)  # noqa: PLW0108, numba wants a function of Python
+
+
+LOG2_E = np.float32(1 / math.log(2))
+LN_2_HIGH = np.float32(0.693359375)  # few digits, so that its multiples are exact
+LN_2_LOW = np.float32(math.log(2) - 0.693359375)
+ROUNDER = np.float32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer
+SMALLEST = np.float32(-87)  # below, the result is that of −87, 2e-38
+C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
+ONE = np.float32(1)
+
+
+def _exp_of_float32(x):
+    # exp x = 2^k exp r, |r| ≤ ln 2 / 2, where eight terms of the series are enough
+    x = SMALLEST if x < SMALLEST else x  # NaN stays
+    shifted = x * LOG2_E + ROUNDER
+    k = shifted - ROUNDER
+    r = x - k * LN_2_HIGH - k * LN_2_LOW
+    series = ONE + r * (ONE + r * (C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * C7))))))
+    return series * _power_of_2(shifted)
+
+
+@intrinsic
+def _power_of_2(typingctx, shifted):
+    """`2^k` in float32 from `k + ROUNDER`: the last bits of that are k, the exponent's bits."""
+
+    def build(context, builder, signature, args):
+        int32 = context.get_value_type(types.int32)
+        bits = builder.shl(builder.bitcast(args[0], int32), int32(23))
+        bits = builder.add(bits, int32(127 << 23))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(types.float32), build

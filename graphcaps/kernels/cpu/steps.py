@@ -1,0 +1,180 @@
+"""What the passes over the edges are made of: votes, softmax, and sums in groups.
+
+A step works on one child, or on one edge, for one block of samples. Numbers of parents count those
+of all blocks.
+"""
+
+import math
+
+import numpy as np
+
+from graphcaps.kernels.cpu.compiled import compiled, inlined
+from graphcaps.kernels.cpu.lanes import (
+    add,
+    add_outer,
+    add_product,
+    add_scaled,
+    add_scaled_with_squares,
+    copy,
+    copy_negative,
+    exponential,
+    fill,
+    get,
+    invert,
+    maximum,
+    multiply,
+    put,
+)
+
+TERMS = 32  # summed apart, at least, so that a long sum in float32 does not lose what it adds
+
+# What a thread has one row of, in `rows`. As plain numbers each would be a type of its own, and
+# functions would be compiled for each.
+ACTIVATION, TOTAL, PART, LARGEST = (np.int64(row) for row in range(4))
+FIRST = np.int64(0)
+
+
+@inlined
+def terms_of_a_sum(count):
+    """How many of so many terms are summed apart: then there are about as many sums to add."""
+    return max(TERMS, int(math.sqrt(count)))
+
+
+@inlined
+def vote(x, weight, m, sizes, r, j, lanes, y, e):
+    """`y_e = û_e − r_j` of a child whose pose is x."""
+    pose = sizes.rows * sizes.parent_dim
+    if r.size:
+        copy_negative(y, e * pose, r, j * pose, pose, lanes)
+    else:
+        fill(y, e * pose, y.dtype.type(0), pose, lanes)
+    K, D = sizes.child_dim, sizes.parent_dim
+    add_product(y, e * pose, weight, m * K * D, K, D, D, np.int64(1), x, FIRST, sizes.rows, lanes)
+
+
+@compiled
+def softmax(b, degree, leak, rows, lanes):
+    """Of the logits of a child, in their place; with `leak` there is one more, 0."""
+    zero = b.dtype.type(0)
+    copy(rows, LARGEST, b, FIRST, 1, lanes)
+    for e in range(1, degree):
+        maximum(rows, LARGEST, b, e, lanes)
+    fill(rows, TOTAL, zero, 1, lanes)
+    if leak:
+        fill(rows, PART, zero, 1, lanes)
+        maximum(rows, LARGEST, rows, PART, lanes)
+        exponential(rows, PART, rows, LARGEST, rows, TOTAL, lanes)
+    terms = terms_of_a_sum(degree)
+    for begin in range(0, degree, terms):
+        fill(rows, PART, zero, 1, lanes)
+        for e in range(begin, min(begin + terms, degree)):
+            exponential(b, e, rows, LARGEST, rows, PART, lanes)
+        add(rows, TOTAL, rows, PART, 1, lanes)
+    invert(rows, TOTAL, lanes)
+    for e in range(degree):
+        multiply(b, e, rows, TOTAL, lanes)
+
+
+@compiled
+def sum_products(c, g, degree, rows, lanes):
+    """`Σ c g` over the edges of a child, in row `TOTAL`."""
+    L = 16 * len(lanes)
+    zero = c.dtype.type(0)
+    fill(rows, TOTAL, zero, 1, lanes)
+    terms = terms_of_a_sum(degree)
+    for begin in range(0, degree, terms):
+        fill(rows, PART, zero, 1, lanes)
+        for e in range(begin, min(begin + terms, degree)):
+            for n in range(L):
+                product = get(c, e * L + n) * get(g, e * L + n)
+                put(rows, PART * L + n, get(rows, PART * L + n) + product)
+        add(rows, TOTAL, rows, PART, 1, lanes)
+
+
+@inlined
+def add_to_pose(dx, weight, m, sizes, dy, row, e, degree, lanes):
+    """`∂u += W_m ∂y_e`, for all edges of a child in turn.
+
+    dx has rows for two poses; the second takes the sum of so many edges, and is 0 before the first.
+    """
+    K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
+    part = P * K
+    add_product(dx, part, weight, m * K * D, D, K, np.int64(1), D, dy, row, P, lanes)
+    if (e + 1) % terms_of_a_sum(degree) == 0 or e + 1 == degree:
+        add(dx, FIRST, dx, part, part, lanes)
+        fill(dx, part, dx.dtype.type(0), part, lanes)
+
+
+@inlined
+def add_to_parent(totals, sums, terms_of_parent, at, j, w, y, e, pose, lanes):
+    """`N_j += w_e`, `S_j += w_e y_e`, `Q_j += w_e y_e²`, those that are not empty.
+
+    `sums` are those of a block, whose first parent is number `at` of the totals. They are added to
+    these and start anew after so many terms.
+    """
+    if sums.N.size:
+        add(sums.N, j, w, e, 1, lanes)
+    if sums.Q.size:
+        add_scaled_with_squares(sums.S, sums.Q, j * pose, w, e, y, e * pose, pose, lanes)
+    elif sums.S.size:
+        add_scaled(sums.S, j * pose, w, e, y, e * pose, pose, lanes)
+    sums.terms[j] += 1
+    if sums.terms[j] == terms_of_parent[j]:
+        _add_to_totals(totals, sums, at, j, pose, lanes)
+
+
+@compiled
+def add_rest(totals, sums, at, pose, lanes):
+    """Add to the totals of a block what has not been added yet."""
+    for j in range(len(sums.terms)):
+        if sums.terms[j]:
+            _add_to_totals(totals, sums, at, j, pose, lanes)
+
+
+@compiled
+def _add_to_totals(totals, sums, at, j, pose, lanes):
+    zero = sums.N.dtype.type(0)
+    if sums.N.size:
+        add(totals.N, at + j, sums.N, j, 1, lanes)
+        fill(sums.N, j, zero, 1, lanes)
+    if sums.S.size:
+        add(totals.S, (at + j) * pose, sums.S, j * pose, pose, lanes)
+        fill(sums.S, j * pose, zero, pose, lanes)
+    if sums.Q.size:
+        add(totals.Q, (at + j) * pose, sums.Q, j * pose, pose, lanes)
+        fill(sums.Q, j * pose, zero, pose, lanes)
+    sums.terms[j] = 0
+
+
+@inlined
+def add_to_matrix(dweight, sums, terms_of_kind, m, sizes, x, dy, row, lanes):
+    """`∂W_m += u ⊗ ∂y_e`.
+
+    A matrix that several children share has a sum of its own in `sums`, which is added to the
+    gradient after so many terms.
+    """
+    K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
+    if not sums.weight.size:
+        add_outer(dweight, m * K * D, K, D, x, FIRST, dy, row, P, lanes)
+        return
+    add_outer(sums.weight, m * K * D, K, D, x, FIRST, dy, row, P, lanes)
+    sums.terms[m] += 1
+    if sums.terms[m] == terms_of_kind[m]:
+        add_matrix(dweight, sums, m, K * D)
+
+
+@compiled
+def add_matrices(dweight, sums, count):
+    """Add to the gradients of all matrices, of so many numbers, what has not been added yet."""
+    for m in range(len(sums.terms)):
+        if sums.terms[m]:
+            add_matrix(dweight, sums, m, count)
+
+
+@compiled
+def add_matrix(dweight, sums, m, count):
+    """Add to the gradient of a matrix its sum, and start that anew."""
+    for n in range(m * count, (m + 1) * count):
+        put(dweight, n, get(dweight, n) + get(sums.weight, n))
+        put(sums.weight, n, dweight.dtype.type(0))
+    sums.terms[m] = 0

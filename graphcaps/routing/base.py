@@ -1,0 +1,177 @@
+"""What a routing is: an algorithm over the edges of a batch, and what it learns."""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graphcaps.routing.edges import Edges, EdgesWithoutVotes, Sums
+
+
+class Iteration(NamedTuple):
+    """What one iteration of a routing gives.
+
+    Attributes:
+        sums: of the pass over the edges, with its logits and coupling where votes are stored.
+        v: poses of the parents, `[B·J, D]`.
+        a: their activations, `[B·J, 1]`; None for a routing without activations.
+    """
+
+    sums: Sums
+    v: Tensor
+    a: Tensor | None = None
+
+    @property
+    def b(self) -> Tensor | None:
+        """Logits that the iteration started from, `[B·E, 1]`."""
+        return self.sums.b
+
+    @property
+    def c(self) -> Tensor | None:
+        """Coupling, `[B·E, 1]`."""
+        return self.sums.c
+
+    @property
+    def s(self) -> Tensor:
+        """Weighted sum of the votes, `[B·J, D]`."""
+        return self.sums.S if self.sums.r is None else self.sums.S + self.sums.N * self.sums.r
+
+
+class Sizes(NamedTuple):
+    """Sizes of the layer that a routing works in.
+
+    Attributes:
+        kinds: number of matrices, M.
+        types: number of types of parents, T.
+        rows: rows of a pose, P.
+        parent_dim: numbers in the pose of a parent.
+    """
+
+    kinds: int
+    types: int
+    rows: int
+    parent_dim: int
+
+
+class Routing(nn.Module):
+    """An algorithm that computes parents from votes.
+
+    A routing of one's own implements `steps`, over `Edges.couple`; then it runs on every graph and
+    every engine, and no engine need be told of it. What it learns beside the matrices it makes in
+    `build`. Nothing of one call is kept for the next.
+
+    >>> import torch, graphcaps as gc
+    >>> class Mean(gc.Routing):
+    ...     def steps(self, edges):
+    ...         sums = edges.couple()
+    ...         yield gc.Iteration(sums, sums.S / sums.N)
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing=Mean())
+    >>> layer(torch.rand(2, 6, 4)).shape
+    torch.Size([2, 3, 5])
+    """
+
+    name: ClassVar[str]
+    """What `CapsuleLayer` and the program call it, if it is in `ROUTINGS`."""
+
+    activations: ClassVar[bool] = False
+    """Whether it takes activations of the children and gives activations of the parents."""
+
+    length_is_activation: ClassVar[bool] = True
+    """Whether, without activations, the length of a parent says how sure it is, from 0 to 1."""
+
+    loss: ClassVar[Literal["margin", "spread"]] = "margin"
+    """The loss of classes that its parents are trained with, see `capsnet_loss`: spread where its
+    activations tell classes apart by little, whatever their values."""
+
+    matrix_poses: ClassVar[bool] = False
+    """Whether its paper's poses are 4×4 matrices, which nets then have unless said otherwise."""
+
+    needs_votes: bool = False
+    """Whether `steps` looks at `edges.u_hat` or `edges.passing`, which engine `"fused"` has not."""
+
+    vote_columns: ClassVar[int] = 0
+    """Columns that its matrices have more than a parent's pose has numbers in a row."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    def build_once(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the parameters, for one layer, where its matrices are.
+
+        Raises:
+            ValueError: the routing learned something in another layer already.
+        """
+        if next(self.parameters(), None) is not None:
+            raise ValueError(
+                f"this {self.name} routing learns for another layer already; make one for each"
+            )
+        self.build(sizes)
+        self.to(device, dtype)
+
+    def build(self, sizes: Sizes) -> None:
+        """Make the parameters, with torch's default device and dtype; called by the layer.
+
+        Args:
+            sizes: of the layer.
+
+        Raises:
+            ValueError: a layer that the routing cannot work in.
+        """
+
+    def reset_parameters(self, weight: Tensor) -> None:
+        """Give matrices and parameters the values that training starts from.
+
+        Args:
+            weight: the layer's matrices, `[M, K, D]`, drawn from N(0, 0.1²) unless said otherwise.
+        """
+        nn.init.normal_(weight, std=0.1)
+
+    def steps(self, edges: Edges) -> Iterator[Iteration]:
+        """The algorithm: passes over the edges, updates of the parents between them.
+
+        Args:
+            edges: of a batch, with `edges.a` if the layer was given activations.
+
+        Yields:
+            Every iteration; the poses (and activations) of the last are the result.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to say how it routes, in steps")
+
+    def dense(
+        self, u_hat: Tensor, a: Tensor | None, mask: Tensor, by_edge: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The same on dense votes, by `graphcaps.reference`: what tests and benchmarks compare.
+
+        Args:
+            u_hat: votes, `[B, I, J, D]`, with the columns that the routing's votes have.
+            a: activations of the children, `[B, I]`.
+            mask: which edges there are, bool `[I, J]`.
+            by_edge: takes what is learned for each matrix, `[M]`, to `[I, J]`.
+
+        Returns:
+            Poses of the parents, `[B, J, D]`, the last coupling, `[B, I, J]`, and of a routing with
+            activations those of the parents, `[B, J]`.
+
+        Raises:
+            NotImplementedError: there is no dense form of this routing.
+        """
+        raise NotImplementedError(f"there is no dense form of {self.name} routing")
+
+    def by_kernel(self, edges: EdgesWithoutVotes) -> Tensor | None:
+        """Poses of the parents by a kernel of its own, `[B·J, D]`; None where it has none."""
+        return None
+
+
+def check_at_least_1(name: str, number: int) -> None:
+    """Raise ValueError for a number below 1."""
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1; got {number}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose {' or '.join(choices)}")

@@ -1,0 +1,17 @@
+"""A plugin of pytest by which engine "fused" is the Triton kernels, in Triton's interpreter.
+
+GRAPHCAPS_LAWS_BY_TRITON=1 TRITON_INTERPRET=1 pytest -p laws_by_triton tests/test_laws.py
+"""
+
+
+def pytest_configure():
+    """Here, not at import: pytest imports every module in search of examples."""
+    import interpreted  # noqa: F401, makes the interpreter faster
+
+    from graphcaps import kernels
+    from graphcaps.kernels import ops, triton
+    from graphcaps.kernels.triton import couple
+
+    kernels.prepare = triton.TritonEdges.of
+    kernels.why_not = lambda device, dtype: triton.why_not(device)
+    ops.couple_cpu = couple

@@ -1,0 +1,539 @@
+"""Faults that `mutants.py` makes: a name, a file of the package, what stands there, what instead,
+and the tests that should fail then."""
+
+REFERENCE = "test_results_and_gradients_equal_the_reference and (complete or sparse)"
+
+
+def laws(which: str) -> str:
+    """Tests of test_laws.py whose names fit."""
+    return f'test_laws.py -k "{which}"'
+
+
+def reference(which: str) -> str:
+    """The law of the reference, of variants and engines that fit."""
+    return laws(f"{REFERENCE} and ({which})")
+
+
+def each_term(which: str) -> str:
+    """The pass on the CPU against its dense form in float64."""
+    return f'test_couple.py -k "test_each_term_equals_the_dense_form and dtype1 and ({which})"'
+
+
+ALONE = "test_a_sample_is_routed_alike_alone_and_in_a_batch"
+DYNAMIC = "routing/dynamic.py"
+EDGES = "routing/edges.py"
+GRADIENTS = 'test_couple.py -k "test_a_gradient_that_alone_is_wanted_is_the_same"'
+OPS = "kernels/ops.py"
+PASSES = "kernels/cpu/couple_passes.py"
+TERMS = "kernels/triton/terms.py"
+INTERPRETED = 'triton_numbers.py -k "test_a_pass_equals_the_dense_form_whatever_its_terms"'
+COMPILED = 'test_triton.py -k "real_size and 90 and float32"'
+NEEDED = ["of_u", "of_weight", "of_a", "of_k", "of_p", "of_q", "of_beta", "of_prior"]
+
+
+def swapped(place: int) -> str:
+    """`NEEDED` in code, with two neighbours swapped."""
+    names = NEEDED[:place] + NEEDED[place : place + 2][::-1] + NEEDED[place + 2 :]
+    return f"needed = [{', '.join(names)}]"
+
+
+MUTANTS = [
+    # losses and images
+    (
+        "no clamp on the present term",
+        "losses.py",
+        "(present - lengths).clamp(min=0)",
+        "(present - lengths)",
+        "test_losses.py",
+    ),
+    (
+        "no clamp on the absent term",
+        "losses.py",
+        "(lengths - absent).clamp(min=0)",
+        "(lengths - absent)",
+        "test_losses.py",
+    ),
+    (
+        "invisible pixels count as light",
+        "images.py",
+        "np.asarray(alpha) > 0",
+        "np.asarray(alpha) >= 0",
+        "test_images.py -k not_visible",
+    ),
+    # dynamic routing
+    (
+        "gradients='last' ignored with votes",
+        DYNAMIC,
+        'last_alone = self.gradients == "last"',
+        "last_alone = False",
+        reference("last and scatter"),
+    ),
+    (
+        "gradients='last' ignored by the layer's kernel",
+        DYNAMIC,
+        "route_dynamically(self.iterations, self.gradients)",
+        "route_dynamically(self.iterations)",
+        reference("last and fused"),
+    ),
+    (
+        "gradients='last' ignored by the kernel on the CPU",
+        "kernels/__init__.py",
+        'iterations, gradients == "all"',
+        "iterations, True",
+        reference("last and fused"),
+    ),
+    (
+        "gradients='last' ignored by the kernel on CUDA",
+        "kernels/triton/dynamic.py",
+        "through_all and iterations > 1",
+        "iterations > 1",
+        'triton_dynamic_numbers.py -k "last"',
+    ),
+    (
+        "gradients='last' ignored with graph=, on engines with votes",
+        "layers.py",
+        "deque(self.routing.steps(edges),",
+        "deque((self.routing if structure is self.structure"
+        " else type(self.routing)(self.routing.iterations)).steps(edges),",
+        laws("given_for_one_call and last and scatter"),
+    ),
+    (
+        "gradients='last' ignored with graph=, by the kernel",
+        "layers.py",
+        "v = self.routing.by_kernel(edges)",
+        "v = (self.routing if structure is self.structure"
+        " else type(self.routing)(self.routing.iterations)).by_kernel(edges)",
+        laws("given_for_one_call and last and fused"),
+    ),
+    (
+        "the coupling of the last iteration has a gradient",
+        EDGES,
+        "c.detach() if detach_coupling else c",
+        "c",
+        reference("last and scatter"),
+    ),
+    (
+        "votes detached keep their gradient",
+        EDGES,
+        "self.u_hat.detach()",
+        "self.u_hat",
+        "test_routing_of_ones_own.py",
+    ),
+    (
+        "poses detached keep their gradient",
+        EDGES,
+        "self.u.detach()",
+        "self.u",
+        "test_routing_of_ones_own.py",
+    ),
+    (
+        "matrices detached keep their gradient",
+        EDGES,
+        "self.weight.detach()",
+        "self.weight",
+        "test_routing_of_ones_own.py",
+    ),
+    (
+        "logits of all iterations are the last agreement",
+        DYNAMIC,
+        "V is None or not self.accumulate",
+        "True",
+        reference("dynamic"),
+    ),
+    # the pass with votes
+    (
+        "softmax over children, by DGL",
+        "passing/many_edges.py",
+        'norm_by="src"',
+        'norm_by="dst"',
+        reference("dynamic and builtin"),
+    ),
+    (
+        "softmax over children, by scatter",
+        "passing/scatter.py",
+        "total = self.by_child.sum(exponential, dim=1)",
+        "self = type(self)(self.structure, self.samples, b.device); self.by_child = self.by_parent;"
+        " total = self.by_child.sum(exponential, dim=1)",
+        reference("dynamic and scatter"),
+    ),
+    (
+        "logits averaged over the batch",
+        EDGES,
+        "b = sum(terms[1:], terms[0])",
+        "b = sum(terms[1:], terms[0]); b = b.view(self.samples, -1, 1).mean(0)"
+        ".repeat(self.samples, 1)",
+        laws(f"{ALONE} and scatter"),
+    ),
+    (
+        "scatter's greatest logit is at least 0",
+        "passing/scatter.py",
+        "include_self=leak",
+        "include_self=True",
+        laws("added_to_all_logits and scatter"),
+    ),
+    (
+        "the leak is ignored by engines with votes",
+        EDGES,
+        "softmax_over_parents(b, leak)",
+        "softmax_over_parents(b)",
+        reference("options and scatter"),
+    ),
+    (
+        "the leak of equal logits is ignored with votes",
+        EDGES,
+        "(self.degree() + int(leak))",
+        "self.degree()",
+        reference("options and scatter"),
+    ),
+    (
+        "the leak is ignored by fused",
+        EDGES,
+        "            leak=leak,\n",
+        "",
+        reference("options and fused"),
+    ),
+    (
+        "the leak takes no share of many edges, by DGL",
+        "passing/many_edges.py",
+        "total = total + by_sample[:, edges:]",
+        "total = total",
+        laws("sizes_of_one_odd and 131 and options and builtin"),
+    ),
+    (
+        "beta is added before the softmax",
+        EDGES,
+        "        terms = []\n",
+        "        terms = [] if beta is None else [self._of_kind(beta)]\n        beta = None\n",
+        reference("self_attention and scatter"),
+    ),
+    (
+        "the prior is dropped with votes",
+        EDGES,
+        "terms.append(self._of_kind(prior))",
+        "terms.append(0 * self._of_kind(prior))",
+        reference("self_routing and scatter"),
+    ),
+    (
+        "the prior is dropped by fused",
+        EDGES,
+        "prior=None if prior is None else prior.to(self.u)",
+        "prior=None",
+        reference("self_routing and fused"),
+    ),
+    (
+        "the total is over the parents of all graphs",
+        EDGES,
+        'self._structure.numbers("graph_of_parent", x.device)',
+        "torch.zeros(self.parents, dtype=torch.int64)",
+        laws("of_different_sizes and variational and scatter"),
+    ),
+    (
+        "parents have no type",
+        EDGES,
+        'x.index_select(0, self._structure.numbers("parent_type", x.device))',
+        "x.repeat(self.parents, *[1] * (x.dim() - 1))[: self.parents]",
+        "test_routing_of_ones_own.py -k type",
+    ),
+    (
+        "DGL updates no parents",
+        "passing/udf.py",
+        'return tuple(made[name] for name in made if name.startswith("new "))',
+        "return features",
+        reference("dynamic and udf"),
+    ),
+    (
+        "a degree is one too high",
+        "structure.py",
+        "minlength=self.children)",
+        "minlength=self.children).add(1)",
+        reference("uniform and scatter"),
+    ),
+    # Gaussians
+    (
+        "em without activations",
+        "routing/em.py",
+        "r=r, a=edges.a, squares=True",
+        "r=r, squares=True",
+        reference("em and scatter"),
+    ),
+    (
+        "variational Bayes without activations",
+        "routing/variational_bayes.py",
+        "r=r, a=edges.a, squares=True",
+        "r=r, squares=True",
+        reference("variational and scatter"),
+    ),
+    (
+        "self-routing without activations",
+        "routing/self_routing.py",
+        "prior=self.prior, a=edges.a",
+        "prior=self.prior",
+        reference("self_routing and scatter"),
+    ),
+    (
+        "em's exponent is twice too large",
+        "routing/em.py",
+        "-0.5 / variance",
+        "-1 / variance",
+        reference("em and scatter"),
+    ),
+    (
+        "em's normalisation is squared",
+        "routing/em.py",
+        "keepdim=True) / 2\n            # the",
+        "keepdim=True)\n            # the",
+        reference("em and scatter"),
+    ),
+    (
+        "em's parents are all as active",
+        "routing/em.py",
+        "F.logsigmoid(logit) + log_normal",
+        "log_normal",
+        reference("em and scatter"),
+    ),
+    (
+        "first variances are about 0",
+        "routing/gaussians.py",
+        "return sums.S / sums.N.clamp_min(SMALLEST_MASS)",
+        "return torch.zeros_like(sums.S)",
+        laws("variance"),
+    ),
+    (
+        "later variances of em are about the first mean",
+        "routing/em.py",
+        "log_normal, -0.5 / variance, mu",
+        "log_normal, -0.5 / variance, r",
+        reference("em and scatter"),
+    ),
+    # dtypes, devices, what is kept
+    (
+        "16 bits are computed in 16 bits",
+        "layers.py",
+        "torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype",
+        "dtype",
+        laws("16_bit and scatter"),
+    ),
+    (
+        "autocast reaches the routing",
+        "layers.py",
+        "with _without_autocast(u.device.type):",
+        "if True:",
+        "test_layers.py -k autocast",
+    ),
+    (
+        "what is kept of a graph is made on the default device",
+        "structure.py",
+        "        with made_to_be_kept():\n            self.graph",
+        "        if True:\n            self.graph",
+        "test_layers.py -k meta",
+    ),
+    (
+        "what is kept is made in inference mode",
+        "structure.py",
+        "            with made_to_be_kept():\n                self._kept[key]",
+        "            if True:\n                self._kept[key]",
+        "test_layers.py test_structure.py -k 'inference or kept'",
+    ),
+    (
+        "what is kept for a batch is made in inference mode",
+        "structure.py",
+        "            with made_to_be_kept():\n                found",
+        "            if True:\n                found",
+        "test_layers.py test_structure.py -k 'inference or kept'",
+    ),
+    (
+        "nobody looks for NaN",
+        "layers.py",
+        "        _check_finite(poses, u)\n",
+        "",
+        "test_layers.py -k not_finite",
+    ),
+    *(
+        (
+            f"operations are kept without their {left_out} in the key",
+            "passing/__init__.py",
+            "key = (engine, samples, device)",
+            f"key = ({kept})",
+            "test_layers.py -k 'kept or made_once'",
+        )
+        for left_out, kept in (
+            ("engine", "samples, device"),
+            ("batch size", "engine, device"),
+            ("device", "engine, samples"),
+        )
+    ),
+    *(
+        (
+            f"kept without its device: {key}",
+            file,
+            f"({key}, {device})",
+            f"({key},)",
+            "test_layers.py -k 'kept'",
+        )
+        for file, key, device in (
+            ("structure.py", '"groups", by', "device"),
+            ("structure.py", "name", "device"),
+            ("structure.py", '"degree"', "device"),
+            (EDGES, '"sorted"', "u.device"),
+        )
+    ),
+    # long sums
+    (
+        "no partial sums",
+        "structure.py",
+        "if largest <= TERMS:",
+        "if True:",
+        laws("float32_errs_no_more and 20000 and scatter or 100000 and scatter"),
+    ),
+    (
+        "no partial sums of children, by fused",
+        "kernels/cpu/steps.py",
+        "return max(TERMS, int(math.sqrt(count)))",
+        "return max(TERMS, count)",
+        'test_couple.py -k "float32_errs_no_more and 20000"',
+    ),
+    (
+        "no partial sums of parents, by fused",
+        "kernels/cpu/parts.py",
+        "np.maximum(TERMS, np.sqrt(count))",
+        "np.maximum(TERMS, count)",
+        'test_couple.py -k "long_sum or float32_errs_no_more and 20000"',
+    ),
+    (
+        "the exponential without its last term",
+        "kernels/cpu/lanes.py",
+        "C6 + r * C7",
+        "C6",
+        "test_dynamic_cpu.py -k exponential",
+    ),
+    # gradients of the pass
+    *(
+        (
+            f"{NEEDED[place]} and {NEEDED[place + 1]} are asked for in each other's place",
+            OPS,
+            swapped(len(NEEDED)),
+            swapped(place),
+            GRADIENTS,
+        )
+        for place in range(len(NEEDED) - 1)
+    ),
+    (
+        "the gradient of k is not made for that of r",
+        OPS,
+        "of_k = of_k or (of_r and p is not None)",
+        "of_k = of_k",
+        GRADIENTS,
+    ),
+    (
+        "the gradient of p is not made for that of r",
+        OPS,
+        "of_p = of_p or (of_r and q is not None)",
+        "of_p = of_p",
+        GRADIENTS,
+    ),
+    ("dr without N", OPS, "dr = -N.unsqueeze(-1) * dS", "dr = 0 * dS", each_term("r")),
+    ("dr without Q", OPS, "dr - 2 * dQ * S if", "dr if", each_term("everything")),
+    ("dr without k", OPS, "dr - p * dk.unsqueeze(-1) if", "dr if", each_term("r and p")),
+    ("dr without p", OPS, "dr - 2 * q * dp if", "dr if", each_term("r and q")),
+    # the pass on the CPU
+    (
+        "fused: the softmax is not divided by its sum",
+        "kernels/cpu/steps.py",
+        "    invert(rows, TOTAL, lanes)\n",
+        "",
+        each_term("everything"),
+    ),
+    (
+        "fused: no k",
+        PASSES,
+        "copy(b, e, inputs.k, j, 1, lanes)",
+        "fill(b, e, b.dtype.type(0), 1, lanes)",
+        each_term("k"),
+    ),
+    (
+        "fused: no prior",
+        PASSES,
+        "add_number(b, e, inputs.prior[m], lanes)",
+        "pass",
+        each_term("prior"),
+    ),
+    ("fused: no beta", PASSES, "add_number(c, e, beta[m], lanes)", "pass", each_term("beta")),
+    (
+        "fused: equal logits without the leak",
+        PASSES,
+        "fill(c, FIRST, c.dtype.type(1 / (degree + leak)), degree, lanes)",
+        "fill(c, FIRST, c.dtype.type(1 / degree), degree, lanes)",
+        each_term("leak"),
+    ),
+    (
+        "fused: gradients of logits without a",
+        PASSES,
+        "        multiply(g, e, rows, ACTIVATION, lanes)\n\n\n@inlined\ndef _vote",
+        "        pass\n\n\n@inlined\ndef _vote",
+        each_term("everything"),
+    ),
+    (
+        "fused: gradients of votes without q",
+        PASSES,
+        "add_slopes(dy, FIRST, g, e, inputs.q, j * pose, y, e * pose, pose, lanes)",
+        "pass",
+        each_term("q"),
+    ),
+    # Triton
+    (
+        "triton: offsets of samples in 32 bits",
+        TERMS,
+        "first = tl.cast(number, tl.int64) * run.size.BLOCK_B",
+        "first = tl.cast(number, tl.int32) * run.size.BLOCK_B",
+        COMPILED,
+    ),
+    (
+        "triton: offsets of matrices in 32 bits",
+        TERMS,
+        "(tl.cast(kind, tl.int64) * run.size.K + k)",
+        "(kind * run.size.K + k)",
+        COMPILED,
+    ),
+    (
+        "triton: offsets of iterations and parts in 32 bits",
+        TERMS,
+        "number = tl.cast(number, tl.int64) * run.inputs.B",
+        "number = number * run.inputs.B",
+        COMPILED,
+    ),
+    (
+        "triton: coupling above 1",
+        TERMS,
+        "tl.exp(tl.minimum(above, 0.0))",
+        "tl.exp(above)",
+        "triton_numbers.py -k lifts_over",
+    ),
+    (
+        "triton: TensorFloat-32",
+        TERMS,
+        'input_precision="ieee"',
+        'input_precision="tf32"',
+        COMPILED,
+    ),
+    (
+        "triton: a kernel on the current device",
+        "kernels/triton/device.py",
+        "with torch.cuda.device_of(like):",
+        "if True:",
+        "test_triton.py -k launched_on_the_device",
+    ),
+    (
+        "triton: one long sum",
+        TERMS,
+        "return tl.maximum(root, tl.cdiv(32, terms))",
+        "return tl.maximum(root, 1 << 20)",
+        'triton_numbers.py -k "lose_no_digits or loses_no_digits"',
+    ),
+    (
+        "triton: no prior",
+        TERMS,
+        "b += tl.load(run.inputs.prior + edge.kind).to(tl.float32)",
+        "b += 0.0",
+        INTERPRETED,
+    ),
+]
