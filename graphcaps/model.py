@@ -309,8 +309,11 @@ class CapsNet(nn.Module):
             ValueError: images of another shape, dtype or device than the model's, or labels
                 that do not fit them.
         """
-        found = self.capsules(*self.primary_capsules(images), return_trace=return_trace)
-        capsules, trace = found if return_trace else (found, None)
+        given = self.primary_capsules(images)
+        if return_trace:
+            capsules, trace = self.capsules(*given, return_trace=True)
+        else:
+            capsules, trace = self.capsules(*given), None
         poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
         lengths = self.confidence(poses, activations)
         reconstruction = None
@@ -345,11 +348,9 @@ class CapsNet(nn.Module):
         Returns:
             `[..., J]`.
         """
-        if self.capsules.routing.activations and activations is not None:
-            return activations
         if self.score is not None:
             return self.score(poses).squeeze(-1).sigmoid()
-        return length(poses)
+        return length(poses) if activations is None else activations
 
     @property
     def loss(self) -> Literal["margin", "spread"]:

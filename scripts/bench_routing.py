@@ -113,7 +113,9 @@ def make_graph(layer: Layer) -> dgl.DGLGraph:
 def _windows(size: int, maps: int, kernel: int, stride: int) -> dgl.DGLGraph:
     across = (size - kernel) // stride + 1
     sizes = (across, across, kernel, kernel, maps, maps)
-    y, x, dy, dx, i, j = (n.flatten() for n in torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    y, x, dy, dx, i, j = (
+        n.flatten() for n in torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
+    )
     child = (i * size + y * stride + dy) * size + x * stride + dx
     parent = (j * across + y) * across + x
     return gc.routing_graph(

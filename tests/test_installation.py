@@ -59,7 +59,7 @@ for arguments in (["predict", "digit.png"], ["--help"]):
 
 
 def test_whatever_is_imported_is_declared():
-    of_module = {"PIL": "pillow"}
+    of_module = {"PIL": "pillow", "pydantic_core": "pydantic"}
     with_torch = {"triton"}  # where there is one
     declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
     known = {text.split(";")[0].split(">")[0].split("=")[0] for text in declared}

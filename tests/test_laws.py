@@ -116,11 +116,11 @@ def errors_in_units(case, variant, engine, **options):
 @every_variant
 @pytest.mark.parametrize(("children", "parents"), [(3, 5), (129, 3), (5, 131), (1152, 10)])
 def test_float32_errs_no_more_than_the_dense_form(engine, variant, children, parents):
-    """Besides the dense form's own error, as much again and 16 units of float32 are allowed."""
+    """Three times the dense form's own error and 16 units of float32 are allowed."""
     if variant.startswith("em") and (children, parents) == (1152, 10):
         pytest.skip("λ · N is then so large that activations jump from 0 to 1 within rounding")
     for name, error, rival in errors_in_units(complete(children, parents), variant, engine):
-        assert error <= 2 * rival + 16, f"{name}: {error:.1f} units, the dense form {rival:.1f}"
+        assert error <= 3 * rival + 16, f"{name}: {error:.1f} units, the dense form {rival:.1f}"
 
 
 @every_engine
@@ -128,7 +128,7 @@ def test_float32_errs_no_more_than_the_dense_form(engine, variant, children, par
 def test_float32_errs_no_more_than_the_dense_form_with_20000_parents(engine, variant):
     case = complete(3, 20_000, batch=1, child_dim=2, parent_dim=2)
     for name, error, rival in errors_in_units(case, variant, engine):
-        assert error <= 2 * rival + 16, f"{name}: {error:.1f} units, the dense form {rival:.1f}"
+        assert error <= 3 * rival + 16, f"{name}: {error:.1f} units, the dense form {rival:.1f}"
 
 
 @every_engine

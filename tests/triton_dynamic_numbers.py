@@ -15,7 +15,12 @@ from torch.testing import assert_close
 import graphcaps as gc
 from graphcaps import reference
 from graphcaps.kernels.triton import TritonEdges, device, gradients, parents, routed, tiles
-from graphcaps.votes import votes_along_edges
+
+
+def votes_along_edges(u, weight, child, weight_index):
+    """`[B·E, D]`, the same edges for every sample."""
+    u_hat = torch.einsum("bek,ekd->bed", u[:, child], weight[weight_index])
+    return u_hat.reshape(-1, weight.shape[-1])
 
 
 class Layer(NamedTuple):

@@ -33,7 +33,7 @@ class InvertedAttention(Routing):
     Raises:
         ValueError: iterations below 1.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="attention", iterations=2)
     >>> layer(torch.rand(2, 6, 4)).shape
     torch.Size([2, 3, 5])

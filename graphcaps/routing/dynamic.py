@@ -41,7 +41,7 @@ class DynamicRouting(Routing):
         ValueError: iterations below 1, another word for `gradients`, a temperature that is not
             above 0.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing=DynamicRouting(bias=True))
     >>> layer(torch.rand(2, 6, 4)).shape
     torch.Size([2, 3, 5])

@@ -45,7 +45,7 @@ class EMRouting(Routing):
     Raises:
         ValueError: iterations below 1, another variant, a number that is not above 0.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> graph = gc.complete_graph(children=6, parents=3)
     >>> layer = gc.CapsuleLayer(graph, child_dim=16, parent_dim=16, rows=4, routing="em")
     >>> capsules = layer(torch.rand(2, 6, 16), torch.rand(2, 6))

@@ -23,7 +23,7 @@ class SelfAttention(Routing):
 
     Learns β, one number for each matrix, added after the softmax; it starts at 0.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="self_attention")
     >>> layer(torch.rand(2, 6, 4)).shape
     torch.Size([2, 3, 5])

@@ -26,7 +26,7 @@ class SelfRouting(Routing):
 
     Learns, besides, the prior of each matrix. Both start at 0, and coupling equal.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="self_routing")
     >>> poses, activations = layer(torch.rand(2, 6, 4), torch.rand(2, 6))
     >>> poses.shape, activations.shape

@@ -29,7 +29,7 @@ class Trace:
         v: outputs, `[R, B, J, D]`.
         a: activations of the parents, `[R, B, J]`; of a routing without them, the lengths |v|.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), child_dim=4, parent_dim=5, iterations=2)
     >>> v, trace = layer(torch.rand(7, 6, 4), return_trace=True)
     >>> trace.c.shape, trace.entropy().shape

@@ -43,7 +43,7 @@ class VariationalBayes(Routing):
         ValueError: iterations below 1, a prior that is not above 0; with the layer, a nu0 that is
             too small for D.
 
-    >>> import graphcaps as gc
+    >>> import torch, graphcaps as gc
     >>> graph = gc.complete_graph(6, 3)
     >>> layer = gc.CapsuleLayer(graph, 16, 16, rows=4, routing="variational_bayes")
     >>> layer(torch.rand(2, 6, 16), torch.rand(2, 6)).poses.shape

@@ -145,12 +145,12 @@ def _start(program, request, told):
 def _serve():
     import torch
 
-    from graphcaps import cli, kernels, model
+    from graphcaps import cli, engines, model
 
     torch.set_num_threads(1)
     # both import much when they are first used
     torch.optim.Adam([torch.zeros(1)])
-    kernels.choose_engine("auto", torch.device("cpu"))
+    engines.choose("auto", torch.device("cpu"))
     model.PRESETS["small"] = model.CapsNetConfig(
         conv_channels=4, capsule_maps=1, decoder_hidden=(8,)
     )
