@@ -200,7 +200,7 @@ class Trainer:
         return (
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "
-            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images.\n"
+            f"{self.epochs} x {self.steps_per_epoch} steps of {self.batch_size} images.\n"
             f"Everything goes to {self.run.path}"
         )
 

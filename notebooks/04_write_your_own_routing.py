@@ -11,9 +11,9 @@
 #
 # A routing is a class with one method, `steps`. It never touches an edge: it asks for sums over
 # the edges, computes new parents from them, and asks again. So it runs on every graph and every
-# engine, among them the kernel that stores no vote, and needs no derivation and no kernel of its
-# own. Here are three: one of five lines, then two published routings that the library does not
-# have.
+# engine, the kernel that stores no votes among them, and needs neither a backward pass nor a kernel
+# of its own. Here are three: one of five lines, then two published routings that the library does
+# not have.
 
 # %%
 # %matplotlib inline
@@ -96,7 +96,7 @@ trace.c.detach().view(2, 6, 3).sum(dim=2)
 # a_j = \sum_i \beta^{use} D^{use}_{ij} - \sum_i \beta^{ign} D^{ign}_{ij},$$
 #
 # $$\mu_j, \sigma_j^2 = \text{mean and variance of the votes, weighted by } D^{use}_{ij}, \quad
-# c_{ij} = \mathrm{softmax}_j \big( \ln f(a_j) + \ln \mathcal N(\hat u_{j|i}; \mu_j, \sigma_j^2)
+# c_{ij} = \mathrm{softmax}_j \big( \ln f(a_j) + \ln \mathcal{N}(\hat u_{j|i}; \mu_j, \sigma_j^2)
 # \big).$$
 #
 # The sum of $D^{use}$ is $N$. That of $D^{ign}$ is what $N$ lacks of $\sum_i f(a_i)$, which a pass
@@ -276,7 +276,7 @@ figure
 # vote with one and the same matrix. In its terms, an input has a key and a value, a slot has a
 # query, and the softmax runs over the slots. So let a vote be the value followed by the key,
 # $\hat u = W^\top x$ with $W = [W_v \, W_k]$, of which the coupling sees the key alone:
-# $p_j = [0, q_j / \sqrt D]$. Votes then have $D$ numbers more than a slot, which `vote_columns`
+# $p_j = [0, q_j / \sqrt{D}]$. Votes then have $D$ numbers more than a slot, which `vote_columns`
 # says. After each pass a slot moves by a GRU and a small MLP:
 #
 # $$\text{slot}_j \leftarrow \mathrm{GRU}(S_j / N_j, \text{slot}_j), \qquad
@@ -286,9 +286,10 @@ figure
 # their number is free. The $\epsilon$ that the authors add to the attention is `beta`.
 #
 # This is the algorithm of the paper; the LayerNorm of the inputs is left to what comes before the
-# layer. With the authors' parameters it gives the numbers of their code (google-research,
-# `slot_attention/model.py`) to 13 digits. What differs are the values that training starts from,
-# which are PyTorch's, and the $\epsilon$ of LayerNorm, $10^{-5}$ in PyTorch and $10^{-3}$ in Keras.
+# layer. With the parameters of the authors' code (google-research, `slot_attention/model.py`) it
+# gives the same numbers to 13 digits. Two things differ by default: the $\epsilon$ of LayerNorm,
+# $10^{-5}$ in PyTorch and $10^{-3}$ in Keras, and the values that training starts from, some of
+# which are PyTorch's.
 
 
 # %%
@@ -313,6 +314,8 @@ class SlotAttention(gc.Routing):
         nn.init.xavier_uniform_(weight.detach()[0, :, self.dim :])
         nn.init.normal_(self.mean)
         nn.init.zeros_(self.log_scale)
+        for module in (*self.query, self.gru, *self.mlp[:2], self.mlp[3]):
+            module.reset_parameters()
 
     def steps(self, edges):
         size = (edges.samples * edges.parents, self.dim)

@@ -152,6 +152,29 @@ def test_a_resumed_run_goes_on_with_the_random_numbers_of_the_stopped_one(tmp_pa
     assert torch.equal(torch.rand(5), expected)
 
 
+def test_a_resumed_optimizer_keeps_the_options_of_this_device(tmp_path):
+    stopped = trainer(tmp_path / "run")
+    order, shifts = stopped._plan(0)
+    stopped._take_step(order[:5], shifts[:5])
+    stopped.step = 1
+    stopped._save_checkpoint()
+    resumed = Trainer(stopped.settings, stopped.recipe, stopped.data, CPU, stopped.run)
+    weights = resumed.model.parameters()
+    resumed.optimizer = torch.optim.Adam(weights, lr=stopped.recipe.learning_rate, fused=True)
+    resumed.schedule = make_schedule(resumed.optimizer, stopped.recipe, stopped.steps_per_epoch)
+    resumed.resume()
+    (here,), (there,) = resumed.optimizer.param_groups, stopped.optimizer.param_groups
+    assert (here["fused"], here["lr"], here["betas"]) == (True, there["lr"], there["betas"])
+
+
+def test_processes_that_see_other_checkpoints_do_not_go_on_together(tmp_path, monkeypatch):
+    stopped = trainer(tmp_path / "run")
+    stopped._save_checkpoint()
+    monkeypatch.setattr(Workers, "agree", lambda *_: 7)
+    with pytest.raises(RuntimeError, match="do not see the same checkpoints"):
+        stopped.resume()
+
+
 def test_the_rate_of_each_step_is_the_schedules(tmp_path):
     here = trainer(tmp_path / "run", learning_rate=0.002)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
