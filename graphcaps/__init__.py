@@ -8,13 +8,20 @@ __version__ = "0.1.0"
 
 if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work without DGL
     from graphcaps import reference
-    from graphcaps.decoder import Decoder
     from graphcaps.engines import bind
     from graphcaps.functional import length, squash
     from graphcaps.graph import batch_graph, complete_graph, routing_graph
     from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
-    from graphcaps.losses import capsnet_loss, margin_loss, reconstruction_loss, spread_loss
-    from graphcaps.model import CapsNet, CapsNetConfig, CapsNetOutput
+    from graphcaps.nets import (
+        CapsNet,
+        CapsNetConfig,
+        CapsNetOutput,
+        Decoder,
+        capsnet_loss,
+        margin_loss,
+        reconstruction_loss,
+        spread_loss,
+    )
     from graphcaps.routing import (
         ROUTINGS,
         DynamicRouting,

@@ -20,14 +20,14 @@ import tyro
 
 from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import DATASETS, FETCHED, load_dataset
-from graphcaps.evaluation import as_input, check_fits, check_lengths, evaluate
-from graphcaps.images import read_digit
-from graphcaps.model import CONFIG, CapsNet
-from graphcaps.settings import Engine, TrainSettings, given_fields
-from graphcaps.training import TrainingInterrupt, train
-from graphcaps.workers import joined_workers, leads
+from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
+from graphcaps.data.images import read_digit
+from graphcaps.nets.model import CONFIG, CapsNet
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
+from graphcaps.training.loop import TrainingInterrupt, train
+from graphcaps.training.settings import Engine, TrainSettings, given_fields
+from graphcaps.training.workers import joined_workers, leads
 
 
 @dataclass(frozen=True)

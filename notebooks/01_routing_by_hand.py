@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import graphcaps as gc
-from graphcaps import figures
+from graphcaps.pictures import figures
 
 import dgl  # isort: skip (after graphcaps, which makes it importable under any torch)
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 import graphcaps as gc
-from graphcaps import figures, inspection
 from graphcaps.data import load_dataset
-from graphcaps.evaluation import as_input, evaluate
-from graphcaps.model import PRETRAINED
+from graphcaps.nets.model import PRETRAINED
+from graphcaps.pictures import figures, inspection
+from graphcaps.training import as_input, evaluate
 
 model = gc.CapsNet.from_pretrained("mnist-small")
 digits = load_dataset("../tests/digits").test  # ten digits of each class, from the test set

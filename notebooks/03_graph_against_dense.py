@@ -22,7 +22,7 @@ import torch
 from IPython.display import Image, Markdown
 
 import graphcaps as gc
-from graphcaps import figures, inspection
+from graphcaps.pictures import figures, inspection
 
 import dgl  # isort: skip (after graphcaps, which makes it importable under any torch)
 

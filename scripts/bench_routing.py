@@ -22,7 +22,7 @@ from torch import Tensor
 
 import graphcaps as gc
 from graphcaps._dgl import dgl
-from graphcaps.inspection import dense_form, results_and_gradients
+from graphcaps.pictures.inspection import dense_form, results_and_gradients
 
 FORMS = ("dense", "compiled", "udf", "builtin", "scatter", "fused")
 MODES = ("inference", "forward", "forward+backward")

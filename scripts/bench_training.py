@@ -1,4 +1,4 @@
-"""A net's preset enters; how long its training step takes, with and without routing, leaves.
+"""Time one training step of a net with and without routing.
 
 Without routing, the class capsules are what the same matrices give with equal coupling, as one
 matrix product: the least that a layer of this size can cost. Loss and gradients of every other form
@@ -19,8 +19,8 @@ from measuring import alternating, machine, quartiles, write
 from torch import Tensor, nn
 
 import graphcaps as gc
-from graphcaps.capture import Captured
-from graphcaps.inspection import dense_form
+from graphcaps.pictures.inspection import dense_form
+from graphcaps.training.capture import Captured
 
 BFLOAT16 = "fused, --amp bf16"
 CAPTURED = "fused, --cuda-graph"  # on a GPU alone

@@ -1,4 +1,4 @@
-"""The shipped net and one test digit enter; the picture that opens the README leaves.
+"""Draw the picture that opens the README, from the net that ships and one test digit.
 
 python scripts/draw_readme_picture.py
 """
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from graphcaps import figures
+from graphcaps import CapsNet
 from graphcaps.data import load_dataset
-from graphcaps.evaluation import as_input
-from graphcaps.inspection import vote_map
-from graphcaps.model import CapsNet
+from graphcaps.pictures import figures
+from graphcaps.pictures.inspection import vote_map
+from graphcaps.training import as_input
 
 HERE = Path(__file__).parent
 CLASS = 4

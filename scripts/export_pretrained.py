@@ -1,7 +1,7 @@
-"""A finished run enters; a net that ships with the library leaves, with its model card.
+"""Turn a finished run into a net that ships with the library, with its model card.
 
 graphcaps train --preset small --epochs 20 --run-dir runs/mnist-small
-python scripts/export_pretrained.py runs/mnist-small graphcaps/pretrained/mnist-small
+python scripts/export_pretrained.py runs/mnist-small graphcaps/nets/pretrained/mnist-small
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from graphcaps.checkpoints import RunFolder
 from graphcaps.data import load_dataset
-from graphcaps.evaluation import evaluate
-from graphcaps.model import WEIGHTS, CapsNet
+from graphcaps.nets.model import WEIGHTS, CapsNet
+from graphcaps.training import evaluate
+from graphcaps.training.checkpoints import RunFolder
 
 CARD = """# {name}
 

@@ -1,4 +1,4 @@
-"""The recipe of Sabour et al. 2017 in one page: MNIST enters, the test accuracy leaves.
+"""The recipe of Sabour et al. 2017 on one page, from MNIST to the test accuracy.
 
     python scripts/train_mnist.py --epochs 30
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import graphcaps as gc
 from graphcaps.data import draw_shifts, load_dataset, shift
-from graphcaps.evaluation import as_input, evaluate
+from graphcaps.training import as_input, evaluate
 
 
 def main(

@@ -15,9 +15,8 @@ import tyro
 from measuring import machine, write
 
 import graphcaps as gc
-from graphcaps.model import CapsNet
-from graphcaps.settings import TrainSettings
-from graphcaps.training import train
+from graphcaps import CapsNet
+from graphcaps.training import TrainSettings, train
 
 
 @dataclass(frozen=True)

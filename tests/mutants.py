@@ -39,7 +39,7 @@ AUTOMATIC = {
     "passing/*.py": f'test_laws.py -k "features_of_nodes or added_to_all or {LAWS}"',
     "structure.py": f'test_layers.py test_laws.py -k "test_layers or 100000 or {LAWS}"',
     "functional.py": "test_functional.py test_losses.py",
-    "losses.py": "test_losses.py",
+    "nets/losses.py": "test_losses.py",
 }
 
 # Changes that are no faults: a part of their name, and why.

@@ -41,21 +41,21 @@ MUTANTS = [
     # losses and images
     (
         "no clamp on the present term",
-        "losses.py",
+        "nets/losses.py",
         "(present - lengths).clamp(min=0)",
         "(present - lengths)",
         "test_losses.py",
     ),
     (
         "no clamp on the absent term",
-        "losses.py",
+        "nets/losses.py",
         "(lengths - absent).clamp(min=0)",
         "(lengths - absent)",
         "test_losses.py",
     ),
     (
         "invisible pixels count as light",
-        "images.py",
+        "data/images.py",
         "np.asarray(alpha) > 0",
         "np.asarray(alpha) >= 0",
         "test_images.py -k not_visible",

@@ -6,9 +6,9 @@ import torch
 from runs import epoch_metrics, result
 
 import graphcaps as gc
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import Dataset, Split
-from graphcaps.settings import RECIPES, RunSettings, TrainSettings
+from graphcaps.data.datasets import Dataset, Split
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.settings import RECIPES, RunSettings, TrainSettings
 
 
 def lively_model(**changes):

@@ -1,7 +1,7 @@
 """Records of runs for the tests, with numbers that are of no matter where none is given."""
 
-from graphcaps.checkpoints import EpochMetrics, Result, StepMetrics
-from graphcaps.settings import RECIPES, RunSettings, TrainSettings
+from graphcaps.training.checkpoints import EpochMetrics, Result, StepMetrics
+from graphcaps.training.settings import RECIPES, RunSettings, TrainSettings
 
 STARTED = RunSettings(TrainSettings(), RECIPES["small"], {"graphcaps": "0.1.0"})
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from graphcaps.capture import Captured
+from graphcaps.training.capture import Captured
 
 
 @pytest.fixture

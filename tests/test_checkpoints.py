@@ -13,11 +13,11 @@ import torch
 from runs import STARTED, result, step_metrics
 
 import graphcaps as gc
-from graphcaps import checkpoints
-from graphcaps.checkpoints import RunFolder
 from graphcaps.files import write_whole
-from graphcaps.settings import as_json
-from graphcaps.weights import load_weights
+from graphcaps.nets.weights import load_weights
+from graphcaps.training import checkpoints
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.settings import as_json
 
 CONFIG_WITH_WORDS = json.dumps(asdict(gc.CapsNetConfig()) | {"classes": "ten"})
 

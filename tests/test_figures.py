@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle, StepPatch
 from PIL import Image
 
 import graphcaps as gc
-from graphcaps import figures
-from graphcaps.inspection import VoteMap
+from graphcaps.pictures import figures
+from graphcaps.pictures.inspection import VoteMap
 
 
 def traced(children=6, parents=3, iterations=3, samples=4):

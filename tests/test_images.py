@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from graphcaps.data import load_dataset
-from graphcaps.images import read_digit
+from graphcaps.data.datasets import load_dataset
+from graphcaps.data.images import read_digit
 
 DIGITS = load_dataset(str(Path(__file__).parent / "digits")).test.images[:20, 0].numpy()
 WIDTH, HEIGHT = 280, 200

@@ -6,8 +6,8 @@ from reports import lively_model
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps.inspection import TWEAKS, differences_from_dense, tweak_pose, vote_map
-from graphcaps.model import PRIMARY_STRIDE
+from graphcaps.nets.model import PRIMARY_STRIDE
+from graphcaps.pictures.inspection import TWEAKS, differences_from_dense, tweak_pose, vote_map
 
 
 @pytest.fixture

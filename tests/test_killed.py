@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from graphcaps.checkpoints import RunFolder
-from graphcaps.model import CapsNet
+from graphcaps.nets.model import CapsNet
+from graphcaps.training.checkpoints import RunFolder
 
 DIGITS = Path(__file__).parent / "digits"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from graphcaps import cli
-from graphcaps.checkpoints import RunFolder
-from graphcaps.model import PRESETS, CapsNetConfig
-from graphcaps.settings import TrainSettings
-from graphcaps.training import train
+from graphcaps.nets.model import PRESETS, CapsNetConfig
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.loop import train
+from graphcaps.training.settings import TrainSettings
 
 HERE = Path(__file__).parent
 OLD = HERE / "run_of_0_1_0"

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import graphcaps as gc
-from graphcaps.data import Split, load_dataset
-from graphcaps.evaluation import evaluate
-from graphcaps.model import PRETRAINED
+from graphcaps.data.datasets import Split, load_dataset
+from graphcaps.nets.model import PRETRAINED
+from graphcaps.training.evaluation import evaluate
 
 DIGITS = Path(__file__).parent / "digits"
 FOLDER = PRETRAINED / "mnist-small"

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps import report
-from graphcaps.data import load_dataset
+from graphcaps.data.datasets import load_dataset
 from graphcaps.report import page
 from graphcaps.report.records import decoder_layers
 

@@ -20,7 +20,6 @@ ORDER = [
     "streams",
     "functional",
     "files",
-    "weights",
     "graph",
     "structure",
     "reference",
@@ -30,19 +29,24 @@ ORDER = [
     "routing",
     "engines",
     "layers",
-    "decoder",
-    "model",
-    "losses",
+    "nets.weights",
+    "nets.decoder",
+    "nets.model",
+    "nets.losses",
+    "nets",
+    "data.datasets",
+    "data.images",
     "data",
-    "images",
-    "settings",
-    "evaluation",
-    "checkpoints",
-    "workers",
-    "capture",
+    "training.settings",
+    "training.evaluation",
+    "training.checkpoints",
+    "training.workers",
+    "training.capture",
+    "training.loop",
     "training",
-    "inspection",
-    "figures",
+    "pictures.inspection",
+    "pictures.figures",
+    "pictures",
     "report",
     "cli",
     "__main__",
@@ -53,7 +57,13 @@ def modules():
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         if parts != ("__init__",):
-            yield path, parts[0]
+            yield path, place(".".join(parts).removesuffix(".__init__"))
+
+
+def place(name):
+    """The entry of ORDER that a dotted name below graphcaps belongs to."""
+    parts = name.split(".")
+    return next((n for n in (".".join(parts[:2]), parts[0]) if n in ORDER), name)
 
 
 def imports(path):
@@ -65,7 +75,7 @@ def imports(path):
             names = [alias.name for alias in node.names]
         else:
             continue
-        yield from (n.split(".")[1] for n in names if n.startswith("graphcaps."))
+        yield from (place(n.split(".", 1)[1]) for n in names if n.startswith("graphcaps."))
 
 
 def test_imports_run_downwards_only():

@@ -15,12 +15,14 @@ from runs import step_metrics
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps import cli, training
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import load_dataset
-from graphcaps.evaluation import Score, evaluate
-from graphcaps.model import PRESETS, CapsNet
-from graphcaps.settings import (
+from graphcaps import cli
+from graphcaps.data.datasets import load_dataset
+from graphcaps.nets.model import PRESETS, CapsNet
+from graphcaps.training import loop
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.evaluation import Score, evaluate
+from graphcaps.training.loop import Trainer, TrainingDivergedError, TrainingInterrupt, train
+from graphcaps.training.settings import (
     RECIPES,
     Recipe,
     RunSettings,
@@ -31,8 +33,7 @@ from graphcaps.settings import (
     resume_settings,
     with_absolute_paths,
 )
-from graphcaps.training import Trainer, TrainingDivergedError, TrainingInterrupt, train
-from graphcaps.workers import Workers
+from graphcaps.training.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
 NOWHERE = ("hpu", "mtia", "privateuseone", "mps", "opengl", "cuda:77")  # devices that torch knows
@@ -223,7 +224,7 @@ def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_pa
         assert torch.equal(model.capsules.weight, saved[1])
         return evaluate(model, split)
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(loop, "evaluate", scripted)
     result = train(settings(tmp_path / "run", epochs=3))
     assert evaluated == [26, 26, 26, 100]
     assert (result["best_epoch"], result["holdout_accuracy"]) == (2, 0.75)
@@ -240,14 +241,14 @@ def test_training_reduces_the_loss(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_last_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    loss = training.capsnet_loss
+    loss = loop.capsnet_loss
     calls = []
 
     def spoiled(*args, **options):
         calls.append(1)
         return loss(*args, **options) * (torch.nan if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(training, "capsnet_loss", spoiled)
+    monkeypatch.setattr(loop, "capsnet_loss", spoiled)
     with pytest.raises(TrainingDivergedError) as caught:
         train(settings(tmp_path / "run", checkpoint_every=2, learning_rate=0.002))
     said = str(caught.value)
@@ -263,7 +264,7 @@ def looks_seldom(monkeypatch):
 
     def seldom(self, *args):
         build(self, *args)
-        self._look_every = training.STEPS_PER_RECORD
+        self._look_every = loop.STEPS_PER_RECORD
 
     monkeypatch.setattr(Trainer, "__init__", seldom)
 
@@ -287,13 +288,13 @@ def test_looking_seldom_changes_no_weight_and_no_record(tmp_path, request):
 def test_looking_seldom_still_tells_the_step_that_diverged_and_saves_nothing_after_it(
     tmp_path, monkeypatch
 ):
-    loss, calls = training.capsnet_loss, []
+    loss, calls = loop.capsnet_loss, []
 
     def spoiled(*args, **options):
         calls.append(1)
         return loss(*args, **options) * (torch.nan if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(training, "capsnet_loss", spoiled)
+    monkeypatch.setattr(loop, "capsnet_loss", spoiled)
     monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)  # as on a GPU
     with pytest.raises(TrainingDivergedError, match="the loss is not finite at step 5"):
         train(settings(tmp_path / "run", checkpoint_every=4))
@@ -315,7 +316,7 @@ def captures(monkeypatch):
     def multi_hot(labels, batch, classes):
         return torch.zeros(batch, classes, dtype=torch.int64).scatter(1, labels[:, None], 1)
 
-    monkeypatch.setattr(training, "_check_capture", lambda *_: None)
+    monkeypatch.setattr(loop, "_check_capture", lambda *_: None)
     monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)
     for module in (gc.losses, gc.model):
         monkeypatch.setattr(module, "multi_hot", multi_hot)
@@ -362,10 +363,10 @@ def test_a_run_is_resumed_with_a_cuda_graph_or_without(tmp_path, request, monkey
 def test_a_cuda_graph_that_cannot_be_recorded_is_refused(
     device, processes, engine, said, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "choose_engine", lambda *_: engine)
+    monkeypatch.setattr(loop, "choose_engine", lambda *_: engine)
     workers = Workers(rank=0, size=processes, device=torch.device(device))
     with pytest.raises(ValueError, match=f"--cuda-graph is for one process.*{said}"):
-        training._check_capture(settings(tmp_path, engine=engine, cuda_graph=True), workers)
+        loop._check_capture(settings(tmp_path, engine=engine, cuda_graph=True), workers)
 
 
 def test_a_rate_far_too_high_diverges_and_never_saves_what_is_not_finite(tmp_path):
@@ -526,7 +527,7 @@ def test_settings_that_no_data_allow_are_refused_in_a_sentence_before_any_work(
     changes, said, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "load_dataset", lambda *_: pytest.fail("data are loaded"))
+    monkeypatch.setattr(loop, "load_dataset", lambda *_: pytest.fail("data are loaded"))
     asked = replace(settings(tmp_path / "run"), **changes)
     with pytest.raises((ValueError, OSError, RuntimeError), match=said) as caught:
         train(asked)
@@ -574,7 +575,7 @@ def test_nothing_is_left_behind_but_the_files_of_the_run(tmp_path):
 
 
 def test_a_second_start_while_the_first_loads_its_data_is_refused(tmp_path, monkeypatch):
-    load, refusals = training.load_dataset, []
+    load, refusals = loop.load_dataset, []
 
     def slow(*args):
         if not refusals:
@@ -583,7 +584,7 @@ def test_a_second_start_while_the_first_loads_its_data_is_refused(tmp_path, monk
                 train(settings(tmp_path / "run"))
         return load(*args)
 
-    monkeypatch.setattr(training, "load_dataset", slow)
+    monkeypatch.setattr(loop, "load_dataset", slow)
     train(settings(tmp_path / "run", epochs=1))
     assert refusals
 
@@ -869,7 +870,7 @@ def test_ctrl_c_saves_though_nobody_can_be_told(stream, tmp_path, monkeypatch):
 
 def test_an_epochs_checkpoint_is_there_before_its_words(tmp_path, monkeypatch):
     run, told = RunFolder(tmp_path / "run"), []
-    monkeypatch.setattr(training, "say", lambda text: told.append((text, run.last_checkpoint())))
+    monkeypatch.setattr(loop, "say", lambda text: told.append((text, run.last_checkpoint())))
     train(settings(tmp_path / "run"))
     news = [(text[:9], checkpoint.name) for text, checkpoint in told if text.startswith("epoch")]
     assert news == [("epoch 1/2", "step-00000006"), ("epoch 2/2", "step-00000012")]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from graphcaps.checkpoints import RunFolder
-from graphcaps.model import CapsNet
-from graphcaps.workers import Workers
+from graphcaps.nets.model import CapsNet
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.workers import Workers
 
 DIGITS = Path(__file__).parent / "digits"
 
@@ -23,11 +23,11 @@ ONE_STEP = """
 import sys
 from pathlib import Path
 import torch
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import load_dataset
-from graphcaps.settings import TrainSettings, make_recipe
-from graphcaps.training import Trainer
-from graphcaps.workers import joined_workers
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.data.datasets import load_dataset
+from graphcaps.training.settings import TrainSettings, make_recipe
+from graphcaps.training.loop import Trainer
+from graphcaps.training.workers import joined_workers
 
 run, digits = sys.argv[1:]
 settings = TrainSettings(dataset=digits, batch_size=48)

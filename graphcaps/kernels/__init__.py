@@ -1,4 +1,4 @@
-"""Poses, matrices and a graph enter, routed capsules leave; votes and logits are never stored.
+"""Routing from poses and matrices to parents without storing votes or logits.
 
 The derivation is in README.md beside this file. A kernel serves one kind of device: here is where
 it is chosen.

@@ -1,4 +1,4 @@
-"""A graph enters; its edges leave, sorted by child, by parent or by matrix."""
+"""The edges of a graph sorted by child, by parent and by matrix."""
 
 from typing import Literal, NamedTuple
 

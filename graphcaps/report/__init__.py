@@ -5,13 +5,13 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import Dataset
+from graphcaps.data.datasets import Dataset
 from graphcaps.files import named_in_errors, remove_unfinished, write_whole
-from graphcaps.model import CapsNet
+from graphcaps.nets.model import CapsNet
 from graphcaps.report.page import render
 from graphcaps.report.records import Example, Records, choose_examples, collect, look_inside
 from graphcaps.report.sections import Section, sections
+from graphcaps.training.checkpoints import RunFolder
 
 
 def write_report(run: RunFolder, model: CapsNet, data: Dataset, output: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphcaps.model import PRIMARY_STRIDE
+from graphcaps.nets.model import PRIMARY_STRIDE
 from graphcaps.report.records import Example, Records
 from graphcaps.report.sections import Section
 from graphcaps.routing import ROUTINGS, options_of

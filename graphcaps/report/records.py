@@ -7,13 +7,13 @@ import networkx
 import torch
 from torch import Tensor, nn
 
-from graphcaps.checkpoints import RunFolder
-from graphcaps.data import Dataset, Split
-from graphcaps.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.data.datasets import Dataset, Split
 from graphcaps.functional import length
-from graphcaps.inspection import differences_from_dense, tweak_pose, votes_by_position
-from graphcaps.model import CapsNet, CapsNetConfig
-from graphcaps.settings import as_json
+from graphcaps.nets.model import CapsNet, CapsNetConfig
+from graphcaps.pictures.inspection import differences_from_dense, tweak_pose, votes_by_position
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.training.settings import as_json
 
 EXAMPLES = 20
 MISTAKES = 8  # at most so many of the examples are misclassified ones

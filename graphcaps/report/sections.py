@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from graphcaps import figures
-from graphcaps.inspection import TWEAKS, VoteMap
-from graphcaps.model import PRIMARY_STRIDE
+from graphcaps.nets.model import PRIMARY_STRIDE
+from graphcaps.pictures import figures
+from graphcaps.pictures.inspection import TWEAKS, VoteMap
 from graphcaps.report.records import Example, Records
 
 

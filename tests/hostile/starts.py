@@ -145,7 +145,8 @@ def _start(program, request, told):
 def _serve():
     import torch
 
-    from graphcaps import cli, engines, model
+    from graphcaps import cli, engines
+    from graphcaps.nets import model
 
     torch.set_num_threads(1)
     # both import much when they are first used

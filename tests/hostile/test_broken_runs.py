@@ -19,7 +19,7 @@ from runs import STARTED, result, step_metrics
 from starts import THOROUGH, Starts
 
 import graphcaps as gc
-from graphcaps.checkpoints import RunFolder, check_alike
+from graphcaps.training.checkpoints import RunFolder, check_alike
 
 DIGITS = Path(__file__).parents[1] / "digits"
 

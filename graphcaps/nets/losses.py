@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from graphcaps.functional import multi_hot
-from graphcaps.model import CapsNetOutput
+from graphcaps.nets.model import CapsNetOutput
 
 RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; 0.392 of their mean at 784 pixels
 

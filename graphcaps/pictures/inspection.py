@@ -10,7 +10,7 @@ from torch import Tensor
 from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
-from graphcaps.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
+from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4

@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from graphcaps.inspection import VoteMap
+from graphcaps.pictures.inspection import VoteMap
 
 AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"

@@ -19,8 +19,14 @@ from tqdm import tqdm
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl
-from graphcaps.capture import Captured
-from graphcaps.checkpoints import (
+from graphcaps.data.datasets import Dataset, draw_shifts, load_dataset, shift
+from graphcaps.engines import choose as choose_engine
+from graphcaps.layers import NonFinitePosesError
+from graphcaps.nets.losses import capsnet_loss
+from graphcaps.nets.model import CapsNet
+from graphcaps.streams import LenientStream, say
+from graphcaps.training.capture import Captured
+from graphcaps.training.checkpoints import (
     TRAINING,
     EpochMetrics,
     Result,
@@ -28,13 +34,8 @@ from graphcaps.checkpoints import (
     StepMetrics,
     check_alike,
 )
-from graphcaps.data import Dataset, draw_shifts, load_dataset, shift
-from graphcaps.engines import choose as choose_engine
-from graphcaps.evaluation import as_input, evaluate
-from graphcaps.layers import NonFinitePosesError
-from graphcaps.losses import capsnet_loss
-from graphcaps.model import CapsNet
-from graphcaps.settings import (
+from graphcaps.training.evaluation import as_input, evaluate
+from graphcaps.training.settings import (
     Recipe,
     RunSettings,
     TrainSettings,
@@ -47,8 +48,7 @@ from graphcaps.settings import (
     resume_settings,
     with_absolute_paths,
 )
-from graphcaps.streams import LenientStream, say
-from graphcaps.workers import Workers, joined_workers
+from graphcaps.training.workers import Workers, joined_workers
 
 STEPS_PER_RECORD = 20
 

@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphcaps.decoder import Decoder
 from graphcaps.files import json_bytes, named_in_errors, read_record, record, write_whole
 from graphcaps.functional import length, multi_hot
 from graphcaps.graph import complete_graph
 from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
+from graphcaps.nets.decoder import Decoder
+from graphcaps.nets.weights import first_difference, load_weights, read_shapes, save_weights
 from graphcaps.routing import (
     ROUTINGS,
     DynamicRouting,
@@ -22,7 +23,6 @@ from graphcaps.routing import (
     make_routing,
     options_of,
 )
-from graphcaps.weights import first_difference, load_weights, read_shapes, save_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
 PRETRAINED = Path(__file__).parent / "pretrained"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphcaps.data import Dataset, Split
+from graphcaps.data.datasets import Dataset, Split
 from graphcaps.layers import NonFinitePosesError
-from graphcaps.losses import capsnet_loss
-from graphcaps.model import CapsNet
+from graphcaps.nets.losses import capsnet_loss
+from graphcaps.nets.model import CapsNet
 
 
 @dataclass(frozen=True)

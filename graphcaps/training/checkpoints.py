@@ -46,9 +46,9 @@ from graphcaps.files import (
     record,
     write_whole,
 )
-from graphcaps.model import CONFIG, WEIGHTS, CapsNet
-from graphcaps.settings import RunSettings, as_json, check_started
-from graphcaps.weights import load_weights
+from graphcaps.nets.model import CONFIG, WEIGHTS, CapsNet
+from graphcaps.nets.weights import load_weights
+from graphcaps.training.settings import RunSettings, as_json, check_started
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from graphcaps.data import DATASETS, Dataset
+from graphcaps.data.datasets import DATASETS, Dataset
 from graphcaps.files import record
 from graphcaps.routing import options_of
 

@@ -1,0 +1,16 @@
+"""Whole nets: images to class capsules and reconstructions, and their losses."""
+
+from graphcaps.nets.decoder import Decoder
+from graphcaps.nets.losses import capsnet_loss, margin_loss, reconstruction_loss, spread_loss
+from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
+
+__all__ = [
+    "CapsNet",
+    "CapsNetConfig",
+    "CapsNetOutput",
+    "Decoder",
+    "capsnet_loss",
+    "margin_loss",
+    "reconstruction_loss",
+    "spread_loss",
+]
