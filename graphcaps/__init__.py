@@ -19,6 +19,7 @@ if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work 
         Decoder,
         capsnet_loss,
         margin_loss,
+        nll_loss,
         reconstruction_loss,
         spread_loss,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "dynamic_routing",
     "length",
     "margin_loss",
+    "nll_loss",
     "reconstruction_loss",
     "reference",
     "routing_graph",

@@ -1,7 +1,13 @@
 """Whole nets: images to class capsules and reconstructions, and their losses."""
 
 from graphcaps.nets.decoder import Decoder
-from graphcaps.nets.losses import capsnet_loss, margin_loss, reconstruction_loss, spread_loss
+from graphcaps.nets.losses import (
+    capsnet_loss,
+    margin_loss,
+    nll_loss,
+    reconstruction_loss,
+    spread_loss,
+)
 from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "Decoder",
     "capsnet_loss",
     "margin_loss",
+    "nll_loss",
     "reconstruction_loss",
     "spread_loss",
 ]

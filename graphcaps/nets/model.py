@@ -353,7 +353,7 @@ class CapsNet(nn.Module):
         return length(poses) if activations is None else activations
 
     @property
-    def loss(self) -> Literal["margin", "spread"]:
+    def loss(self) -> Literal["margin", "spread", "nll"]:
         """Which loss of its classes suits the routing, see `capsnet_loss`."""
         return self.capsules.routing.loss
 

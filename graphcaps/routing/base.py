@@ -80,9 +80,9 @@ class Routing(nn.Module):
     length_is_activation: ClassVar[bool] = True
     """Whether, without activations, the length of a parent says how sure it is, from 0 to 1."""
 
-    loss: ClassVar[Literal["margin", "spread"]] = "margin"
+    loss: ClassVar[Literal["margin", "spread", "nll"]] = "margin"
     """The loss of classes that its parents are trained with, see `capsnet_loss`: spread where its
-    activations tell classes apart by little, whatever their values."""
+    activations tell classes apart by little, whatever their values; nll where they sum to one."""
 
     matrix_poses: ClassVar[bool] = False
     """Whether its paper's poses are 4×4 matrices, which nets then have unless said otherwise."""
