@@ -175,18 +175,24 @@ def coupling_graph_animation(
     return _animation(figure, draw, len(graphs))
 
 
-def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> Figure:
+def vote_maps(
+    image: Tensor,
+    maps: Sequence[VoteMap],
+    titles: Sequence[str],
+    label: str = "coupling × length",
+) -> Figure:
     """Where in an image the votes for a class come from.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
         maps: one for each panel, all on one scale.
         titles: of the panels.
+        label: what the maps count.
 
     Returns:
         The image with a disc at the centre of each position's receptive field, its area and
-        darkness the coupling × length summed over the position's children; the frame is the
-        receptive field of the strongest position.
+        darkness the amount summed over the position's children, hollow where it is negative; the
+        frame is the receptive field of the strongest position.
     """
     most = max(float(votes.amount.max()) for votes in maps) or 1.0
     figure = _figure(2.6 * len(maps) + 1, 3)
@@ -194,7 +200,7 @@ def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> 
     for axes, votes, title in zip(panels, maps, titles, strict=True):
         discs = _draw_votes(axes, image, votes, most)
         axes.set_title(title)
-    figure.colorbar(discs, ax=panels, label="coupling × length", shrink=0.8)
+    figure.colorbar(discs, ax=panels, label=label, shrink=0.8)
     return figure
 
 
@@ -339,12 +345,12 @@ def pose_by_change(
     pose = _numbers(poses)
     spread = pose.max(axis=0) - pose.min(axis=0)
     for rank, d in enumerate(np.argsort(spread)):
-        strong = rank >= pose.shape[1] - 3
-        style = dict(color=AMOUNT(1 - 0.25 * (pose.shape[1] - 1 - rank))) if strong else {}
-        axes.plot(
-            changes, pose[:, d], **({"color": PALE, "linewidth": 0.7, "alpha": 0.6} | style),
-            label=f"dimension {d}" if strong else None,
-        )  # fmt: skip
+        weakest_named = pose.shape[1] - 3
+        style: dict[str, Any] = dict(color=PALE, linewidth=0.7, alpha=0.6)
+        if rank >= weakest_named:
+            shade = AMOUNT(0.5 + 0.25 * (rank - weakest_named))
+            style = dict(color=shade, linewidth=2, label=f"dimension {d}")
+        axes.plot(changes, pose[:, d], **style)
     axes.set_ylabel("pose")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes = below.subplots()
