@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from graphcaps import cli
+import graphcaps as gc
+from graphcaps import cli, commands
 from graphcaps.data.datasets import load_dataset
 from graphcaps.nets.model import PRETRAINED
 
@@ -127,21 +128,58 @@ def test_info_says_which_engines_can_run(graphcaps):
         assert f"{engine:8} can run" in out
 
 
-@pytest.mark.parametrize(
-    "command", [(), ("train",), ("evaluate",), ("predict",), ("report",), ("info",)]
-)
-def test_help_is_there_for_every_command(command, graphcaps):
+COMMANDS = [(), ("train",), ("evaluate",), ("predict",), ("report",), ("info",)]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(command, columns, graphcaps, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     status, out, _ = graphcaps(*command, "--help")
     assert status == 0
     assert "usage: graphcaps" in out
+    assert max(map(len, out.splitlines())) <= columns
 
 
-def test_python_m_graphcaps_is_the_program():
+def test_help_is_in_sentences_that_only_the_terminal_breaks(graphcaps, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # so that each is one line
+    # a flag and its text are on one line, or on two if the flag is long
+    flag = r"(?:--[a-z]\S*|IMAGE|RUN-DIR)(?: \S+)*"
+    entry = re.compile(rf"^(?:{flag}(?: {{2,}}|\n)|• \w+ +)(.+)$", re.MULTILINE)
+    for command in COMMANDS:
+        _, out, _ = graphcaps(*command, "--help")
+        assert "None" not in out
+        _, _, entries = out.partition("show this help message and exit")
+        lines = "\n".join(line.strip("│ ") for line in entries.splitlines())
+        for text in entry.findall(lines):
+            assert re.fullmatch(r"[A-Z].*\.( \(.*\))?", text), text
+        rest = entry.sub("", lines)
+        assert re.fullmatch(r"[-─╭╮╰╯\s]*(subcommands[-─╭╮╰╯\s]*\(required\))?[-─╭╮╰╯\s]*", rest)
+
+
+def test_help_and_version_need_neither_torch_nor_dgl_nor_numba():
+    program = """
+import runpy, sys
+sys.modules["dgl"] = None  # as if it were not installed
+for arguments in (["--version"], ["--help"], ["train", "--help"]):
+    sys.argv = ["graphcaps", *arguments]
+    try:
+        runpy.run_module("graphcaps", run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 0
+    assert not {"torch", "numba", "numpy", "matplotlib"} & set(sys.modules)
+sys.argv = ["graphcaps", "info"]
+runpy.run_module("graphcaps", run_name="__main__")
+"""
     done = subprocess.run(
-        [sys.executable, "-m", "graphcaps", "--help"], check=False, capture_output=True, text=True
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )
-    assert done.returncode == 0
-    assert "usage: graphcaps" in done.stdout
+    version, usage = done.stdout.splitlines()[:2]
+    assert version == f"graphcaps {gc.__version__}"
+    assert usage.startswith("usage: graphcaps")
+    needs = "graphcaps routes on DGL graphs, and DGL is not installed"
+    assert done.stderr == f"graphcaps: {needs}: python -m graphcaps.install_dgl\n"
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -302,8 +340,8 @@ def test_ctrl_c_after_the_imports_is_one_line(graphcaps, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for function in ("_info", "_asked_for"):
-        monkeypatch.setattr(cli, function, interrupted)
+    for module, function in ((commands, "run"), (cli, "parse")):
+        monkeypatch.setattr(module, function, interrupted)
         assert graphcaps("info") == (130, "", "graphcaps: interrupted\n")
 
 
@@ -311,7 +349,7 @@ def test_what_should_not_happen_is_one_line_too_and_shown_in_full_on_request(mon
     def broken():
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "_info", broken)
+    monkeypatch.setattr(commands, "_info", broken)
     for flags in ([], ["--traceback"]):
         monkeypatch.setattr(sys, "argv", ["graphcaps", "info", *flags])
         assert cli.main() == 1
@@ -462,8 +500,8 @@ def no_work(monkeypatch):
     def work(*_, **__):
         pytest.fail("worked before it looked at the output")
 
-    monkeypatch.setattr(cli, "load_dataset", work)
-    monkeypatch.setattr(cli, "_load", work)
+    monkeypatch.setattr(commands, "load_dataset", work)
+    monkeypatch.setattr(commands, "_load", work)
 
 
 @pytest.mark.usefixtures("no_work")

@@ -16,10 +16,12 @@ PACKAGE = Path(graphcaps.__file__).parent
 ORDER = [
     "install_dgl",
     "_interrupt",
+    "_graphbolt",
     "_dgl",
     "streams",
-    "functional",
     "files",
+    "flags",
+    "functional",
     "graph",
     "structure",
     "reference",
@@ -34,6 +36,7 @@ ORDER = [
     "nets.model",
     "nets.losses",
     "nets",
+    "_api",
     "data.datasets",
     "data.images",
     "data",
@@ -48,6 +51,7 @@ ORDER = [
     "pictures.figures",
     "pictures",
     "report",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -117,6 +121,17 @@ assert layer(torch.rand(2, 6, 8)).shape == (2, 3, 16)
         [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there_when_asked_for():
+    assert set(graphcaps.__all__) <= set(dir(graphcaps))
+    for name in graphcaps.__all__:
+        assert getattr(graphcaps, name) is not None
+    star = {}
+    exec("from graphcaps import *", star)
+    assert set(graphcaps.__all__) <= set(star)
+    with pytest.raises(AttributeError, match="'graphcaps' has no attribute 'CapsuleLayr'"):
+        _ = graphcaps.CapsuleLayr
 
 
 @pytest.mark.parametrize("file", ["README.md", "graphcaps/routing/README.md"])

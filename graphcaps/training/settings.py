@@ -1,4 +1,4 @@
-"""Settings of a training: the flags of `graphcaps train`, and the recipes of the presets."""
+"""What a training run is started with: its settings, checked, and the recipes of the presets."""
 
 import hashlib
 import math
@@ -15,61 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from graphcaps.data.datasets import DATASETS, Dataset
 from graphcaps.files import record
+from graphcaps.flags import TrainSettings
 from graphcaps.routing import options_of
-
-Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
-
-
-@record
-@dataclass(frozen=True)
-class TrainSettings:
-    """Train a CapsNet, test it once, and keep everything in a run's folder."""
-
-    preset: Literal["auto", "paper", "small"] = "auto"
-    """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
-    a CUDA device, small elsewhere."""
-    dataset: str = "mnist"
-    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download), or a folder with four
-    IDX files of your own."""
-    data_dir: Path = Path("data")
-    """Where data sets are kept."""
-    run_dir: Path | None = None
-    """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
-    resume: bool = False
-    """Go on with the run in --run-dir from its last checkpoint, on the same images, with the
-    settings it was started with; data-dir, engine, device and tensorboard may be given anew,
-    cuda-graph must be."""
-    epochs: int | None = None
-    """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
-    than 400 steps."""
-    batch_size: int | None = None
-    """Images per step, over all processes. Default: the preset's (paper 128, small 100), or all
-    images if these are fewer."""
-    learning_rate: float | None = None
-    """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
-    times 0.96 every 2000 steps; small 0.003, one cycle)."""
-    routing: str = "dynamic"
-    """dynamic, em, attention, self_attention, self_routing, variational_bayes, or uniform, the
-    control without routing."""
-    iterations: int = 3
-    """Of a routing that has iterations."""
-    shift: int = 2
-    """Training images are moved by up to this many pixels."""
-    engine: Engine = "auto"
-    """How messages are passed; changes speed, not results. See graphcaps info."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    amp: Literal["off", "bf16"] = "off"
-    """bf16: convolutions and decoder in bfloat16; votes and routing stay in float32."""
-    cuda_graph: bool = False
-    """Record what a step computes up to its gradients, and replay it, launched at once: for one
-    GPU, with engine fused. Changes speed, not results; not yet seen on a device."""
-    seed: int = 0
-    """Of the weights, the order of the images and their shifts."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints, besides the one after every epoch."""
-    tensorboard: bool = False
-    """Write TensorBoard's files too, into the run's folder."""
 
 
 @record
