@@ -1,6 +1,7 @@
 """The public names of graphcaps, which `graphcaps/__init__.py` imports when one is asked for."""
 
 from graphcaps import reference
+from graphcaps.convolution import ConvCapsules, conv_graph
 from graphcaps.engines import bind
 from graphcaps.functional import length, squash
 from graphcaps.graph import batch_graph, complete_graph, routing_graph
@@ -39,6 +40,7 @@ __all__ = [
     "CapsNetOutput",
     "CapsuleLayer",
     "Capsules",
+    "ConvCapsules",
     "Decoder",
     "DynamicRouting",
     "EMRouting",
@@ -55,6 +57,7 @@ __all__ = [
     "bind",
     "capsnet_loss",
     "complete_graph",
+    "conv_graph",
     "dynamic_routing",
     "length",
     "margin_loss",

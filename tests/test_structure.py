@@ -31,6 +31,7 @@ ORDER = [
     "routing",
     "engines",
     "layers",
+    "convolution",
     "nets.weights",
     "nets.decoder",
     "nets.model",
