@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work without DGL
     from graphcaps import reference
+    from graphcaps.conversion import graph_from_edge_index
     from graphcaps.engines import bind
     from graphcaps.functional import length, squash
     from graphcaps.graph import batch_graph, complete_graph, routing_graph
@@ -62,6 +63,7 @@ __all__ = [
     "capsnet_loss",
     "complete_graph",
     "dynamic_routing",
+    "graph_from_edge_index",
     "length",
     "margin_loss",
     "reconstruction_loss",

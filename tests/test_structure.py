@@ -21,6 +21,7 @@ ORDER = [
     "functional",
     "files",
     "graph",
+    "conversion",
     "structure",
     "reference",
     "votes",
