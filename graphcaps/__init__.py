@@ -1,5 +1,6 @@
 """Capsule networks whose routing is message passing on batched bipartite DGL graphs."""
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from graphcaps import _graphbolt, _interrupt
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when the first is asked for, so that help need not wait for torch."""
+    """Import what is asked for when it is, so that help need not wait for torch."""
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     from graphcaps import _api
 
-    if name in _api.__all__ or name == "__all__":
-        globals()[name] = getattr(_api, name)
-    if name not in globals():  # modules, such as graphcaps.layers, are there by now
+    if name != "__all__" and name not in _api.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(_api, name)
     return globals()[name]
 
 

@@ -1,6 +1,7 @@
 """The public names of graphcaps, which `graphcaps/__init__.py` imports when one is asked for."""
 
 from graphcaps import reference
+from graphcaps.conversion import graph_from_edge_index
 from graphcaps.convolution import ConvCapsules, conv_graph
 from graphcaps.engines import bind
 from graphcaps.functional import length, squash
@@ -59,6 +60,7 @@ __all__ = [
     "complete_graph",
     "conv_graph",
     "dynamic_routing",
+    "graph_from_edge_index",
     "length",
     "margin_loss",
     "nll_loss",

@@ -4,7 +4,8 @@ import torch
 
 from graphcaps import kernels
 from graphcaps._dgl import dgl
-from graphcaps.graph import check_structure
+from graphcaps.conversion import EdgeTypes
+from graphcaps.graph import VOTES
 from graphcaps.passing import ENGINES as WITH_VOTES
 from graphcaps.passing import MessagePassing
 from graphcaps.routing import Routing
@@ -98,33 +99,38 @@ def choose(
 
 
 def bind(
-    graph: dgl.DGLGraph, engine: str = "auto", device: torch.device | str = "cpu"
+    graph: dgl.DGLGraph,
+    engine: str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    etype: EdgeTypes | None = None,
 ) -> MessagePassing:
     """Make a batched graph ready for message passing on a device.
 
     Args:
-        graph: from `batch_graph`, `dgl.batch` or `routing_graph`.
+        graph: from `batch_graph`, `dgl.batch` or `routing_graph`, or any DGL graph.
         engine: `"auto"`, `"udf"`, `"builtin"` or `"scatter"`.
         device: where the features are.
+        etype: the edge types that vote, see `CapsuleLayer`.
 
     Returns:
         The operations on this graph.
 
     Raises:
-        ValueError: a graph of another kind; an unknown engine, or `"fused"`, which has no votes.
+        ValueError: edge types that the graph does not have; an unknown engine, or `"fused"`, which
+            has no votes.
         RuntimeError: an engine that cannot run on the device.
 
     >>> from graphcaps import complete_graph
     >>> bind(complete_graph(children=6, parents=3), "udf").structure.edges
     18
     """
-    check_structure(graph)
     device = torch.device(device)
     name = choose(engine, device, trace=True)  # of votes, as a trace is
-    if "weight_index" not in graph.edata:  # as of `batch_graph`; votes are given, not computed
-        graph = graph.local_var()
+    if isinstance(graph, dgl.DGLGraph) and graph.canonical_etypes == [VOTES]:
+        graph = graph.local_var()  # one of `batch_graph` has no weight_index, nor is it needed here
         graph.edata["weight_index"] = torch.zeros(graph.num_edges(), dtype=torch.int64)
-    return WITH_VOTES[name](Structure(graph), 1, device)
+    return WITH_VOTES[name](Structure(graph, etype=etype), 1, device)
 
 
 def check_engine(engine: str, *, named: bool = False) -> None:

@@ -165,25 +165,12 @@ def made_to_be_kept() -> Iterator[None]:
         yield
 
 
-def check_structure(graph: object) -> None:
-    """Raise ValueError for anything but a DGL graph `child -votes-> parent` in int32."""
-    if not isinstance(graph, dgl.DGLGraph):
-        raise ValueError(f"expected a DGL graph from routing_graph; got {type(graph).__name__}")
-    if graph.canonical_etypes != [VOTES]:
-        raise ValueError(
-            f"expected a graph with the one edge type {VOTES}, as routing_graph makes it; "
-            f"got {graph.canonical_etypes}"
-        )
-    if graph.idtype != torch.int32:
-        raise ValueError(f"expected a graph in int32; got {graph.idtype}; use graph.int()")
-
-
 def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
     """Raise ValueError for edges that do not say with which of `kinds` matrices they vote."""
     index = graph.edata.get("weight_index")
     if index is None:
         raise ValueError("the graph's edges lack the feature weight_index; see routing_graph")
-    _check_numbers_of("weight_index", "E", index)
+    check_numbers_of("weight_index", "E", index)
     if len(index) and (index.min() < 0 or (kinds is not None and index.max() >= kinds)):
         raise ValueError(
             f"weight_index runs from {int(index.min())} to {int(index.max())}, "
@@ -191,27 +178,8 @@ def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
         )
 
 
-def check_competition(graph: dgl.DGLGraph) -> None:
-    """Raise ValueError for edges with a `competition` that is no number from 0."""
-    index = graph.edata.get("competition")
-    if index is None:
-        return
-    _check_numbers_of("the edges' competition", "E", index)
-    if len(index) and index.min() < 0:
-        raise ValueError(f"the edges' competition runs from {int(index.min())}, and not from 0")
-
-
-def check_parent_type(graph: dgl.DGLGraph) -> None:
-    """Raise ValueError for parents with a `type` that is no number from 0."""
-    index = graph.nodes["parent"].data.get("type")
-    if index is None:
-        return
-    _check_numbers_of("the parents' type", "J", index)
-    if len(index) and index.min() < 0:
-        raise ValueError(f"the parents' types run from {int(index.min())}, and not from 0")
-
-
-def _check_numbers_of(name: str, size: str, index: Tensor) -> None:
+def check_numbers_of(name: str, size: str, index: Tensor) -> None:
+    """Raise ValueError for anything but int64 in one dimension, called `size` in the message."""
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
             f"expected {name} as int64 [{size}]; got {index.dtype} {list(index.shape)}"

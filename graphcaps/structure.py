@@ -1,6 +1,6 @@
 """A checked routing graph, and everything that engines prepare for it and keep."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from graphcaps._dgl import dgl
-from graphcaps.graph import (
-    check_competition,
-    check_parent_type,
-    check_structure,
-    check_weight_index,
-    is_complete,
-    made_to_be_kept,
-)
+from graphcaps.conversion import EdgeTypes, as_routing_graph
+from graphcaps.graph import check_weight_index, is_complete, made_to_be_kept
 
 T = TypeVar("T")
 BATCH_SIZES_KEPT = 4  # those of training, evaluation, and the shorter last batch of each
@@ -89,12 +83,16 @@ class Structure:
     """One sample's graph as layers use it: checked once, copied, never read again.
 
     Args:
-        graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such; not written on, and
-            not looked at later: what is written on it afterwards changes nothing.
+        graph: any DGL graph whose edges of type `etype` lead from children to parents; not written
+            on, and not looked at later: what is written on it afterwards changes nothing.
         kinds: number of matrices that there are; as many as the graph asks for, if not given.
+        etype: see `as_routing_graph`.
 
     Attributes:
-        graph: a copy with `weight_index` and `type`, and `competition` if the graph has it.
+        graph: a copy as `routing_graph` gives it, with `weight_index` and `type`, and
+            `competition` if the graph has it.
+        child_types: the node types of the children, with the number of children of each.
+        order: of the children, in the nodes of these types one after the other, int64 `[I]`.
         children, parents, edges: I, J, E; of the whole graph, where it is a batch.
         kinds, types: number of matrices M, and of types of parents T.
         child, parent, weight_index: of each edge, int64 `[E]` on the CPU.
@@ -111,24 +109,18 @@ class Structure:
         ValueError: no graph of this kind, or one that asks for more matrices.
     """
 
-    def __init__(self, graph: dgl.DGLGraph, *, kinds: int | None = None) -> None:
-        check_structure(graph)
-        check_weight_index(graph, kinds)
-        check_parent_type(graph)
-        check_competition(graph)
+    def __init__(
+        self, graph: dgl.DGLGraph, *, kinds: int | None = None, etype: EdgeTypes | None = None
+    ) -> None:
+        self.graph, wanted, self.child_types, self.order = as_routing_graph(graph, etype)
+        check_weight_index(self.graph, kinds)
         with made_to_be_kept():
-            self.graph = graph.clone().to("cpu")
             child, parent = self.graph.edges()
             self.child, self.parent = child.long(), parent.long()
-            self.weight_index = self.graph.edata["weight_index"].clone()
-            self.graph.edata["weight_index"] = self.weight_index
+            self.weight_index = self.graph.edata["weight_index"]
             self.children, self.parents = (self.graph.num_nodes(n) for n in ("child", "parent"))
             self.edges = self.graph.num_edges()
-            parent_type = self.graph.nodes["parent"].data.get("type")
-            self.parent_type = (
-                torch.arange(self.parents) if parent_type is None else parent_type.clone()
-            )
-            self.graph.nodes["parent"].data["type"] = self.parent_type
+            self.parent_type = self.graph.nodes["parent"].data["type"]
             sizes = self.graph.batch_num_nodes("parent")
             self.graphs = len(sizes)
             self.graph_of_parent = torch.arange(self.graphs).repeat_interleave(sizes)
@@ -143,11 +135,36 @@ class Structure:
                 number = graph_of_child[self.child] * _count(competition) + competition
                 different, self.competition = number.unique(return_inverse=True)
                 self.competitions = len(different)
-                self.graph.edata["competition"] = competition.clone()
-        self.kinds = _count(self.weight_index) if kinds is None else kinds
+        self.kinds = wanted if kinds is None else kinds
         self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}
         self._kept_for_batch: dict[Hashable, Any] = {}
+
+    def join(self, name: str, x: Tensor | Mapping[str, Tensor], dim: int) -> Tensor:
+        """A feature of the children, `[…, I, …]`, which may be given by their node type.
+
+        Args:
+            name: of the feature, for the message.
+            x: the feature, or that of each node type.
+            dim: along which the children stand, from the end.
+
+        Raises:
+            ValueError: other node types or numbers of nodes, shapes or dtypes that differ; a
+                tensor for children of several node types.
+        """
+        if isinstance(x, Tensor) and len(self.child_types) == 1:
+            return x
+        told = x.shape if isinstance(x, Tensor) else {n: list(y.shape) for n, y in x.items()}
+        if not isinstance(x, Tensor):
+            counts = {n: y.shape[dim] if y.dim() >= -dim else -1 for n, y in x.items()}
+            others = {(y.shape[:dim], y.shape[dim:][1:], y.dtype, y.device) for y in x.values()}
+            if counts == self.child_types and len(others) == 1:
+                joined = torch.cat([x[node_type] for node_type in self.child_types], dim)
+                return joined.index_select(dim, self.numbers("order", joined.device))
+        raise ValueError(
+            f"expected {name} as a dict, with one tensor for each node type that has children, "
+            f"{self.child_types}, alike in dtype and in all other sizes; got {told}"
+        )
 
     def prepare(self) -> "Structure":
         """Make what every call will need, so that a call that is traced has nothing to make."""

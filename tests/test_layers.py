@@ -250,7 +250,7 @@ def test_torch_jit_trace_records_a_layer(engine):
 @pytest.mark.parametrize(
     ("u", "said"),
     [
-        (torch.zeros(6, 4), r"expected u of shape \[batch, 6, 4\], got \[6, 4\]"),
+        (torch.zeros(1, 2, 6, 4), r"of shape \[batch, 6, 4\] or \[6, 4\], got \[1, 2, 6, 4\]"),
         (torch.zeros(2, 5, 4), "6 children"),
         (torch.zeros(2, 6, 3), "poses of length 4"),
         (torch.zeros(2, 6, 4, dtype=torch.float64), "one dtype"),
@@ -285,8 +285,8 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
     graph = gc.routing_graph([0], [0], weight_index=[18])
     with pytest.raises(ValueError, match="there are 18 matrices"):
         layer(torch.zeros(1, 4), graph=graph)
-    with pytest.raises(ValueError, match=r"expected u of shape \[6, 4\]"):
-        layer(torch.zeros(2, 6, 4), graph=gc.complete_graph(6, 3))
+    with pytest.raises(ValueError, match=r"expected u of shape \[batch, 2, 4\] or \[2, 4\]"):
+        layer(torch.zeros(6, 4), graph=gc.complete_graph(2, 3))
 
 
 @pytest.mark.parametrize(

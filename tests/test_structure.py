@@ -23,6 +23,7 @@ ORDER = [
     "flags",
     "functional",
     "graph",
+    "conversion",
     "structure",
     "reference",
     "votes",
