@@ -87,6 +87,21 @@ def test_engines_differ_in_no_checkpoint_and_may_be_changed():
         assert_close(layer(u), expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_number_of_iterations_may_be_changed_after_a_layer_has_run(engine):
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine=engine)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    u = torch.randn(2, 6, 4)
+    three = layer(u)
+    u_hat = gc.reference.votes(u, layer.weight.unflatten(0, (6, 3)))
+    for iterations in (1, 5):
+        layer.routing.iterations = iterations
+        v = layer(u)
+        assert_close(v, gc.reference.dynamic_routing(u_hat, iterations)[0])
+        assert not torch.allclose(v, three, rtol=0.01)
+
+
 def test_layers_are_stacked():
     first = gc.CapsuleLayer(gc.complete_graph(6, 4), 4, 5)
     second = gc.CapsuleLayer(gc.complete_graph(4, 3), 5, 7)
