@@ -11,24 +11,23 @@ _graphbolt.stand_in()
 
 if TYPE_CHECKING:
     from graphcaps._api import *  # noqa: F403
+else:  # a type checker would take any name from a __getattr__
 
+    def __getattr__(name: str) -> Any:
+        """Import the public names, and with them torch and DGL, when the first is used."""
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from graphcaps import _api
 
-def __getattr__(name: str) -> Any:
-    """Import the public names when the first is asked for, so that help need not wait for torch."""
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from graphcaps import _api
+        try:
+            value = getattr(_api, name)
+        except AttributeError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        globals()[name] = value
+        return value
 
-    try:
-        value = getattr(_api, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    globals()[name] = value
-    return value
+    def __dir__() -> list[str]:
+        """The public names."""
+        from graphcaps import _api
 
-
-def __dir__() -> list[str]:
-    """The public names."""
-    from graphcaps import _api
-
-    return sorted([*_api.__all__, "__version__"])
+        return sorted([*_api.__all__, "__version__"])
