@@ -35,8 +35,8 @@ notebooks: $(VENV)/.ready
 	$(BIN)/jupytext --to notebook --execute $(NOTEBOOKS)
 
 docs: $(VENV)/.ready
-	$(BIN)/sphinx-build --fail-on-warning --jobs auto docs docs/_build
-	@echo "open docs/_build/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 bench: $(VENV)/.ready
 	$(BIN)/python scripts/bench_routing.py --short
@@ -63,4 +63,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

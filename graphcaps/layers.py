@@ -53,7 +53,8 @@ class PrimaryCapsules(nn.Module):
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
         activations: give activations, too.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
     torch.Size([2, 1152, 8])
@@ -142,7 +143,8 @@ class CapsuleLayer(nn.Module):
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
             the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
         options: of the routing that is named, such as `iterations`.
 
     Attributes:

@@ -89,13 +89,16 @@ class Edges(ABC):
 
         Args:
             k: `[B·J, 1]`.
-            p, q, r: `[B·J, D]`. Sums about an r near their mean lose no digits to cancellation,
-                as the variance `Q/N − (S/N)²` would in float32.
+            p: `[B·J, D]`.
+            q: `[B·J, D]`.
+            r: `[B·J, D]`. With r near the mean of the votes, the variance `Q/N − (S/N)²` loses no
+                digits to cancellation.
             a: weights of the children, `[B·I, 1]`, often `edges.a`.
-            prior, beta: one number for each matrix, `[M]`.
-            leak: let each child couple to a parent more, of logit 0, that receives nothing.
-            squares: give Q, too.
-            detach_coupling: let no gradient flow through c.
+            prior: one number for each matrix, `[M]`.
+            beta: one number for each matrix, `[M]`.
+            leak: let each child couple to one more parent, of logit 0, which receives nothing.
+            squares: also compute Q.
+            detach_coupling: stop gradients at c.
 
         Returns:
             The sums; gradients flow to the votes and to all arguments.
