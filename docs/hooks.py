@@ -68,10 +68,20 @@ def _help(command: str) -> str:
     return f"```text\n$ {command}\n{shown}```"
 
 
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Draw the formulas inside a line, as arithmatex marks them."""
+    marked = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+    return marked.sub(lambda found: _mathml(html.unescape(found[1]), "inline"), content)
+
+
 def _formula(source: str, language: str, css_class: str, *_: object, **__: object) -> str:
-    """A block of LaTeX as MathML, which browsers draw by themselves."""
+    """A block of LaTeX, whose lines are those of `aligned`."""
     lines = re.sub(r"\\(begin|end)\{aligned\}", "", source).split("\\\\\n")
-    drawn = (latex2mathml.converter.convert(line.strip().removeprefix("&")) for line in lines)
-    rows = "".join(f"<div>{each}</div>" for each in drawn)
-    rows = rows.replace("<math ", '<math displaystyle="true" ')
-    return f'<div class="{html.escape(css_class)}">{rows}</div>'
+    rows = (f"<div>{_mathml(line.strip().removeprefix('&'), 'block')}</div>" for line in lines)
+    return f'<div class="{html.escape(css_class)}">{"".join(rows)}</div>'
+
+
+def _mathml(source: str, display: str) -> str:
+    """LaTeX as MathML, which browsers draw by themselves."""
+    drawn = latex2mathml.converter.convert(source, display=display)
+    return drawn.replace('display="block"', 'displaystyle="true"', 1)

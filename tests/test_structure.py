@@ -135,6 +135,14 @@ def test_public_names_are_there_when_asked_for():
         _ = graphcaps.CapsuleLayr
 
 
+def test_every_public_name_is_documented():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: graphcaps\.(\w+)", pages, re.MULTILINE))
+    assert set(graphcaps.__all__) <= shown
+    for name in graphcaps.__all__:
+        assert getattr(graphcaps, name).__doc__, name
+
+
 @pytest.mark.parametrize("file", ["README.md", "graphcaps/routing/README.md"])
 def test_the_code_in_the_readme_runs(file):
     readme = (ROOT / file).read_text()
