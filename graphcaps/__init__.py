@@ -12,24 +12,23 @@ _graphbolt.stand_in()
 
 if TYPE_CHECKING:
     from graphcaps._api import *  # noqa: F403
+else:  # a type checker would take any name from a __getattr__
 
+    def __getattr__(name: str) -> Any:
+        """Import the public names, and with them torch and DGL, when the first is used."""
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        from graphcaps import _api
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is, so that help need not wait for torch."""
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    from graphcaps import _api
+        if name != "__all__" and name not in _api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(_api, name)
+        return globals()[name]
 
-    if name != "__all__" and name not in _api.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(_api, name)
-    return globals()[name]
+    def __dir__() -> list[str]:
+        """The public names."""
+        from graphcaps import _api
 
-
-def __dir__() -> list[str]:
-    """The public names."""
-    from graphcaps import _api
-
-    return sorted([*_api.__all__, "__version__"])
+        return sorted([*_api.__all__, "__version__"])

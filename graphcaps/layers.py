@@ -55,7 +55,8 @@ class PrimaryCapsules(nn.Module):
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
         activations: give activations, too.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
     torch.Size([2, 1152, 8])
@@ -155,7 +156,8 @@ class CapsuleLayer(nn.Module):
             share what a routing learns for its parents, unless they have the feature `type`.
         kinds: number of matrices, M; as many as the graph asks for, if not given.
         types: number of types of parents, T; as many as the graph has, if not given.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
         options: of the routing that is named, such as `iterations`.
 
     Attributes:

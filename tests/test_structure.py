@@ -10,6 +10,7 @@ import pytest
 
 import graphcaps
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(graphcaps.__file__).parent
 
 # A file imports only from those above it: the flow from image to training, read downwards.
@@ -136,9 +137,17 @@ def test_public_names_are_there_when_asked_for():
         _ = graphcaps.CapsuleLayr
 
 
+def test_every_public_name_is_documented():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: graphcaps\.(\w+)", pages, re.MULTILINE))
+    assert set(graphcaps.__all__) <= shown
+    for name in graphcaps.__all__:
+        assert getattr(graphcaps, name).__doc__, name
+
+
 @pytest.mark.parametrize("file", ["README.md", "graphcaps/routing/README.md"])
 def test_the_code_in_the_readme_runs(file):
-    readme = (PACKAGE.parent / file).read_text()
+    readme = (ROOT / file).read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert blocks
     for block in blocks:

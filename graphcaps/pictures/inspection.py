@@ -234,7 +234,8 @@ def results_and_gradients(
     Args:
         form: `"dense"` or the name of an engine.
         layer: as for `dense_form`.
-        u, a: poses and activations, taken to the layer's dtype.
+        u: poses, converted to the layer's dtype.
+        a: activations, likewise.
     """
     u = u.detach().to(layer.weight).requires_grad_()
     inputs = {"u": u, **dict(layer.named_parameters())}

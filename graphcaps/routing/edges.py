@@ -90,13 +90,16 @@ class Edges(ABC):
 
         Args:
             k: `[B·J, 1]`.
-            p, q, r: `[B·J, D]`. Sums about an r near their mean lose no digits to cancellation,
-                as the variance `Q/N − (S/N)²` would in float32.
+            p: `[B·J, D]`.
+            q: `[B·J, D]`.
+            r: `[B·J, D]`. With r near the mean of the votes, the variance `Q/N − (S/N)²` loses no
+                digits to cancellation.
             a: weights of the children, `[B·I, 1]`, often `edges.a`.
-            prior, beta: one number for each matrix, `[M]`.
+            prior: one number for each matrix, `[M]`.
+            beta: one number for each matrix, `[M]`.
             leak: let one more edge compete with those of each child, of logit 0, to no parent.
-            squares: give Q, too.
-            detach_coupling: let no gradient flow through c.
+            squares: also compute Q.
+            detach_coupling: stop gradients at c.
 
         Returns:
             The sums; gradients flow to the votes and to all arguments.
