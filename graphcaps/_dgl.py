@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from graphcaps.tracing import is_traced
+
 
 class _Graphbolt(ModuleType):
     """Stands in for `dgl.graphbolt`, DGL's data loading, which graphcaps does not use."""
@@ -65,6 +67,8 @@ def has_cuda() -> bool:
 
 def why_not_on(device: torch.device) -> str | None:
     """Why DGL cannot compute on `device`, or None where it can."""
+    if is_traced():
+        return "torch cannot trace or transform what DGL computes"
     if device.type == "cpu" or (device.type == "cuda" and has_cuda()):
         return None
     if device.type == "cuda":

@@ -1,13 +1,14 @@
 """Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graphcaps import engines
+from graphcaps import engines, kernels
 from graphcaps._dgl import dgl
 from graphcaps.functional import squash
 from graphcaps.passing import passing_on
@@ -22,6 +23,7 @@ from graphcaps.routing import (
 )
 from graphcaps.routing.base import check_at_least_1
 from graphcaps.structure import Structure
+from graphcaps.tracing import is_traced
 from graphcaps.votes import votes_on_edges
 
 
@@ -175,7 +177,7 @@ class CapsuleLayer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.structure = Structure(graph).prepare()
+        self.structure = Structure(graph)
         for name, number in (("child_dim", child_dim), ("parent_dim", parent_dim), ("rows", rows)):
             check_at_least_1(name, number)
         if child_dim % rows or parent_dim % rows:
@@ -199,6 +201,7 @@ class CapsuleLayer(nn.Module):
         sizes = Sizes(self.structure.kinds, self.structure.types, rows, parent_dim)
         self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
+        self._prepare()
 
     @property
     def graph(self) -> dgl.DGLGraph:
@@ -208,6 +211,23 @@ class CapsuleLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw `weight` anew, and give the routing's parameters their first values."""
         self.routing.reset_parameters(self.weight)
+
+    def _prepare(self) -> None:
+        """Make all that calls need of the graph now: a call that is traced can make nothing."""
+        device = self.weight.device
+        self.structure.prepare(device)
+        if kernels.why_not(device) is None:
+            EdgesWithoutVotes.prepare(self.structure, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsuleLayer":
+        """Move to another device or dtype: what `to`, `cuda` and their like call."""
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of what was pickled
+        self._prepare()
 
     def forward(
         self,
@@ -241,7 +261,7 @@ class CapsuleLayer(nn.Module):
             RuntimeError: an engine that cannot run on the device of `u`.
         """
         alone = graph is not None
-        structure = self.structure if graph is None else Structure(graph, kinds=len(self.weight))
+        structure = self.structure if graph is None else _looked_at(graph, len(self.weight))
         if _under_autocast(u.device.type) and u.is_floating_point():
             u = u.to(self.weight.dtype)
             a = a if a is None else a.to(self.weight.dtype)
@@ -263,7 +283,7 @@ class CapsuleLayer(nn.Module):
         dtype = u.dtype
         # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-        samples = len(u)
+        samples = u.shape[0]
         u, weight = u.to(wide), self.weight.to(wide)
         if self.routing.activations and a is None:
             a = u.new_ones(samples, structure.children)
@@ -336,6 +356,11 @@ class CapsuleLayer(nn.Module):
         )
 
 
+@torch.compiler.disable
+def _looked_at(graph: dgl.DGLGraph, kinds: int) -> Structure:
+    return Structure(graph, kinds=kinds)
+
+
 def _under_autocast(device_type: str) -> bool:
     known = torch.amp.is_autocast_available(device_type)  # not for meta
     return known and torch.is_autocast_enabled(device_type)
@@ -351,15 +376,12 @@ def _check_finite(poses: Tensor, u: Tensor) -> None:
 
     The parents are few, so that looking at them costs nothing.
     """
-    if u.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if u.device.type != "cpu" or is_traced(u, poses):
         return
-    try:
-        if poses.detach().sum().isfinite() or poses.isfinite().all():
-            return
-        not_finite = ~torch.isfinite(u).all(dim=-1)
-        bad = int(not_finite.sum())
-    except RuntimeError:  # under torch.func, in FakeTensors, in a trace of make_fx
+    if poses.detach().sum().isfinite() or poses.isfinite().all():
         return
+    not_finite = ~torch.isfinite(u).all(dim=-1)
+    bad = int(not_finite.sum())
     if bad:
         raise NonFinitePosesError(
             f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "

@@ -107,10 +107,10 @@ class Structure:
     """
 
     def __init__(self, graph: dgl.DGLGraph, *, kinds: int | None = None) -> None:
-        check_structure(graph)
-        check_weight_index(graph, kinds)
-        check_parent_type(graph)
         with made_to_be_kept():
+            check_structure(graph)
+            check_weight_index(graph, kinds)
+            check_parent_type(graph)
             self.graph = graph.clone().to("cpu")
             child, parent = self.graph.edges()
             self.child, self.parent = child.long(), parent.long()
@@ -127,23 +127,23 @@ class Structure:
             self.graphs = len(sizes)
             self.graph_of_parent = torch.arange(self.graphs).repeat_interleave(sizes)
             self.complete = is_complete(self.graph)
-        self.kinds = _count(self.weight_index) if kinds is None else kinds
-        self.types = _count(self.parent_type)
+            self.kinds = _count(self.weight_index) if kinds is None else kinds
+            self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}
         self._kept_for_batch: dict[Hashable, Any] = {}
 
-    def prepare(self) -> "Structure":
-        """Make what every call will need, so that a call that is traced has nothing to make."""
+    def prepare(self, device: torch.device) -> None:
+        """Make what calls on a device need, so that one that is traced has nothing to make."""
         for by in ("child", "parent", "kind"):
-            self.groups(by, torch.device("cpu"))
-        self.degree(torch.device("cpu"))
-        return self
+            self.groups(by, device)
+        for name in ("parent_type", "graph_of_parent"):
+            self.numbers(name, device)
+        self.degree(device)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made at the first call with this key and kept for the next ones."""
         if key not in self._kept:
-            with made_to_be_kept():
-                self._kept[key] = make()
+            self._kept[key] = _made(make)
         return self._kept[key]
 
     def keep_for_batch(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -153,8 +153,7 @@ class Structure:
         """
         found = self._kept_for_batch.pop(key, None)
         if found is None:
-            with made_to_be_kept():
-                found = make()
+            found = _made(make)
         self._kept_for_batch[key] = found  # the last used stands last
         for oldest in list(self._kept_for_batch)[:-BATCH_SIZES_KEPT]:
             self._kept_for_batch.pop(oldest, None)
@@ -180,6 +179,12 @@ class Structure:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_kept_for_batch": {}}  # made again on demand
+
+
+@torch.compiler.disable
+def _made(make: Callable[[], T]) -> T:
+    with made_to_be_kept():
+        return make()
 
 
 def _count(numbers: Tensor) -> int:

@@ -16,6 +16,7 @@ PACKAGE = Path(graphcaps.__file__).parent
 ORDER = [
     "install_dgl",
     "_interrupt",
+    "tracing",
     "_dgl",
     "streams",
     "functional",
