@@ -10,6 +10,7 @@ from graphcaps.passing import ENGINES as WITH_VOTES
 from graphcaps.passing import MessagePassing
 from graphcaps.routing import Routing
 from graphcaps.structure import Structure
+from graphcaps.tracing import is_traced
 
 ENGINES = ("fused", *WITH_VOTES)
 PREFERRED = ("fused", "builtin", "scatter")  # by "auto", in this order
@@ -86,7 +87,9 @@ def choose(
         for name in (PREFERRED if engine == "auto" else (engine,))
     }
     if engine == "auto":
-        few = samples is not None and samples < FEWEST_SAMPLES and device.type == "cpu"
+        # a trace may have to serve for any number of samples: it does not depend on it
+        known = None if is_traced() or device.type != "cpu" else samples
+        few = known is not None and known < FEWEST_SAMPLES
         able = [name for name, reason in reasons.items() if reason is None]
         return able[1] if few and able[0] == "fused" and len(able) > 1 else able[0]
     if reasons[engine] is not None:

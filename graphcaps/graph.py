@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graphcaps._dgl import dgl
 
@@ -158,10 +160,16 @@ def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
 def made_to_be_kept() -> Iterator[None]:
     """Tensors made here are ordinary ones on the CPU, to be kept for later calls.
 
-    Whatever the caller is in: `torch.device("meta")` would give them no numbers, and those of
-    `torch.inference_mode()` cannot be saved for a backward pass.
+    Whatever the caller is in: `torch.device("meta")` and FakeTensorMode would give them no numbers,
+    `torch.func` would wrap them, and those of `torch.inference_mode()` cannot be saved for a
+    backward pass.
     """
-    with torch.device("cpu"), torch.inference_mode(False):
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+    ):
         yield
 
 

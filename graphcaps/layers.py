@@ -1,14 +1,14 @@
 """Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graphcaps import engines
+from graphcaps import engines, kernels
 from graphcaps._dgl import dgl
 from graphcaps.conversion import EdgeTypes
 from graphcaps.functional import squash
@@ -24,6 +24,7 @@ from graphcaps.routing import (
 )
 from graphcaps.routing.base import check_at_least_1
 from graphcaps.structure import Structure
+from graphcaps.tracing import is_traced
 from graphcaps.votes import votes_on_edges, with_coordinates
 
 
@@ -210,7 +211,7 @@ class CapsuleLayer(nn.Module):
         self.etype = etype
         self._structure = None
         if graph is not None:
-            self._structure = Structure(graph, kinds=kinds, etype=etype).prepare()
+            self._structure = Structure(graph, kinds=kinds, etype=etype)
             kinds, types = self._structure.kinds, types or self._structure.types
         elif kinds is None:
             raise ValueError(
@@ -243,6 +244,7 @@ class CapsuleLayer(nn.Module):
         sizes = Sizes(kinds, 1 if types is None else types, rows, parent_dim)
         self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
+        self._prepare()
 
     @property
     def structure(self) -> Structure:
@@ -259,6 +261,25 @@ class CapsuleLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw `weight` anew, and give the routing's parameters their first values."""
         self.routing.reset_parameters(self.weight)
+
+    def _prepare(self) -> None:
+        """Make all that calls need of the graph now: a call that is traced can make nothing."""
+        device = self.weight.device
+        if self._structure is None:
+            return
+        self._structure.prepare(device)
+        if kernels.why_not(device) is None:
+            EdgesWithoutVotes.prepare(self._structure, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsuleLayer":
+        """Move to another device or dtype: what `to`, `cuda` and their like call."""
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of what was pickled
+        self._prepare()
 
     def forward(
         self,
@@ -292,9 +313,7 @@ class CapsuleLayer(nn.Module):
             RuntimeError: an engine that cannot run on the device of `u`.
         """
         structure = (
-            self.structure
-            if graph is None
-            else Structure(graph, kinds=len(self.weight), etype=self.etype)
+            self.structure if graph is None else _looked_at(graph, len(self.weight), self.etype)
         )
         u = structure.join("u", u, dim=-2)
         a = a if a is None else structure.join("a", a, dim=-1)
@@ -320,7 +339,7 @@ class CapsuleLayer(nn.Module):
         dtype = u.dtype
         # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-        samples = len(u)
+        samples = u.shape[0]
         u, weight = u.to(wide), self.weight.to(wide)
         if self.coordinates is not None:
             u, weight = with_coordinates(u, weight, self.coordinates.to(wide), self.rows)
@@ -410,6 +429,11 @@ class CapsuleLayer(nn.Module):
         return f"{graph}weight={list(self.weight.shape)}, {rows}engine={self.engine!r}"
 
 
+@torch.compiler.disable
+def _looked_at(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None) -> Structure:
+    return Structure(graph, kinds=kinds, etype=etype)
+
+
 def _under_autocast(device_type: str) -> bool:
     known = torch.amp.is_autocast_available(device_type)  # not for meta
     return known and torch.is_autocast_enabled(device_type)
@@ -425,15 +449,12 @@ def _check_finite(poses: Tensor, u: Tensor) -> None:
 
     The parents are few, so that looking at them costs nothing.
     """
-    if u.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if u.device.type != "cpu" or is_traced(u, poses):
         return
-    try:
-        if poses.detach().sum().isfinite() or poses.isfinite().all():
-            return
-        not_finite = ~torch.isfinite(u).all(dim=-1)
-        bad = int(not_finite.sum())
-    except RuntimeError:  # under torch.func, in FakeTensors, in a trace of make_fx
+    if poses.detach().sum().isfinite() or poses.isfinite().all():
         return
+    not_finite = ~torch.isfinite(u).all(dim=-1)
+    bad = int(not_finite.sum())
     if bad:
         raise NonFinitePosesError(
             f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "

@@ -112,9 +112,9 @@ class Structure:
     def __init__(
         self, graph: dgl.DGLGraph, *, kinds: int | None = None, etype: EdgeTypes | None = None
     ) -> None:
-        self.graph, wanted, self.child_types, self.order = as_routing_graph(graph, etype)
-        check_weight_index(self.graph, kinds)
         with made_to_be_kept():
+            self.graph, wanted, self.child_types, self.order = as_routing_graph(graph, etype)
+            check_weight_index(self.graph, kinds)
             child, parent = self.graph.edges()
             self.child, self.parent = child.long(), parent.long()
             self.weight_index = self.graph.edata["weight_index"]
@@ -135,8 +135,8 @@ class Structure:
                 number = graph_of_child[self.child] * _count(competition) + competition
                 different, self.competition = number.unique(return_inverse=True)
                 self.competitions = len(different)
-        self.kinds = wanted if kinds is None else kinds
-        self.types = _count(self.parent_type)
+            self.kinds = wanted if kinds is None else kinds
+            self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}
         self._kept_for_batch: dict[Hashable, Any] = {}
 
@@ -166,20 +166,20 @@ class Structure:
             f"{self.child_types}, alike in dtype and in all other sizes; got {told}"
         )
 
-    def prepare(self) -> "Structure":
-        """Make what every call will need, so that a call that is traced has nothing to make."""
+    def prepare(self, device: torch.device) -> None:
+        """Make what calls on a device need, so that one that is traced has nothing to make."""
         for by in ("child", "parent", "kind", "competition"):
-            self.groups(by, torch.device("cpu"))
-        self.rivals(torch.device("cpu"))
+            self.groups(by, device)
+        for name in ("parent_type", "graph_of_parent", "order"):
+            self.numbers(name, device)
+        self.rivals(device)
         if self._even:
-            self.degree(torch.device("cpu"))
-        return self
+            self.degree(device)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made at the first call with this key and kept for the next ones."""
         if key not in self._kept:
-            with made_to_be_kept():
-                self._kept[key] = make()
+            self._kept[key] = _made(make)
         return self._kept[key]
 
     def keep_for_batch(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -189,8 +189,7 @@ class Structure:
         """
         found = self._kept_for_batch.pop(key, None)
         if found is None:
-            with made_to_be_kept():
-                found = make()
+            found = _made(make)
         self._kept_for_batch[key] = found  # the last used stands last
         for oldest in list(self._kept_for_batch)[:-BATCH_SIZES_KEPT]:
             self._kept_for_batch.pop(oldest, None)
@@ -245,6 +244,12 @@ class Structure:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_kept_for_batch": {}}  # made again on demand
+
+
+@torch.compiler.disable
+def _made(make: Callable[[], T]) -> T:
+    with made_to_be_kept():
+        return make()
 
 
 def _count(numbers: Tensor) -> int:

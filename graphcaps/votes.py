@@ -33,7 +33,7 @@ def votes_on_edges(u: Tensor, weight: Tensor, structure: Structure, rows: int = 
         on_edges = structure.groups("child", u.device).expand(u, dim=1)
         matrices = structure.groups("kind", u.device).expand(weight, dim=0)
         u_hat = torch.einsum("bepk,ekd->bepd", on_edges, matrices)
-    return u_hat.reshape(len(u) * structure.edges, rows * weight.shape[-1])
+    return u_hat.reshape(u.shape[0] * structure.edges, rows * weight.shape[-1])
 
 
 def with_coordinates(

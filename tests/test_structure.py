@@ -18,6 +18,7 @@ ORDER = [
     "install_dgl",
     "_interrupt",
     "_graphbolt",
+    "tracing",
     "_dgl",
     "streams",
     "files",

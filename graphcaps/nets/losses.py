@@ -183,4 +183,4 @@ def capsnet_loss(
 
 def _mean_over_batch(loss: Tensor) -> Tensor:
     """Sum over all but the batch; an empty batch costs nothing."""
-    return loss.sum() / max(len(loss), 1)
+    return loss.sum() / max(loss.shape[0], 1)

@@ -320,7 +320,7 @@ class CapsNet(nn.Module):
         if self.decoder is not None:
             chosen = lengths.argmax(dim=1) if labels is None else labels
             reconstruction = self.decoder(
-                poses, multi_hot(chosen, len(images), self.config.classes)
+                poses, multi_hot(chosen, images.shape[0], self.config.classes)
             )
         output = CapsNetOutput(poses, lengths, reconstruction)
         return output if trace is None else (output, trace)

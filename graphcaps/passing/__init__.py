@@ -69,5 +69,7 @@ def passing_on(
     structure: Structure, engine: str, samples: int, device: torch.device
 ) -> MessagePassing:
     """The operations of an engine that can run, kept by the structure for the next call."""
+    if engine == "scatter":  # it prepares nothing for a batch size, which may be a symbol
+        return ScatterEngine(structure, samples, device)
     key = (engine, samples, device)
     return structure.keep_for_batch(key, lambda: ENGINES[engine](structure, samples, device))

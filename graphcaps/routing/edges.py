@@ -175,7 +175,7 @@ class EdgesWithVotes(Edges):
 
     def __init__(self, passing: MessagePassing, u_hat: Tensor, a: Tensor | None = None) -> None:
         edges = passing.samples * passing.structure.edges
-        if u_hat.dim() != 2 or len(u_hat) != edges:
+        if u_hat.dim() != 2 or u_hat.shape[0] != edges:
             raise ValueError(
                 f"expected one vote for each of the {edges} edges, [{edges}, D]; "
                 f"got {list(u_hat.shape)}"
@@ -214,7 +214,7 @@ class EdgesWithVotes(Edges):
             b = sum(terms[1:], terms[0])
             c = passing.softmax_over_parents(b, leak)
         else:
-            b = y.new_zeros(len(y), 1)
+            b = y.new_zeros(y.shape[0], 1)
             rivals = self._structure.rivals(y.device).to(self.dtype)
             c = (1 / (rivals + int(leak))).unsqueeze(-1).repeat(self.samples, 1)
         w = c = c.detach() if detach_coupling else c
@@ -261,12 +261,18 @@ class EdgesWithoutVotes(Edges):
     def __init__(
         self, structure: Structure, u: Tensor, weight: Tensor, rows: int, a: Tensor | None = None
     ) -> None:
-        super().__init__(structure, len(u), rows * weight.shape[2], u, a)
+        super().__init__(structure, u.shape[0], rows * weight.shape[2], u, a)
         self.u, self.weight, self.rows = u, weight, rows
-        self.sorted = structure.keep(
-            ("sorted", u.device),
-            lambda: kernels.prepare(structure.graph, structure.kinds, u.device),
-        )
+        self.sorted = self.prepare(structure, u.device)
+
+    @staticmethod
+    def prepare(structure: Structure, device: torch.device) -> kernels.Edges | kernels.TritonEdges:
+        """What the kernel for a device needs of a graph, kept by its structure."""
+
+        def sort() -> kernels.Edges | kernels.TritonEdges:
+            return kernels.prepare(structure.graph, structure.kinds, device)
+
+        return structure.keep(("sorted", device), sort)
 
     def couple(
         self,
@@ -302,7 +308,7 @@ class EdgesWithoutVotes(Edges):
         return Sums(
             N=N.reshape(-1, 1),
             S=S.flatten(0, 1),
-            Q=S.new_zeros(len(N) * self.parents, 0) if Q is None else Q.flatten(0, 1),
+            Q=S.new_zeros(self.samples * self.parents, 0) if Q is None else Q.flatten(0, 1),
             r=r,
             b=None,
             c=None,
