@@ -22,12 +22,18 @@ from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
 from graphcaps.data.images import read_digit
+from graphcaps.demo import check_routed, gallery_of, shipped_gallery, write_demo
+from graphcaps.explorer import check_writable
 from graphcaps.nets.model import CONFIG, CapsNet
+from graphcaps.nets.verdict import judge_images
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
 from graphcaps.training.loop import TrainingInterrupt, train
 from graphcaps.training.settings import Engine, TrainSettings, given_fields
 from graphcaps.training.workers import joined_workers, leads
+
+SHIPPED = "mnist-small"
+DIGITS = tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,20 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
+class DemoSettings:
+    """Write a net as one HTML file in which digits are drawn and routed live, without a network."""
+
+    run_dir: tyro.conf.Positional[Path | None] = None
+    """A run's folder, whose best epoch is taken. Default: the net that comes with graphcaps."""
+    output: Path = Path("demo.html")
+    """The file to write."""
+    dataset: str | None = None
+    """As for train. Default: the one that the run was trained on."""
+    data_dir: Path | None = None
+    """Where data sets are kept. Default: where the run had them."""
+
+
+@dataclass(frozen=True)
 class InfoSettings:
     """Show versions, devices, and which engines can run on them and why."""
 
@@ -87,6 +107,7 @@ Command = (
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
+    | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 
@@ -153,6 +174,8 @@ def _run(program: Program) -> int:
                 _predict(program.command)
             case ReportSettings():
                 _report(program.command)
+            case DemoSettings():
+                _demo(program.command)
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
@@ -184,7 +207,7 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
         check_fits(model, data)
@@ -205,28 +228,51 @@ def _predict(settings: PredictSettings) -> None:
         model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
-        (lengths,) = model(as_input(image.unsqueeze(0), model)).lengths
-        check_lengths(lengths.unsqueeze(0))
-        _say(f"{path}: {int(lengths.argmax())}")
-        _say("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+        images = as_input(image.unsqueeze(0), model)
+        output = model(images)
+        check_lengths(output.lengths)
+        (verdict,) = judge_images(model, output, images)
+        _say(f"{path}: {verdict.text([str(k) for k in range(model.config.classes)])}")
+        (lengths,) = output.lengths.tolist()
+        _say("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths)))
 
 
 def _report(settings: ReportSettings) -> None:
     # with matplotlib, which the other commands do not need
-    from graphcaps.report import check_writable, write_report
+    from graphcaps.report import write_report
 
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
         _say("The run is not finished: the report shows its best epoch so far, and says so.")
     _say(f"The report is in {output}; open it in a browser")
+
+
+def _demo(settings: DemoSettings) -> None:
+    check_writable(settings.output)  # before the work, not after it
+    run = settings.run_dir
+    if run is None:
+        if settings.dataset is not None or settings.data_dir is not None:
+            raise ValueError(
+                "the net that comes with graphcaps has its images with it: name a run, "
+                "or leave out --dataset and --data-dir"
+            )
+        model, name = CapsNet.from_pretrained(), SHIPPED
+        classes, gallery = DIGITS, shipped_gallery()
+    else:
+        model, name = _load(run, "auto"), run.resolve().name
+        check_routed(model)
+        data = load_dataset(*_data_of(run, settings.dataset, settings.data_dir))
+        classes, gallery = data.classes, gallery_of(model, data)
+    write_demo(model, classes, gallery, settings.output, name)
+    _say(f"The demo is in {settings.output}; open it in a browser")
 
 
 def _info() -> None:
@@ -256,11 +302,10 @@ def _load(run: Path, engine: str) -> CapsNet:
     return CapsNet.load(folder, engine=engine)
 
 
-def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
+def _data_of(run: Path, asked: str | None, data_dir: Path | None) -> tuple[str, Path]:
     """The data set that is asked for, else the one that the run was trained on; its folder."""
-    run, data_dir = settings.run_dir, settings.data_dir
-    if settings.dataset is not None:
-        return settings.dataset, data_dir or TrainSettings.data_dir
+    if asked is not None:
+        return asked, data_dir or TrainSettings.data_dir
     try:
         started = RunFolder(run).settings().settings
     except FileNotFoundError:
