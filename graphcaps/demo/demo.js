@@ -78,7 +78,7 @@ function buildGallery() {
 function buildPick(parent, n, name) {
   const pick = make(parent, "button", { type: "button", class: "pick", "data-n": n });
   set(pick, { "aria-label": `${describe(n)}${name ? `, ${name.slice(2)}` : ""}` });
-  const canvas = make(pick, "canvas", { class: channels === 1 ? "grey" : "" });
+  const canvas = make(pick, "canvas", { class: explorer.tone });
   paint(canvas, pixelsOf(n), size);
   if (name) make(pick, "span", { class: "name" }, name);
   pick.addEventListener("click", () => take(n));
@@ -132,7 +132,7 @@ function seen() {
   }
   if (state.image === null) return { ...whole, ...drawnPixels(), title: "Your drawing" };
   const [pixels, truth] = [pixelsOf(state.image), gallery.labels[state.image]];
-  return { ...whole, pixels, truth, title: describe(state.image) };
+  return { ...whole, pixels, truth, title: `Test image ${gallery.numbers[state.image]}` };
 }
 
 function nameOfLayer({ image }) {

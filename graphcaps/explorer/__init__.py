@@ -41,8 +41,8 @@ def fill(package: str, scripts: Sequence[str], data: str, *, note: str = "", **p
             [_text(SHARED, name) for name in SCRIPTS] + [_text(own, name) for name in scripts]
         ),
         data=data.replace("<", "\\u003c"),  # no text of a file can end the script element
-        answer=_text(SHARED, "answer.html"),
         steps=_text(SHARED, "steps.html"),
+        answer=_text(SHARED, "answer.html"),
         views=Template(_text(SHARED, "views.html")).substitute(note=note),
         **parts,
     )

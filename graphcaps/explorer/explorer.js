@@ -1,6 +1,7 @@
 // The explorer: what routing made of one image, drawn so that every part can be pointed at.
 //
-// It draws a `look`: { title, image [C, H, W] from 0 to 1, truth (a class or null), rounds, dim }.
+// It draws a `look`: { title, image [C, H, W] from 0 to 1, truth (a class or null), rounds, dim },
+// and `predicted`, the class to begin with, if it is not the longest of the shown iteration.
 // A round is an iteration of the routing: { c [I, J], lengths [J], pose(j), amounts(j) [I] }, and
 // of a live net b, s, agreement(i, j), too. `amounts` says how much each child gives to a class.
 
@@ -79,6 +80,10 @@ class Explorer {
     this.child = null; // chosen by the reader; else the one that gives the most
     this.pointed = null; // under the pointer
     this.offsets = [];
+    this.tone = page.image.channels === 1 ? "grey" : ""; // grey images are light on dark pages
+    if (!this.tone) {
+      for (const canvas of document.querySelectorAll("canvas.grey")) canvas.classList.remove("grey");
+    }
     this.shortNames = page.classes.every((name) => name.length < 4);
     this.buildLengths();
     this.buildCarriers();
@@ -103,6 +108,7 @@ class Explorer {
       this.pinned = false;
       this.child = null;
     }
+    if (!this.pinned) this.parent = look.predicted ?? this.longest;
     if (!this.offsets.length) this.buildSliders(look.dim);
     if (!keep) this.offsets.fill(0);
     this.draw();
@@ -164,7 +170,6 @@ class Explorer {
   // all of it
 
   draw() {
-    if (!this.pinned) this.parent = this.longest;
     // one scale for all iterations, so that stepping shows what changes
     const ofRounds = this.look.rounds.map((round) => round.amounts(this.parent));
     this.amounts = ofRounds[this.iteration];
@@ -654,10 +659,10 @@ class Explorer {
     const drawn = this.drawnOf(parent);
     const difference = drawn.map((x, at) => x - look.image[at]);
     const over = byId("overlay").checked;
-    byId("reconstruction").classList.toggle("grey", !over);
+    byId("reconstruction").classList.toggle("grey", !over && this.tone === "grey");
     byId("over").hidden = !over;
     if (over) paint(byId("over"), look.image.map((x) => 0.35 * x), size);
-    paint(byId("reconstruction"), drawn, size, over ? FOR : INK);
+    paint(byId("reconstruction"), over ? grey(drawn, size) : drawn, size, over ? FOR : INK);
     paint(byId("pose-input"), look.image, size);
     paint(byId("pose-drawn"), drawn, size);
     paintSigned(byId("pose-difference"), grey(difference, size), size);

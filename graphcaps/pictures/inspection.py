@@ -11,6 +11,7 @@ from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
 from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
+from graphcaps.routing import Trace
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -82,6 +83,33 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     """
     amount = votes_by_position(u, c, config)[parent]
     return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+
+
+def shares_of_length(trace: Trace) -> Tensor:
+    """What each child adds to the length of each class's weighted sum: `c_ij û_ij·v_j / |v_j|`.
+
+    Where v points where `s_j = Σ_i c_ij û_ij` does, as squash leaves it, the shares of a class sum
+    to |s_j|; those of children that vote against it are below zero.
+
+    Args:
+        trace: of samples on a complete graph.
+
+    Returns:
+        `[R, B, I, J]`.
+
+    >>> from graphcaps import complete_graph
+    >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
+    >>> _, trace = layer(torch.rand(2, 6, 4), return_trace=True)
+    >>> shares = shares_of_length(trace)
+    >>> torch.allclose(shares.sum(dim=2), length(trace.s), atol=1e-6)
+    True
+    """
+    parents = trace.v.shape[2]
+    size = length(trace.v).unsqueeze(-1)
+    unit = trace.v / torch.where(size > 0, size, 1)
+    votes = trace.u_hat.unflatten(1, (-1, parents))
+    c = trace.c.unflatten(2, (-1, parents))
+    return c * torch.einsum("bijd,rbjd->rbij", votes, unit)
 
 
 @torch.no_grad()
