@@ -9,13 +9,17 @@ from graphcaps.nets.losses import (
     spread_loss,
 )
 from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
+from graphcaps.nets.verdict import Verdict, judge, judge_images
 
 __all__ = [
     "CapsNet",
     "CapsNetConfig",
     "CapsNetOutput",
     "Decoder",
+    "Verdict",
     "capsnet_loss",
+    "judge",
+    "judge_images",
     "margin_loss",
     "nll_loss",
     "reconstruction_loss",
