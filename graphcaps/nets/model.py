@@ -35,20 +35,41 @@ MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the p
 @record
 @dataclass(frozen=True)
 class CapsNetConfig:
-    """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
+    """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4).
+
+    Args:
+        image_channels: channels of an image.
+        image_size: height and width of an image, in pixels.
+        classes: number of classes, hence of class capsules, J.
+        conv_channels: channels of the first convolution.
+        kernel_size: height and width of the kernels of both convolutions, in pixels.
+        capsule_maps: maps of primary capsules.
+        child_dim: numbers in the pose of a primary capsule.
+        parent_dim: numbers in the pose of a class capsule.
+        routing: a name in `ROUTINGS`.
+        iterations: routing iterations, if the routing has any.
+        decoder_hidden: sizes of the decoder's hidden layers, or None for no decoder.
+        rows: rows of a pose; 1 for vectors.
+
+    Raises:
+        ValueError: a size below 1, an unknown routing, poses that `rows` does not divide.
+
+    >>> CapsNetConfig(image_size=32, image_channels=3).grid_size()
+    8
+    """
 
     image_channels: int = 1
-    image_size: int = 28  # pixels, height and width
+    image_size: int = 28
     classes: int = 10
     conv_channels: int = 256
-    kernel_size: int = 9  # pixels, of both convolutions
+    kernel_size: int = 9
     capsule_maps: int = 32
     child_dim: int = 8
     parent_dim: int = 16
-    routing: str = "dynamic"  # a name in ROUTINGS
-    iterations: int = 3  # of a routing that has them
-    decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
-    rows: int = 1  # of a pose, whose numbers are child_dim and parent_dim
+    routing: str = "dynamic"
+    iterations: int = 3
+    decoder_hidden: tuple[int, ...] | None = (512, 1024)
+    rows: int = 1
 
     def __post_init__(self) -> None:
         options_of(self.routing)
@@ -139,11 +160,22 @@ def _options(routing: Routing) -> str:
 
 
 class CapsNetOutput(NamedTuple):
-    """What a CapsNet gives for a batch of images."""
+    """The output of a CapsNet for a batch of images.
 
-    poses: Tensor  # class capsules v, [B, J, D]
-    lengths: Tensor  # how sure it is of each class, from 0 to 1: |v| or activations, [B, J]
-    reconstruction: Tensor | None  # [B, C, H, W], or None without a decoder
+    Attributes:
+        poses: class capsules v, `[B, J, D]`.
+        lengths: how sure the net is of each class, from 0 to 1: |v| or activations, `[B, J]`.
+        reconstruction: `[B, C, H, W]`, or None without a decoder.
+
+    >>> import torch
+    >>> output = CapsNet.from_preset("small")(torch.rand(2, 1, 28, 28))
+    >>> output.poses.shape
+    torch.Size([2, 10, 16])
+    """
+
+    poses: Tensor
+    lengths: Tensor
+    reconstruction: Tensor | None
 
 
 class CapsNet(nn.Module):
@@ -156,6 +188,9 @@ class CapsNet(nn.Module):
     Args:
         config: the sizes.
         engine: how messages are passed, see `CapsuleLayer`; not part of a checkpoint.
+
+    Raises:
+        ValueError: images too small for the convolutions, or an unknown engine.
 
     >>> import torch
     >>> model = CapsNet.from_preset("small")
@@ -200,13 +235,13 @@ class CapsNet(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, *, engine: str = "auto", **changes: Any) -> "CapsNet":
-        """A net of known sizes with fresh weights.
+        """Make a net of a known size with random weights.
 
         Args:
             preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
             engine: see `CapsuleLayer`.
-            changes: fields of `CapsNetConfig` to set otherwise. With a `routing` whose paper has
-                pose matrices (em, variational_bayes), poses are 4×4 unless said otherwise.
+            changes: fields of `CapsNetConfig` that differ from the preset. With a `routing` whose
+                paper uses pose matrices (em, variational_bayes), poses are 4×4 by default.
 
         Raises:
             ValueError: an unknown preset or routing, sizes that do not fit.
@@ -223,7 +258,7 @@ class CapsNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str = "mnist-small", *, engine: str = "auto") -> "CapsNet":
-        """A trained net that comes with the library; its folder holds a model card, README.md.
+        """Load a trained net that ships with the library; README.md in its folder describes it.
 
         Args:
             name: `"mnist-small"`, the small preset trained on MNIST.

@@ -10,12 +10,18 @@ from graphcaps.routing.edges import Edges, EdgesWithoutVotes, Sums
 
 
 class Iteration(NamedTuple):
-    """What one iteration of a routing gives.
+    """The result of one iteration of a routing.
 
     Attributes:
         sums: of the pass over the edges, with its logits and coupling where votes are stored.
         v: poses of the parents, `[B·J, D]`.
         a: their activations, `[B·J, 1]`; None for a routing without activations.
+
+    >>> import torch, graphcaps as gc
+    >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
+    >>> first, *_ = gc.dynamic_routing(passing, torch.randn(18, 4))
+    >>> first.c.shape, first.v.shape
+    (torch.Size([18, 1]), torch.Size([3, 4]))
     """
 
     sums: Sums
@@ -57,9 +63,9 @@ class Sizes(NamedTuple):
 class Routing(nn.Module):
     """An algorithm that computes parents from votes.
 
-    A routing of one's own implements `steps`, over `Edges.couple`; then it runs on every graph and
-    every engine, and no engine need be told of it. What it learns beside the matrices it makes in
-    `build`. Nothing of one call is kept for the next.
+    A custom routing implements `steps` with `Edges.couple`, and then runs on every graph and every
+    engine without further code. Parameters of its own are made in `build`. Nothing is kept from one
+    call to the next.
 
     >>> import torch, graphcaps as gc
     >>> class Mean(gc.Routing):
