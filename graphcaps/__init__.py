@@ -1,5 +1,6 @@
 """Capsule networks whose routing is message passing on batched bipartite DGL graphs."""
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 else:  # a type checker would take any name from a __getattr__
 
     def __getattr__(name: str) -> Any:
-        """Import the public names, and with them torch and DGL, when the first is used."""
+        """Import a module, or with the public names torch and DGL, when it is first used."""
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # modules first: those that _api imports may import each other from here
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         from graphcaps import _api

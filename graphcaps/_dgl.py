@@ -1,4 +1,4 @@
-"""Imports DGL, and tells on which devices this build of it can compute."""
+"""Imports DGL and reports on which devices this build can compute."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Squashing and lengths of capsule vectors, and labels: plain tensors, no graph."""
+"""Squash and length of capsule vectors, and labels as 0 and 1; plain tensors, no graph."""
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def exponential_squash(s: Tensor) -> Tensor:
 
 
 def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Labels as 0 and 1 for every class, which is what losses and the decoder's mask work with.
+    """Labels as 0 and 1 for every class, as losses and the decoder's mask use them.
 
     Args:
         labels: the class of each sample, integers `[B]`, or already 0 and 1, `[B, classes]`.
@@ -81,7 +81,8 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
 
     Raises:
         ValueError: another shape, class numbers that are not integers, or (on the CPU, where
-            looking is free, and outside of traces) a class number outside `0 … classes − 1`.
+            the check costs no synchronisation, and outside of traces) a class number outside
+            `0 … classes − 1`.
 
     >>> multi_hot(torch.tensor([2, 0]), batch=2, classes=3)
     tensor([[0, 0, 1],

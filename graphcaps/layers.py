@@ -33,10 +33,20 @@ class NonFinitePosesError(ValueError):
 
 
 class Capsules(NamedTuple):
-    """Capsules with activations."""
+    """Capsules with activations, as layers with such a routing return them.
 
-    poses: Tensor  # [B, J, D]
-    activations: Tensor  # [B, J]
+    Attributes:
+        poses: `[B, J, D]`.
+        activations: from 0 to 1, `[B, J]`.
+
+    >>> import graphcaps as gc
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 16, 16, rows=4, routing="em")
+    >>> layer(torch.rand(2, 6, 16), torch.rand(2, 6)).activations.shape
+    torch.Size([2, 3])
+    """
+
+    poses: Tensor
+    activations: Tensor
 
 
 class PrimaryCapsules(nn.Module):

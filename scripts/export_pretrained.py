@@ -34,7 +34,7 @@ in the test set, for `graphcaps demo`.
 | accuracy on the {test_images:,} images of MNIST's test set | {accuracy:.2%} ({errors} errors), \
 these files, evaluated once |
 | the same before rounding to half precision | {run_accuracy:.2%} ({run_errors} errors) |
-| on the hold-out, which chose epoch {best_epoch} of {epochs} | {holdout:.2%} of \
+| on the validation set, which selected epoch {best_epoch} of {epochs} | {holdout:.2%} of \
 {holdout_images:,} |
 | data | MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} \
 pixels; no other augmentation |
@@ -46,8 +46,8 @@ pixels; no other augmentation |
 
 **Limits.** One digit, centred and scaled as MNIST has it; `graphcaps predict` brings a photo there.
 It was never shown anything but digits, and a class capsule may be long for an image that is none.
-Digits that overlap were not trained on. Which of its {best_epoch} epochs is best was chosen on the
-hold-out; the test set chose nothing.
+Digits that overlap were not trained on. The best of its {best_epoch} epochs was selected on the
+validation set, not on the test set.
 """
 
 

@@ -169,7 +169,7 @@ def _on_a_gpu() -> str:
     run = _read_if_measured("train-cuda")
     epoch = accuracy = "not measured"
     if run is not None:
-        epoch = f"{run['seconds'] / run['epochs']:.1f} s, with hold-out and files"
+        epoch = f"{run['seconds'] / run['epochs']:.1f} s, with validation and files"
         accuracy = f"{run['test_accuracy']:.2%} in {run['seconds']:.0f} s"
     rows = [
         ("the layer, forward + backward, batch 128", "0.20 of dense, 0.50 of compiled", found[128]),

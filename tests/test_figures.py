@@ -274,8 +274,8 @@ def test_learning_curves_are_the_records_of_a_run():
     figure = figures.learning_curves(metrics)
     loss, errors = figure.axes
     close(line(loss, "training batches").get_ydata(), [0.5, 0.3])
-    close(line(loss, "hold-out").get_ydata(), [0.2])
-    close(line(errors, "hold-out").get_ydata(), [12.5])
+    close(line(loss, "validation").get_ydata(), [0.2])
+    close(line(errors, "validation").get_ydata(), [12.5])
     close(line(errors, "training, mean of the epoch").get_ydata(), [25])
     assert errors.get_ylabel() == "errors (% of the images)"
     drawn(figure)

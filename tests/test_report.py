@@ -349,7 +349,7 @@ def test_a_data_set_with_other_classes_or_images_is_refused(model, tmp_path):
     other = random_data(lively_model(classes=3))
     with pytest.raises(ValueError, match=r"tells 10 classes and random has 3.*--dataset"):
         report.collect(run, model, other)
-    with pytest.raises(ValueError, match=r"takes images of shape \[1, 20, 20\]"):
+    with pytest.raises(ValueError, match=r"expects images of shape \[1, 20, 20\]"):
         report.collect(run, lively_model(image_size=20), load_dataset(str(DIGITS)))
 
 

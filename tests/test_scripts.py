@@ -29,7 +29,7 @@ def test_the_papers_recipe_runs_from_images_to_test_accuracy():
         "train_mnist.py",
         *("--dataset", digits, "--preset", "small", "--epochs", "6", "--batch-size", "24"),
     )
-    assert out.count("accuracy on the hold-out") == 6
+    assert out.count("validation accuracy") == 6
     errors = int(out.splitlines()[-1].split(", ")[1].split()[0])
     assert errors < 50  # of 100; a net that learnt nothing has 90
 
@@ -122,5 +122,5 @@ def test_what_was_not_measured_on_a_gpu_is_not_said(monkeypatch, tmp_path):
     assert table.count("| not measured |") == 1
     for said in ("| 0.12 of dense, 0.25 of compiled (a GPU) |", "| 0.04 of dense (batch 512) |"):
         assert said in table
-    for said in ("| 1.5 s, with hold-out and files |", "| 99.62% in 45 s |"):
+    for said in ("| 1.5 s, with validation and files |", "| 99.62% in 45 s |"):
         assert said in table

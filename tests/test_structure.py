@@ -141,6 +141,12 @@ def test_public_names_are_there_when_asked_for():
         _ = graphcaps.CapsuleLayr
 
 
+@pytest.mark.parametrize("first", ["graphcaps.layers", "graphcaps.training"])
+def test_any_module_may_be_imported_first(first):
+    program = f"import {first}; import graphcaps; graphcaps.CapsuleLayer, graphcaps.data.shift"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_every_public_name_is_documented():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = set(re.findall(r"^::: graphcaps\.(\w+)", pages, re.MULTILINE))

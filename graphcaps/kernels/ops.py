@@ -4,8 +4,7 @@
 computes it is chosen by the device of its tensors.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035, custom_op of older torch knows no other
 
 import torch
 from torch import Tensor

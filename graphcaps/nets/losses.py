@@ -20,7 +20,7 @@ def margin_loss(
     absent: float = 0.1,
     down_weight: float = 0.5,
 ) -> Tensor:
-    """Long capsules for the classes in the image, short ones for the others.
+    """Margin loss: the capsules of the classes in the image should be long, the others short.
 
     `L_k = T_k max(0, m⁺ − |v_k|)² + λ (1 − T_k) max(0, |v_k| − m⁻)²`, Sabour et al. 2017,
     equation 4, summed over classes k, averaged over the batch.
@@ -52,7 +52,7 @@ def margin_loss(
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Squared errors, summed over the pixels of an image, averaged over the batch.
+    """Squared error, summed over the pixels of an image and averaged over the batch.
 
     Args:
         reconstruction: `[B, C, H, W]`.
@@ -77,7 +77,7 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Tensor:
-    """How far the true class is from being more active than the others by a margin.
+    """Spread loss: the true class should be more active than the others by a margin.
 
     `Σ_{i≠t} max(0, m − (a_t − a_i))²`, averaged over the batch; Hinton, Sabour & Frosst 2018,
     section 3. There m grows from 0.2 to 0.9 during training.
@@ -151,21 +151,21 @@ def capsnet_loss(
     kind: Literal["margin", "spread", "nll"] = "margin",
     reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
 ) -> Tensor:
-    """Margin loss plus 0.0005 × the reconstruction loss, Sabour et al. 2017, section 4.1.
+    """Margin loss plus 0.0005 × reconstruction loss, Sabour et al. 2017, section 4.1.
 
     Args:
-        output: what the model gave for `images`.
+        output: the model's output for `images`.
         images: in 0…1, `[B, C, H, W]`.
         labels: as `margin_loss`.
-        kind: `"spread"` and `"nll"` take another loss in the place of the margin loss;
-            `model.loss` says which of them suits the routing of a model.
-        reconstruction_weight: of the sum of an image's squared errors.
+        kind: `"spread"` and `"nll"` use another loss instead of the margin loss; `model.loss` is
+            the one that suits the model's routing.
+        reconstruction_weight: weight of the reconstruction loss.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: as the loss of this kind and `reconstruction_loss`; another kind.
+        ValueError: see the loss of this kind and `reconstruction_loss`; an unknown kind.
 
     >>> import torch
     >>> from graphcaps import CapsNet
@@ -182,5 +182,5 @@ def capsnet_loss(
 
 
 def _mean_over_batch(loss: Tensor) -> Tensor:
-    """Sum over all but the batch; an empty batch costs nothing."""
+    """Sum over all but the batch dimension, then the mean; 0 for an empty batch."""
     return loss.sum() / max(loss.shape[0], 1)

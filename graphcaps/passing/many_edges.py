@@ -1,4 +1,4 @@
-"""What DGL computes over the edges of each child, exact for many parents as well."""
+"""Operations of DGL over the edges of each child, accurate also for many parents."""
 
 from typing import Any
 
@@ -41,8 +41,8 @@ class EdgesOfChildren:
     def softmax(self, b: Tensor, leak: bool) -> Tensor:
         """`c_e = exp b_e / Σ exp b` over the edges that compete: `[B·E, 1]` to `[B·E, 1]`.
 
-        Asked for a second derivative on the CPU, DGL leaves out what it owes to this and says
-        nothing; here autograd raises RuntimeError.
+        DGL's second derivative of this on the CPU is silently wrong; here autograd raises
+        RuntimeError.
         """
         groups, graph = self.by_competition, self.competing
         edges, leaks = len(groups.index), groups.count if leak else 0
@@ -84,7 +84,7 @@ class EdgesOfChildren:
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Passes everything on, and raises when asked for a second derivative."""
+    """The identity, which raises when a second derivative is asked for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

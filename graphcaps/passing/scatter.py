@@ -1,4 +1,4 @@
-"""Message passing as torch's index operations: any device, DGL holds the structure alone."""
+"""Message passing with torch's index operations, on any device; DGL only holds the structure."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
-"""Matplotlib figures of routing, reconstructions and training: nothing here runs a net.
+"""Matplotlib figures of routing, reconstructions and training; none of them runs a net.
 
 Every function returns a `Figure` or an animation of one, without pyplot and its global state;
-save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Dark means much, in
-one hue, whose order colour-blindness and grey print leave as it is.
+save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Darker means more, in
+a single hue that keeps its order in grey and for colour-blind readers.
 """
 
 import math
@@ -37,7 +37,7 @@ SHARE_BELOW_ALL = 1e-12  # where bars on a logarithmic axis start
 def entropy_by_iteration(
     entropy: Tensor, parents: int, labels: Tensor | None = None, classes: Sequence[str] = ()
 ) -> Figure:
-    """How undecided the children are, from iteration to iteration.
+    """Entropy of the children's coupling at each iteration.
 
     Args:
         entropy: of each child's coupling, in nats, `[R, B, I]`, as `Trace.entropy` gives it.
@@ -46,8 +46,7 @@ def entropy_by_iteration(
         classes: their names; numbers if not given.
 
     Returns:
-        Mean, the range that holds 90 % of the children, and the least; with labels, the mean of
-        each class too.
+        Mean, range of 90 % of the children, and minimum; with labels, also the mean of each class.
     """
     rounds = np.arange(1, len(entropy) + 1)
     per_child = _numbers(entropy.flatten(1))
@@ -78,7 +77,7 @@ def entropy_by_iteration(
 
 
 def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) -> Figure:
-    """How the coupling coefficients are distributed, a row for each iteration.
+    """Histogram of the coupling coefficients, a row for each iteration.
 
     Args:
         c: coupling, `[R, ...]`.
@@ -86,7 +85,7 @@ def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) ->
         bins: from 0 to 1.
 
     Returns:
-        Share of the edges against their coupling, the share on a logarithmic axis.
+        Fraction of the edges against their coupling, on a logarithmic axis.
     """
     shares, edges = coupling_shares(c, bins)
     figure = _figure(6.5, 0.8 * len(shares) + 1)
@@ -135,7 +134,7 @@ def coupling_histogram_animation(
 def coupling_graph(
     graph: networkx.MultiGraph, classes: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """The children below, the parents above, edges as wide and dark as their coupling.
+    """Coupling graph: children below, parents above, edges as wide and dark as their coupling.
 
     Children in the order of `Trace.children_by_parent` let few edges cross.
 
@@ -181,7 +180,7 @@ def vote_maps(
     titles: Sequence[str],
     label: str = "coupling × length",
 ) -> Figure:
-    """Where in an image the votes for a class come from.
+    """Map of the places in an image that the votes for a class come from.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
@@ -211,7 +210,7 @@ def at_a_glance(
     drawn: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """One image through the whole net: who carries the digit, routing, and what is drawn.
+    """One image through the whole net: who carries the digit, routing, and reconstruction.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
@@ -247,7 +246,7 @@ def reconstructions(
     predicted: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """Images above, what the decoder draws from their longest capsule below.
+    """Images, and below them the reconstructions from their longest capsules.
 
     Args:
         images: 0 to 1, `[N, C, H, W]`.
@@ -257,7 +256,7 @@ def reconstructions(
         classes: their names; numbers if not given.
 
     Returns:
-        Pairs of rows of up to ten columns; wrong ones are framed and say so.
+        Pairs of rows of up to ten columns; errors are framed and marked.
     """
     columns = min(len(images), IMAGES_IN_A_ROW)
     pairs = math.ceil(len(images) / columns)
@@ -367,7 +366,7 @@ def pose_by_change(
 
 
 def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
-    """What each dimension of a pose does: Sabour et al. 2017, figure 4.
+    """The effect of each dimension of a pose: Sabour et al. 2017, figure 4.
 
     Args:
         drawn: reconstructions, a row per dimension and a column per offset, `[D, T, C, H, W]`.
@@ -394,14 +393,14 @@ def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
 
 
 def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and error rate of a training run, step by step.
+    """Learning curves: loss and error rate of a training run by step.
 
     Args:
         metrics: the records of a run's metrics.jsonl, see `RunFolder.metrics`.
 
     Returns:
         Loss on the left, errors in percent on the right; lines for the training images, dots for
-        the hold-out after every epoch.
+        the validation set after every epoch.
     """
     steps = [record for record in metrics if record["kind"] == "step"]
     epochs = [record for record in metrics if record["kind"] == "epoch"]
@@ -419,7 +418,7 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for part, marker, color in (("train", "s--", PALE), ("holdout", "o-", ACCENT)):
             values = [r[f"{part}_{name}"] for r in epochs]
             shown = values if name == "loss" else [scale * (1 - value) for value in values]
-            said = "hold-out" if part == "holdout" else "training, mean of the epoch"
+            said = "validation" if part == "holdout" else "training, mean of the epoch"
             axes.plot(at, shown, marker, color=color, markeredgecolor=INK, label=said)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -434,7 +433,7 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """Which class is taken for which.
+    """Confusion matrix: which class is taken for which.
 
     Args:
         counts: images of each true class (row) read as each class (column), `[J, J]`.
@@ -467,7 +466,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
 
 
 def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """How long the capsule of the true class is, and the longest of the others.
+    """Lengths of the capsule of the true class, and of the longest other one.
 
     Args:
         lengths: of the class capsules, `[N, J]`.
@@ -508,7 +507,7 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
 
 
 def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
-    """How far each form in float32 is from dense routing in float64.
+    """Differences of each form in float32 from dense routing in float64.
 
     Args:
         units: for each form the largest difference of output and gradients, in units of float32
@@ -552,7 +551,7 @@ def gif(animation: FuncAnimation) -> bytes:
 
 
 def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The share of the edges in each bin from 0 to 1, per iteration, and the bins' edges.
+    """The fraction of the edges in each bin from 0 to 1, per iteration, and the bins' limits.
 
     >>> shares, edges = coupling_shares(torch.tensor([[0.1, 0.2, 0.9, 1.0]]), bins=2)
     >>> shares[0].tolist(), edges.tolist()
@@ -564,7 +563,7 @@ def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of a size in inches."""
     return Figure(figsize=(width, height), layout="constrained", dpi=100)
 
 
@@ -574,7 +573,7 @@ def _animation(figure: Figure, draw: Any, frames: int) -> FuncAnimation:
 
 
 def _name(classes: Sequence[str], number: int) -> str:
-    """A class's name as it is drawn: a $ begins no formula, what has no glyph is a mark."""
+    """A class's name as drawn: a $ starts no formula, and a missing glyph becomes a mark."""
     name = classes[number] if classes else str(number)
     return "".join(c if c.isprintable() else "\ufffd" for c in name).replace("$", r"\$")
 
@@ -606,7 +605,7 @@ def _name_histogram(axes: Axes, shares: Sequence[np.ndarray]) -> None:
 
 
 def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
-    """An image of one channel as ink on paper, or of three in its colours, without ticks."""
+    """An image without ticks: one channel as ink on paper, three channels in colour."""
     pixels = _numbers(image.permute(1, 2, 0))
     axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=3 if dimmed else 1)
     axes.set(xticks=[], yticks=[])
@@ -615,7 +614,7 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
 
 
 def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathCollection:
-    """Discs over the image, the largest for `most`; a frame where the strongest position looks.
+    """Discs over the image, the largest for `most`; a frame at the strongest receptive field.
 
     Negative amounts are hollow.
     """
