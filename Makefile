@@ -1,4 +1,5 @@
 # make train: from a fresh clone to a trained and tested net. make test: all the tests.
+# make demo: a page to draw digits on, opened in a browser.
 # make notebooks: runs each and writes its .ipynb. make bench: the layer's cost on this machine.
 # CONTRIBUTING.md tells what test-pythons, hostile and mutants are for.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
-.PHONY: train test test-pythons hostile mutants notebooks docs bench lint format release clean
+.PHONY: train demo test test-pythons hostile mutants notebooks docs bench lint format release clean
 
 train: $(VENV)/.ready
 	$(BIN)/graphcaps train
@@ -37,6 +38,12 @@ notebooks: $(VENV)/.ready
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
+
+demo: $(VENV)/.ready
+	$(BIN)/graphcaps demo
+	@$(BIN)/python -c 'import pathlib, sys, webbrowser; \
+		sys.exit(not webbrowser.open(pathlib.Path("demo.html").absolute().as_uri()))' \
+		|| echo "No browser here: open $(CURDIR)/demo.html in one"
 
 bench: $(VENV)/.ready
 	$(BIN)/python scripts/bench_routing.py --short

@@ -20,16 +20,14 @@ else:  # a type checker would take any name from a __getattr__
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         # modules first: those that _api imports may import each other from here
-        if importlib.util.find_spec(f"{__name__}.{name}"):
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         from graphcaps import _api
 
-        try:
-            value = getattr(_api, name)
-        except AttributeError:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-        globals()[name] = value
-        return value
+        if name != "__all__" and name not in _api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(_api, name)
+        return globals()[name]
 
     def __dir__() -> list[str]:
         """The public names."""

@@ -1,6 +1,8 @@
 """The public names of graphcaps, which `graphcaps/__init__.py` imports when one is asked for."""
 
 from graphcaps import reference
+from graphcaps.conversion import graph_from_edge_index
+from graphcaps.convolution import ConvCapsules, conv_graph
 from graphcaps.engines import bind
 from graphcaps.functional import length, squash
 from graphcaps.graph import batch_graph, complete_graph, routing_graph
@@ -12,6 +14,7 @@ from graphcaps.nets import (
     Decoder,
     capsnet_loss,
     margin_loss,
+    nll_loss,
     reconstruction_loss,
     spread_loss,
 )
@@ -38,6 +41,7 @@ __all__ = [
     "CapsNetOutput",
     "CapsuleLayer",
     "Capsules",
+    "ConvCapsules",
     "Decoder",
     "DynamicRouting",
     "EMRouting",
@@ -54,9 +58,12 @@ __all__ = [
     "bind",
     "capsnet_loss",
     "complete_graph",
+    "conv_graph",
     "dynamic_routing",
+    "graph_from_edge_index",
     "length",
     "margin_loss",
+    "nll_loss",
     "reconstruction_loss",
     "reference",
     "routing_graph",

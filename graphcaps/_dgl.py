@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from graphcaps.tracing import is_traced
+
 if importlib.util.find_spec("dgl") is None:
     raise ImportError(
         "graphcaps routes on DGL graphs, and DGL is not installed: python -m graphcaps.install_dgl"
@@ -24,6 +26,8 @@ def has_cuda() -> bool:
 
 def why_not_on(device: torch.device) -> str | None:
     """Why DGL cannot compute on `device`, or None where it can."""
+    if is_traced():
+        return "torch cannot trace or transform what DGL computes"
     if device.type == "cpu" or (device.type == "cuda" and has_cuda()):
         return None
     if device.type == "cuda":

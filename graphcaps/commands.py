@@ -13,7 +13,10 @@ from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
 from graphcaps.data.images import read_digit
+from graphcaps.demo import check_routed, gallery_of, shipped_gallery, write_demo
+from graphcaps.explorer import check_writable
 from graphcaps.flags import (
+    DemoSettings,
     EvaluateSettings,
     InfoSettings,
     PredictSettings,
@@ -22,12 +25,16 @@ from graphcaps.flags import (
     TrainSettings,
 )
 from graphcaps.nets.model import CONFIG, CapsNet
+from graphcaps.nets.verdict import judge_images
 from graphcaps.streams import tell
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
 from graphcaps.training.loop import TrainingInterrupt, train
 from graphcaps.training.settings import given_fields
 from graphcaps.training.workers import joined_workers, leads
+
+SHIPPED = "mnist-small"
+DIGITS = tuple("0123456789")
 
 
 def run(settings: Settings) -> None:
@@ -41,6 +48,8 @@ def run(settings: Settings) -> None:
             _predict(settings)
         case ReportSettings():
             _report(settings)
+        case DemoSettings():
+            _demo(settings)
         case InfoSettings():
             _info()
 
@@ -65,7 +74,7 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
         check_fits(model, data)
@@ -86,28 +95,51 @@ def _predict(settings: PredictSettings) -> None:
         model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
         image = read_digit(path, size=model.config.image_size)
-        (lengths,) = model(as_input(image.unsqueeze(0), model)).lengths
-        check_lengths(lengths.unsqueeze(0))
-        tell(f"{path}: {int(lengths.argmax())}")
-        tell("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+        images = as_input(image.unsqueeze(0), model)
+        output = model(images)
+        check_lengths(output.lengths)
+        (verdict,) = judge_images(model, output, images)
+        tell(f"{path}: {verdict.text([str(k) for k in range(model.config.classes)])}")
+        (lengths,) = output.lengths.tolist()
+        tell("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths)))
 
 
 def _report(settings: ReportSettings) -> None:
     # with matplotlib, which the other commands do not need
-    from graphcaps.report import check_writable, write_report
+    from graphcaps.report import write_report
 
     run = RunFolder(settings.run_dir)
     run.settings()  # a folder that is no run is told first
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
     with joined_workers(settings.device) as workers:
         data = load_dataset(dataset, data_dir)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
         tell("The run is not finished: the report shows its best epoch so far, and says so.")
     tell(f"The report is in {output}; open it in a browser")
+
+
+def _demo(settings: DemoSettings) -> None:
+    check_writable(settings.output)  # before the work, not after it
+    folder = settings.run_dir
+    if folder is None:
+        if settings.dataset is not None or settings.data_dir is not None:
+            raise ValueError(
+                "the net that ships with graphcaps comes with its images: name a run, or leave "
+                "out --dataset and --data-dir"
+            )
+        model, name = CapsNet.from_pretrained(), SHIPPED
+        classes, gallery = DIGITS, shipped_gallery()
+    else:
+        model, name = _load(folder, "auto"), folder.resolve().name
+        check_routed(model)
+        data = load_dataset(*_data_of(folder, settings.dataset, settings.data_dir))
+        classes, gallery = data.classes, gallery_of(model, data)
+    write_demo(model, classes, gallery, settings.output, name)
+    tell(f"The demo is in {settings.output}; open it in a browser")
 
 
 def _info() -> None:
@@ -137,11 +169,10 @@ def _load(run: Path, engine: str) -> CapsNet:
     return CapsNet.load(folder, engine=engine)
 
 
-def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
+def _data_of(run: Path, asked: str | None, data_dir: Path | None) -> tuple[str, Path]:
     """The data set that is asked for, else the one that the run was trained on; its folder."""
-    run, data_dir = settings.run_dir, settings.data_dir
-    if settings.dataset is not None:
-        return settings.dataset, data_dir or TrainSettings.data_dir
+    if asked is not None:
+        return asked, data_dir or TrainSettings.data_dir
     try:
         started = RunFolder(run).settings().settings
     except FileNotFoundError:

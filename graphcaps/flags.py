@@ -126,16 +126,41 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
+class DemoSettings:
+    """Write a net as one HTML file in which digits are drawn and routed live, without a network."""
+
+    #: Folder of a run, whose best epoch is shown, or a folder with model.safetensors.
+    run_dir: Annotated[
+        tyro.conf.Positional[Path | None],
+        _optional("[RUN-DIR]", "the net that ships with graphcaps, trained on MNIST"),
+    ] = None
+    #: The file to write.
+    output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("demo.html")
+    #: Data set, as for train.
+    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    #: Folder where data sets are kept.
+    data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
+
+
+@dataclass(frozen=True)
 class InfoSettings:
     """Show versions and devices, and for each engine whether it can run, or why not."""
 
 
-Settings = TrainSettings | EvaluateSettings | PredictSettings | ReportSettings | InfoSettings
+Settings = (
+    TrainSettings
+    | EvaluateSettings
+    | PredictSettings
+    | ReportSettings
+    | DemoSettings
+    | InfoSettings
+)
 Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
+    | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 

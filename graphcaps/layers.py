@@ -1,14 +1,16 @@
 """Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
 from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graphcaps import engines
+from graphcaps import engines, kernels
 from graphcaps._dgl import dgl
+from graphcaps.conversion import EdgeTypes
 from graphcaps.functional import squash
 from graphcaps.passing import passing_on
 from graphcaps.routing import (
@@ -22,7 +24,8 @@ from graphcaps.routing import (
 )
 from graphcaps.routing.base import check_at_least_1
 from graphcaps.structure import Structure
-from graphcaps.votes import votes_on_edges
+from graphcaps.tracing import is_traced
+from graphcaps.votes import votes_on_edges, with_coordinates
 
 
 class NonFinitePosesError(ValueError):
@@ -141,8 +144,9 @@ class CapsuleLayer(nn.Module):
     one, and rounded once.
 
     Args:
-        graph: from `complete_graph` or `routing_graph`; not written on. It is looked at once: what
-            is written on it later changes nothing.
+        graph: from `complete_graph` or `routing_graph`, or any DGL graph, see `etype`; not written
+            on. It is looked at once: what is written on it later changes nothing. None for a layer
+            that is given its graph at each call.
         child_dim: numbers in the pose of a child.
         parent_dim: numbers in the pose of a parent.
         routing: a name in `ROUTINGS` (`"dynamic"`, `"uniform"`, `"em"`, `"attention"`,
@@ -153,6 +157,16 @@ class CapsuleLayer(nn.Module):
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
             the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
+        coordinates: where each child stands, `[I, n]`, added to its votes: to the first n numbers
+            of a vote that is one row, and to the last number of the first n rows of one that has
+            several. Matrices that children share do not tell where these stand.
+        etype: the edge type whose edges lead from children to parents, by its name or as DGL's
+            `(child type, name, parent type)`; or a list of several that lead to one node type. If
+            not given, the only one that a graph has. Edges of one type share a matrix, those of
+            the first in the list the first, unless they have the feature `weight_index`; parents
+            share what a routing learns for its parents, unless they have the feature `type`.
+        kinds: number of matrices, M; as many as the graph asks for, if not given.
+        types: number of types of parents, T; as many as the graph has, if not given.
         device: of the parameters.
         dtype: of the parameters.
         options: of the routing that is named, such as `iterations`.
@@ -162,32 +176,58 @@ class CapsuleLayer(nn.Module):
             the numbers in a row of a child's and of a parent's pose.
         routing: the `Routing`, with what it learns.
         graph: the layer's copy of the graph.
+        coordinates: as given, or None; saved with the parameters.
 
     Raises:
-        ValueError: a graph of another kind, sizes below 1 or not divisible by `rows`, an unknown
-            name, options that the routing does not have.
+        ValueError: no DGL graph, or edge types that it does not have; neither a graph nor `kinds`;
+            sizes below 1 or not divisible by `rows`, an unknown name, options that the routing
+            does not have, coordinates that do not fit.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(1152, 10), child_dim=8, parent_dim=16)
     >>> layer(torch.rand(2, 1152, 8)).shape
     torch.Size([2, 10, 16])
+
+    One matrix for two kinds of nodes, whatever graph they are in:
+
+    >>> pooled = dgl.heterograph({("atom", "in", "molecule"): ([0, 1, 2], [0, 0, 1])})
+    >>> CapsuleLayer(kinds=1, child_dim=8, parent_dim=16)(torch.rand(3, 8), graph=pooled).shape
+    torch.Size([2, 16])
     """
+
+    coordinates: Tensor | None
 
     def __init__(
         self,
-        graph: dgl.DGLGraph,
-        child_dim: int,
-        parent_dim: int,
+        graph: dgl.DGLGraph | None = None,
+        child_dim: int = 0,  # always needed; Python wants a default after that of graph
+        parent_dim: int = 0,
         *,
         routing: str | Routing = "dynamic",
         rows: int = 1,
         engine: str = "auto",
+        coordinates: Tensor | None = None,
+        etype: EdgeTypes | None = None,
+        kinds: int | None = None,
+        types: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.structure = Structure(graph).prepare()
+        for name, number in (("kinds", kinds), ("types", types)):
+            if number is not None:
+                check_at_least_1(name, number)
+        self.etype = etype
+        self._structure = None
+        if graph is not None:
+            self._structure = Structure(graph, kinds=kinds, etype=etype)
+            kinds, types = self._structure.kinds, types or self._structure.types
+        elif kinds is None:
+            raise ValueError(
+                "a layer without a graph of its own needs its number of matrices: give a graph, "
+                "or kinds"
+            )
         for name, number in (("child_dim", child_dim), ("parent_dim", parent_dim), ("rows", rows)):
             check_at_least_1(name, number)
         if child_dim % rows or parent_dim % rows:
@@ -201,16 +241,27 @@ class CapsuleLayer(nn.Module):
         self.routing = make_routing(routing, **options)
         self.weight = nn.Parameter(
             torch.empty(
-                self.structure.kinds,
+                kinds,
                 child_dim // rows,
                 parent_dim // rows + self.routing.vote_columns,
                 device=device,
                 dtype=dtype,
             )
         )
-        sizes = Sizes(self.structure.kinds, self.structure.types, rows, parent_dim)
+        self.register_buffer("coordinates", None)
+        if coordinates is not None:
+            self.coordinates = self._checked_coordinates(coordinates).to(self.weight)
+        sizes = Sizes(kinds, 1 if types is None else types, rows, parent_dim)
         self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
+        self._prepare()
+
+    @property
+    def structure(self) -> Structure:
+        """What is kept of the layer's graph; raises ValueError if it has none of its own."""
+        if self._structure is None:
+            raise ValueError("this layer has no graph of its own; give each call one: graph=")
+        return self._structure
 
     @property
     def graph(self) -> dgl.DGLGraph:
@@ -221,10 +272,29 @@ class CapsuleLayer(nn.Module):
         """Draw `weight` anew, and give the routing's parameters their first values."""
         self.routing.reset_parameters(self.weight)
 
+    def _prepare(self) -> None:
+        """Make all that calls need of the graph now: a call that is traced can make nothing."""
+        device = self.weight.device
+        if self._structure is None:
+            return
+        self._structure.prepare(device)
+        if kernels.why_not(device) is None:
+            EdgesWithoutVotes.prepare(self._structure, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsuleLayer":
+        """Move to another device or dtype: what `to`, `cuda` and their like call."""
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of what was pickled
+        self._prepare()
+
     def forward(
         self,
-        u: Tensor,
-        a: Tensor | None = None,
+        u: Tensor | Mapping[str, Tensor],
+        a: Tensor | Mapping[str, Tensor] | None = None,
         *,
         graph: dgl.DGLGraph | None = None,
         return_trace: bool = False,
@@ -232,16 +302,16 @@ class CapsuleLayer(nn.Module):
         """Route poses to the parents.
 
         Args:
-            u: poses of the layer's own graph, `[B, I, child_dim]`; or, with `graph`, of all its
-                children, `[I, child_dim]`.
-            a: activations of the children, `[B, I]` or `[I]`, for a routing that has them; 1 for
-                all, if not given.
+            u: poses of the children, `[B, I, child_dim]`, or of one sample, `[I, child_dim]`. Of
+                children of several node types, a dict with those of each.
+            a: activations of the children, `[B, I]` or `[I]`, for a routing that has them,
+                likewise; 1 for all, if not given.
             graph: another graph for this one call, whose `weight_index` points into `weight`:
                 for ragged batches, made by `dgl.batch` from graphs of any sizes.
             return_trace: give what every iteration computed, too.
 
         Returns:
-            Poses of the parents, `[B, J, parent_dim]`; with `graph`, `[J, parent_dim]`. Of a
+            Poses of the parents, `[B, J, parent_dim]`, or of one sample, `[J, parent_dim]`. Of a
             routing with activations, `Capsules`: these poses, and activations `[B, J]` or `[J]`.
             With `return_trace`, this and a `Trace`.
 
@@ -249,15 +319,19 @@ class CapsuleLayer(nn.Module):
             ValueError: poses or activations that do not fit graph and weight in shape, dtype or
                 device, or (on the CPU, where looking does not make the device wait) poses with NaN
                 or infinity that reach a parent; activations for a routing that has none; a trace
-                asked of engine `"fused"`.
+                asked of engine `"fused"`; no graph, neither of the layer nor given.
             RuntimeError: an engine that cannot run on the device of `u`.
         """
-        alone = graph is not None
-        structure = self.structure if graph is None else Structure(graph, kinds=len(self.weight))
+        structure = (
+            self.structure if graph is None else _looked_at(graph, len(self.weight), self.etype)
+        )
+        u = structure.join("u", u, dim=-2)
+        a = a if a is None else structure.join("a", a, dim=-1)
+        alone = u.dim() == 2
         if _under_autocast(u.device.type) and u.is_floating_point():
             u = u.to(self.weight.dtype)
             a = a if a is None else a.to(self.weight.dtype)
-        self._check(u, a, structure, alone)
+        self._check(u, a, structure)
         if alone:  # a ragged batch is one sample
             u, a = u.unsqueeze(0), a if a is None else a.unsqueeze(0)
         with _without_autocast(u.device.type):
@@ -275,8 +349,10 @@ class CapsuleLayer(nn.Module):
         dtype = u.dtype
         # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-        samples = len(u)
+        samples = u.shape[0]
         u, weight = u.to(wide), self.weight.to(wide)
+        if self.coordinates is not None:
+            u, weight = with_coordinates(u, weight, self.coordinates.to(wide), self.rows)
         if self.routing.activations and a is None:
             a = u.new_ones(samples, structure.children)
         if a is not None:
@@ -286,6 +362,7 @@ class CapsuleLayer(nn.Module):
             u.device,
             wide,
             routing=self.routing,
+            structure=structure,
             samples=samples,
             trace=return_trace,
         )
@@ -307,19 +384,24 @@ class CapsuleLayer(nn.Module):
         trace = Trace.of(structure.graph, samples, u_hat, iterations) if return_trace else None
         return poses, activations, trace
 
-    def _check(self, u: Tensor, a: Tensor | None, structure: Structure, alone: bool) -> None:
+    def _check(self, u: Tensor, a: Tensor | None, structure: Structure) -> None:
         if len(self.weight) < structure.kinds:
             raise ValueError(
                 f"the graph's weight_index asks for {structure.kinds} matrices, but weight holds "
                 f"{len(self.weight)}"
             )
         child_dim = self.rows * self.weight.shape[1]
-        children, batch = structure.children, "" if alone else "batch, "
-        size = u.shape if alone else u.shape[1:]
-        if u.dim() != (2 if alone else 3) or size != (children, child_dim):
+        children = structure.children
+        if u.dim() not in (2, 3) or u.shape[-2:] != (children, child_dim):
             raise ValueError(
-                f"the graph has {children} children with poses of length {child_dim}: "
-                f"expected u of shape [{batch}{children}, {child_dim}], got {list(u.shape)}"
+                f"the graph has {children} children with poses of length {child_dim}: expected u "
+                f"of shape [batch, {children}, {child_dim}] or [{children}, {child_dim}], "
+                f"got {list(u.shape)}"
+            )
+        if self.coordinates is not None and len(self.coordinates) != children:
+            raise ValueError(
+                f"the graph has {children} children, but coordinates are those of "
+                f"{len(self.coordinates)}"
             )
         if a is not None and not self.routing.activations:
             raise ValueError(
@@ -338,14 +420,28 @@ class CapsuleLayer(nn.Module):
                     f"{self.weight.device}; use {name}.to(layer.weight)"
                 )
 
+    def _checked_coordinates(self, coordinates: Tensor) -> Tensor:
+        children, dim = self.structure.children, self.weight.shape[2]
+        most = self.rows if self.rows > 1 else dim - self.routing.vote_columns
+        if coordinates.dim() != 2 or len(coordinates) != children or coordinates.shape[1] > most:
+            raise ValueError(
+                f"expected coordinates as [{children}, at most {most}]; "
+                f"got {list(coordinates.shape)}"
+            )
+        return coordinates
+
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""
-        structure, rows = self.structure, f"rows={self.rows}, " if self.rows > 1 else ""
-        return (
-            f"children={structure.children}, parents={structure.parents}, "
-            f"edges={structure.edges}, weight={list(self.weight.shape)}, {rows}"
-            f"engine={self.engine!r}"
+        own, rows = self._structure, f"rows={self.rows}, " if self.rows > 1 else ""
+        graph = (
+            f"children={own.children}, parents={own.parents}, edges={own.edges}, " if own else ""
         )
+        return f"{graph}weight={list(self.weight.shape)}, {rows}engine={self.engine!r}"
+
+
+@torch.compiler.disable
+def _looked_at(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None) -> Structure:
+    return Structure(graph, kinds=kinds, etype=etype)
 
 
 def _under_autocast(device_type: str) -> bool:
@@ -363,15 +459,12 @@ def _check_finite(poses: Tensor, u: Tensor) -> None:
 
     The parents are few, so that looking at them costs nothing.
     """
-    if u.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if u.device.type != "cpu" or is_traced(u, poses):
         return
-    try:
-        if poses.detach().sum().isfinite() or poses.isfinite().all():
-            return
-        not_finite = ~torch.isfinite(u).all(dim=-1)
-        bad = int(not_finite.sum())
-    except RuntimeError:  # under torch.func, in FakeTensors, in a trace of make_fx
+    if poses.detach().sum().isfinite() or poses.isfinite().all():
         return
+    not_finite = ~torch.isfinite(u).all(dim=-1)
+    bad = int(not_finite.sum())
     if bad:
         raise NonFinitePosesError(
             f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "

@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from graphcaps.data import load_dataset
+from graphcaps.demo import gallery_of
 from graphcaps.nets.model import WEIGHTS, CapsNet
 from graphcaps.training import evaluate
 from graphcaps.training.checkpoints import RunFolder
@@ -22,7 +23,8 @@ CARD = """# {name}
 A CapsNet of {parameters:,} parameters that tells the ten digits of MNIST: the preset `{preset}` of
 graphcaps. Its weights are here in half precision ({megabytes:.1f} MB); they are computed with in
 single precision. `mistakes.safetensors` holds the test images that it gets wrong (`images`, uint8,
-and `labels`).
+and `labels`), `gallery.safetensors` the first thousand test images and these, with their numbers
+in the test set, for `graphcaps demo`.
 
     model = gc.CapsNet.from_pretrained("{name}")
     output = model(images)    # [B, 1, 28, 28], ink 1 on paper 0; poses, lengths, reconstruction
@@ -75,6 +77,8 @@ def main() -> None:
     wrong = score.lengths.argmax(dim=1) != data.test.labels
     mistakes = {"images": data.test.images[wrong], "labels": data.test.labels[wrong]}
     safetensors.torch.save_file(mistakes, options.output / "mistakes.safetensors")
+    gallery = gallery_of(model, data)
+    safetensors.torch.save_file(vars(gallery), options.output / "gallery.safetensors")
     card = CARD.format(
         name=options.output.name,
         parameters=sum(p.numel() for p in model.parameters()),

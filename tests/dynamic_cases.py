@@ -6,7 +6,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import graphcaps as gc
 from graphcaps import reference
 
 
@@ -21,20 +20,11 @@ class Case(NamedTuple):
     iterations: int
 
     @property
-    def graph(self):
-        child, parent = zip(*self.edges, strict=True) if self.edges else ((), ())
-        return gc.routing_graph(child, parent, children=self.children, parents=self.parents)
-
-    @property
     def mask(self) -> Tensor:
         mask = torch.zeros(self.children, self.parents, dtype=torch.bool)
         for i, j in self.edges:
             mask[i, j] = True
         return mask
-
-    def votes(self, dtype=torch.float64) -> Tensor:
-        """Random votes on the edges of the batch, `[B·E, D]`."""
-        return torch.randn(self.batch * len(self.edges), self.dim, dtype=torch.float64).to(dtype)
 
     def dense(self, on_edges: Tensor) -> Tensor:
         """Edge features as `[B, I, J, ·]`, zero where there is no edge."""
@@ -61,24 +51,19 @@ def complete(children, parents, batch=2, dim=4, iterations=3) -> Case:
     return Case(children, parents, edges, batch, dim, iterations)
 
 
-def _dynamic_densely(u_hat, case, gradients):
-    return reference.dynamic_routing(u_hat, case.iterations, mask=case.mask, gradients=gradients)
+def _dynamic_densely(u_hat, case):
+    return reference.dynamic_routing(u_hat, case.iterations, mask=case.mask)[0]
 
 
-def _uniform_densely(u_hat, case, gradients):
+def _uniform_densely(u_hat, case):
     mask = case.mask.to(u_hat.dtype)
     c = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand(case.batch, -1, -1)
-    return reference.squash(torch.einsum("bij,bijd->bjd", c, u_hat)), c
+    return reference.squash(torch.einsum("bij,bijd->bjd", c, u_hat))
 
 
-# each gives v and c
 ALGORITHMS = {"dynamic": _dynamic_densely, "uniform": _uniform_densely}
 
 
-def route_densely(case: Case, u_hat: Tensor, algorithm: str, gradients="all"):
-    """By the reference, from votes on the edges: v `[B, J, D]` and c `[B·E, 1]`."""
-    v, c = ALGORITHMS[algorithm](case.dense(u_hat), case, gradients)
-    if not case.edges:
-        return v, c.new_zeros(0, 1)
-    child, parent = torch.tensor(case.edges).T
-    return v, c[:, child, parent].reshape(-1, 1)
+def route_densely(case: Case, u_hat: Tensor, algorithm: str) -> Tensor:
+    """By the reference, from votes on the edges: v `[B, J, D]`."""
+    return ALGORITHMS[algorithm](case.dense(u_hat), case)

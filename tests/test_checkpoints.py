@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from runs import STARTED, result, step_metrics
+from run_records import STARTED, result, step_metrics
 
 import graphcaps as gc
 from graphcaps.files import write_whole

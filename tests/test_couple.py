@@ -166,32 +166,6 @@ def test_without_samples_or_edges_all_is_zero(batch):
             assert all(x.eq(0).all() for x in found.values())
 
 
-@given(graph=graphs(), random=st.randoms(use_true_random=False))
-def test_the_order_of_the_edges_does_not_matter(graph, random):
-    size = Sizes(rows=2)
-    features = make_features(graph, size, FEATURES)
-    shuffled = graph._replace(edges=random.sample(graph.edges, len(graph.edges)))
-    got = with_gradients(couple, shuffled, size, features, FLAGS)
-    assert_equal(got, with_gradients(couple, graph, size, features, FLAGS), rtol=1e-8, atol=1e-9)
-
-
-@given(graph=graphs(), random=st.randoms(use_true_random=False))
-def test_names_of_children_and_parents_do_not_matter(graph, random):
-    size = Sizes(rows=2)
-    child = random.sample(range(graph.children), graph.children)
-    parent = random.sample(range(graph.parents), graph.parents)
-    renamed = graph._replace(edges=[(child[i], parent[j], m) for i, j, m in graph.edges])
-    features = make_features(graph, size, FEATURES)
-    moved = dict(features)
-    for names, order in ((("u", "a"), child), (("k", "p", "q", "r"), parent)):
-        for name in names:
-            moved[name] = torch.empty_like(features[name])
-            moved[name][:, order] = features[name]
-    expected = couple(graph, size, features, FLAGS)
-    for got, right in zip(couple(renamed, size, moved, FLAGS), expected, strict=True):
-        assert_close(got[:, parent], right)
-
-
 @every_dtype
 @pytest.mark.parametrize("others", [9, 69])
 def test_a_sample_is_alike_alone_and_in_a_batch_and_never_sees_another(dtype, others):

@@ -143,19 +143,13 @@ def test_a_batch_that_int32_cannot_number_is_refused(batch):
 
 def foreign_graphs():
     index = torch.zeros(1, dtype=torch.int64)
-    homogeneous = dgl.graph(([0], [0]), idtype=torch.int32)
-    votes = {("child", "votes", "parent"): ([0], [0])}
-    wide = dgl.heterograph(votes)
-    wide.edata["weight_index"] = index
-    bare = dgl.heterograph(votes, idtype=torch.int32)
+    bare = dgl.heterograph({("child", "votes", "parent"): ([0], [0])}, idtype=torch.int32)
     floating = bare.local_var()
     floating.edata["weight_index"] = index.float()
     negative = bare.local_var()
     negative.edata["weight_index"] = index - 1
     return [
         ("a graph", "got str"),
-        (homogeneous, "one edge type"),
-        (wide, r"graph\.int\(\)"),
         (bare, "lack the feature weight_index"),
         (floating, "weight_index as int64"),
         (negative, "runs from -1"),

@@ -33,7 +33,7 @@ def test_nothing_routed_is_kept_between_calls(engine):
     assert torch.equal(layer(u), first)
 
 
-@pytest.mark.parametrize("engine", WITH_VOTES)
+@pytest.mark.parametrize("engine", ["udf", "builtin"])
 def test_what_an_engine_prepares_is_made_once_per_batch_size(engine, monkeypatch):
     layer, built = small_layer(engine), []
 
@@ -85,6 +85,21 @@ def test_engines_differ_in_no_checkpoint_and_may_be_changed():
         layer.engine = engine
         assert_close(other(u), expected)
         assert_close(layer(u), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_number_of_iterations_may_be_changed_after_a_layer_has_run(engine):
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine=engine)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    u = torch.randn(2, 6, 4)
+    three = layer(u)
+    u_hat = gc.reference.votes(u, layer.weight.unflatten(0, (6, 3)))
+    for iterations in (1, 5):
+        layer.routing.iterations = iterations
+        v = layer(u)
+        assert_close(v, gc.reference.dynamic_routing(u_hat, iterations)[0])
+        assert not torch.allclose(v, three, rtol=0.01)
 
 
 def test_layers_are_stacked():
@@ -238,7 +253,7 @@ def test_torch_export_and_compile_see_a_layer_on_scatter():
     assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(u), layer(u))
 
 
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("engine", ["auto", "fused", "scatter"])
 def test_torch_jit_trace_records_a_layer(engine):
     layer, u = small_layer(engine), torch.randn(9, 6, 4)
     with warnings.catch_warnings():
@@ -250,7 +265,7 @@ def test_torch_jit_trace_records_a_layer(engine):
 @pytest.mark.parametrize(
     ("u", "said"),
     [
-        (torch.zeros(6, 4), r"expected u of shape \[batch, 6, 4\], got \[6, 4\]"),
+        (torch.zeros(1, 2, 6, 4), r"of shape \[batch, 6, 4\] or \[6, 4\], got \[1, 2, 6, 4\]"),
         (torch.zeros(2, 5, 4), "6 children"),
         (torch.zeros(2, 6, 3), "poses of length 4"),
         (torch.zeros(2, 6, 4, dtype=torch.float64), "one dtype"),
@@ -285,8 +300,8 @@ def test_a_ragged_graph_must_fit_poses_and_matrices():
     graph = gc.routing_graph([0], [0], weight_index=[18])
     with pytest.raises(ValueError, match="there are 18 matrices"):
         layer(torch.zeros(1, 4), graph=graph)
-    with pytest.raises(ValueError, match=r"expected u of shape \[6, 4\]"):
-        layer(torch.zeros(2, 6, 4), graph=gc.complete_graph(6, 3))
+    with pytest.raises(ValueError, match=r"expected u of shape \[batch, 2, 4\] or \[2, 4\]"):
+        layer(torch.zeros(6, 4), graph=gc.complete_graph(2, 3))
 
 
 @pytest.mark.parametrize(

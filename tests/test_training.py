@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_cuda_graph
 import pytest
 import torch
-from runs import step_metrics
+from run_records import step_metrics
 from torch.testing import assert_close
 
 import graphcaps as gc

@@ -1,5 +1,6 @@
 """Margin and reconstruction losses for capsule networks."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from graphcaps.functional import multi_hot
 from graphcaps.nets.model import CapsNetOutput
 
 RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; 0.392 of their mean at 784 pixels
+SMALLEST_ACTIVATION = 1e-7  # that a logarithm is taken of
 
 
 def margin_loss(
@@ -106,12 +108,47 @@ def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Ten
     return _mean_over_batch(pairs * (margin - gap).clamp(min=0).square())
 
 
+def nll_loss(activations: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the true classes, for activations that sum to one.
+
+    `−Σ_t ln a_t` over the classes t in the image, averaged over the batch; Hahn et al. 2019.
+    Activations below 1e-7 count as 1e-7.
+
+    Args:
+        activations: a_k, `[B, J]`.
+        labels: as `margin_loss`.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: activations of another rank; labels that do not fit, as `multi_hot`.
+
+    >>> import torch
+    >>> nll_loss(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([0]))
+    tensor(0.6931)
+    """
+    if activations.dim() != 2:
+        raise ValueError(
+            f"expected activations of shape [batch, classes]; got {list(activations.shape)}"
+        )
+    present = multi_hot(labels, *activations.shape).to(activations.dtype)
+    return _mean_over_batch(-present * activations.clamp(min=SMALLEST_ACTIVATION).log())
+
+
+_OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "margin": margin_loss,
+    "spread": spread_loss,
+    "nll": nll_loss,
+}
+
+
 def capsnet_loss(
     output: CapsNetOutput,
     images: Tensor,
     labels: Tensor,
     *,
-    kind: Literal["margin", "spread"] = "margin",
+    kind: Literal["margin", "spread", "nll"] = "margin",
     reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
 ) -> Tensor:
     """Margin loss plus 0.0005 × reconstruction loss, Sabour et al. 2017, section 4.1.
@@ -120,15 +157,15 @@ def capsnet_loss(
         output: the model's output for `images`.
         images: in 0…1, `[B, C, H, W]`.
         labels: as `margin_loss`.
-        kind: `"spread"` uses the spread loss instead of the margin loss; `model.loss` is the one
-            that suits the model's routing.
+        kind: `"spread"` and `"nll"` use another loss instead of the margin loss; `model.loss` is
+            the one that suits the model's routing.
         reconstruction_weight: weight of the reconstruction loss.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: see `margin_loss`, `spread_loss` and `reconstruction_loss`; an unknown kind.
+        ValueError: see the loss of this kind and `reconstruction_loss`; an unknown kind.
 
     >>> import torch
     >>> from graphcaps import CapsNet
@@ -136,9 +173,9 @@ def capsnet_loss(
     >>> capsnet_loss(CapsNet.from_preset("small")(images, labels), images, labels).shape
     torch.Size([])
     """
-    if kind not in ("margin", "spread"):
-        raise ValueError(f"unknown kind of loss {kind!r}; choose margin or spread")
-    loss = (margin_loss if kind == "margin" else spread_loss)(output.lengths, labels)
+    if kind not in _OF_CLASSES:
+        raise ValueError(f"unknown kind of loss {kind!r}; choose among {', '.join(_OF_CLASSES)}")
+    loss = _OF_CLASSES[kind](output.lengths, labels)
     if output.reconstruction is None:
         return loss
     return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)
@@ -146,4 +183,4 @@ def capsnet_loss(
 
 def _mean_over_batch(loss: Tensor) -> Tensor:
     """Sum over all but the batch dimension, then the mean; 0 for an empty batch."""
-    return loss.sum() / max(len(loss), 1)
+    return loss.sum() / max(loss.shape[0], 1)

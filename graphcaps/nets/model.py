@@ -355,7 +355,7 @@ class CapsNet(nn.Module):
         if self.decoder is not None:
             chosen = lengths.argmax(dim=1) if labels is None else labels
             reconstruction = self.decoder(
-                poses, multi_hot(chosen, len(images), self.config.classes)
+                poses, multi_hot(chosen, images.shape[0], self.config.classes)
             )
         output = CapsNetOutput(poses, lengths, reconstruction)
         return output if trace is None else (output, trace)
@@ -388,7 +388,7 @@ class CapsNet(nn.Module):
         return length(poses) if activations is None else activations
 
     @property
-    def loss(self) -> Literal["margin", "spread"]:
+    def loss(self) -> Literal["margin", "spread", "nll"]:
         """The kind of class loss that suits the routing, see `capsnet_loss`."""
         return self.capsules.routing.loss
 

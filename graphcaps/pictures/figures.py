@@ -27,6 +27,7 @@ from graphcaps.pictures.inspection import VoteMap
 
 AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
+AGAINST = "#b2410e"  # of what counts against, hollow besides
 FRAMES_PER_SECOND = 1
 MOST_LABELLED_CHILDREN = 40
 IMAGES_IN_A_ROW = 10
@@ -59,6 +60,7 @@ def entropy_by_iteration(
     axes.set(
         xlabel="iteration",
         ylabel="entropy of the coupling (nats)",
+        ylim=(0, 1.05 * math.log(parents)),
         title="How undecided children are",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -67,7 +69,7 @@ def entropy_by_iteration(
         present = labels.unique()
         means = torch.stack([entropy[:, labels == k].mean(dim=(1, 2)) for k in present])
         names = [_name(classes, k) for k in present.tolist()]
-        _table(others[0], means, "{:.3f}", "mean entropy (nats)")
+        _table(others[0], means, "{:.3f}", "mean entropy (nats)", math.log(parents))
         others[0].set_xticks(range(len(rounds)), rounds)
         others[0].set_yticks(range(len(names)), names)
         others[0].set(xlabel="iteration", ylabel="class of the image", title="The same per class")
@@ -134,6 +136,8 @@ def coupling_graph(
 ) -> Figure:
     """Coupling graph: children below, parents above, edges as wide and dark as their coupling.
 
+    Children in the order of `Trace.children_by_parent` let few edges cross.
+
     Args:
         graph: one sample at one iteration, from `Trace.networkx`; group the children of large
             graphs there.
@@ -170,18 +174,24 @@ def coupling_graph_animation(
     return _animation(figure, draw, len(graphs))
 
 
-def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> Figure:
+def vote_maps(
+    image: Tensor,
+    maps: Sequence[VoteMap],
+    titles: Sequence[str],
+    label: str = "coupling × length",
+) -> Figure:
     """Map of the places in an image that the votes for a class come from.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
         maps: one for each panel, all on one scale.
         titles: of the panels.
+        label: what the maps count.
 
     Returns:
         The image with a disc at the centre of each position's receptive field, its area and
-        darkness the coupling × length summed over the position's children; the frame is the
-        receptive field of the strongest position.
+        darkness the amount summed over the position's children, hollow where it is negative; the
+        frame is the receptive field of the strongest position.
     """
     most = max(float(votes.amount.max()) for votes in maps) or 1.0
     figure = _figure(2.6 * len(maps) + 1, 3)
@@ -189,7 +199,7 @@ def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> 
     for axes, votes, title in zip(panels, maps, titles, strict=True):
         discs = _draw_votes(axes, image, votes, most)
         axes.set_title(title)
-    figure.colorbar(discs, ax=panels, label="coupling × length", shrink=0.8)
+    figure.colorbar(discs, ax=panels, label=label, shrink=0.8)
     return figure
 
 
@@ -200,11 +210,11 @@ def at_a_glance(
     drawn: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """One image through the whole net: origin of the votes, routing, and reconstruction.
+    """One image through the whole net: who carries the digit, routing, and reconstruction.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
-        votes: for the longest class capsule.
+        votes: which positions carry the longest class capsule, see `contribution_map`.
         graphs: the coupling at the iterations to be shown, from `Trace.networkx`.
         drawn: the reconstruction, `[C, H, W]`.
         classes: names of the parents; numbers if not given.
@@ -216,7 +226,8 @@ def at_a_glance(
     widths = [2.2, *[3.6] * len(graphs), 2.2]
     first, *middle, last = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_votes(first, image, votes, float(votes.amount.max()) or 1.0)
-    first.set(title="an image, and\nwhere votes come from")
+    carried = float(votes.amount.sum())
+    first.set(title=f"an image, and who carries\nits capsule, |s| = {carried:.2f}")
     for number, (axes, graph) in enumerate(zip(middle, graphs, strict=True)):
         when = "first" if number == 0 else "last" if number == len(graphs) - 1 else "a later"
         _draw_graph(axes, graph, classes, f"coupling at the {when} iteration")
@@ -267,6 +278,90 @@ def reconstructions(
         if column == 0:
             above.set_ylabel("image")
             below.set_ylabel("reconstruction")
+    return figure
+
+
+def drawn_capsules(
+    image: Tensor, drawn: Tensor, lengths: Sequence[float], names: Sequence[str]
+) -> Figure:
+    """An image beside what the decoder draws from several of its class capsules.
+
+    Args:
+        image: 0 to 1, `[C, H, W]`.
+        drawn: reconstructions, `[N, C, H, W]`.
+        lengths: of their capsules, `[N]`.
+        names: of their classes, `[N]`.
+
+    Returns:
+        A panel for the image and one for each capsule.
+    """
+    figure = _figure(1.9 * (len(drawn) + 1), 2.4)
+    first, *others = figure.subplots(1, len(drawn) + 1)
+    _show(first, image)
+    first.set_title("image")
+    for axes, one, length, name in zip(others, drawn, lengths, names, strict=True):
+        _show(axes, one)
+        axes.set_title(f"from capsule {_name(names, names.index(name))}")
+        axes.set_xlabel(f"length {length:.2f}")
+    return figure
+
+
+def pose_by_change(
+    images: Tensor,
+    drawn: Tensor,
+    poses: Tensor,
+    lengths: Tensor,
+    *,
+    changes: Sequence[float],
+    label: str,
+) -> Figure:
+    """What a capsule does while its object moves: pose, length and reconstruction.
+
+    Args:
+        images: the object, changed by so much, 0 to 1, `[N, C, H, W]`.
+        drawn: reconstructions from the capsule, `[N, C, H, W]`.
+        poses: of the capsule, `[N, D]`.
+        lengths: of all class capsules, `[N, J]`.
+        changes: how much each image was changed, `[N]`.
+        label: what was changed, with its unit.
+
+    Returns:
+        Images above reconstructions; the pose's dimensions, those that change most in colour; and
+        lengths, that of the longest capsule at the change nearest to 0 in colour.
+    """
+    count = len(images)
+    figure = _figure(0.9 * count + 1, 6.4)
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[2.2, 2.6, 2])
+    above, middle, below = parts[:, 0]
+    rows = above.subplots(2, count)
+    for column in range(count):
+        for row, shown in enumerate((images, drawn)):
+            _show(rows[row, column], shown[column])
+        rows[0, column].set_title(f"{changes[column]:g}")
+    rows[0, 0].set_ylabel("image")
+    rows[1, 0].set_ylabel("drawn")
+    axes = middle.subplots()
+    pose = _numbers(poses)
+    spread = pose.max(axis=0) - pose.min(axis=0)
+    for rank, d in enumerate(np.argsort(spread)):
+        weakest_named = pose.shape[1] - 3
+        style: dict[str, Any] = dict(color=PALE, linewidth=0.7, alpha=0.6)
+        if rank >= weakest_named:
+            shade = AMOUNT(0.5 + 0.25 * (rank - weakest_named))
+            style = dict(color=shade, linewidth=2, label=f"dimension {d}")
+        axes.plot(changes, pose[:, d], **style)
+    axes.set_ylabel("pose")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes = below.subplots()
+    values = _numbers(lengths)
+    middle_column = int(np.abs(np.asarray(changes)).argmin())
+    winner = int(values[middle_column].argmax())
+    for j in range(values.shape[1]):
+        if j != winner:
+            axes.plot(changes, values[:, j], color=PALE, linewidth=0.7)
+    axes.plot(changes, values[:, winner], color=ACCENT, label=f"capsule {winner}")
+    axes.set(xlabel=label, ylabel="length |v|", ylim=(0, 1))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -519,14 +614,17 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
 
 
 def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathCollection:
-    """Discs over the image, the largest for `most`; a frame at the strongest receptive field."""
+    """Discs over the image, the largest for `most`; a frame at the strongest receptive field.
+
+    Negative amounts are hollow.
+    """
     _show(axes, image, dimmed=True)
     amount = _numbers(votes.amount.flatten())
     row, column = (_numbers(centre) for centre in votes.centres())
     discs = axes.scatter(
         column,
         row,
-        s=150 * amount / most,
+        s=150 * amount.clip(0) / most,
         c=amount,
         cmap=AMOUNT,
         vmin=0,
@@ -534,17 +632,26 @@ def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathC
         edgecolors="white",
         linewidths=0.6,
     )
+    against = amount < 0
+    axes.scatter(
+        column[against],
+        row[against],
+        s=-150 * amount[against] / most,
+        facecolors="none",
+        edgecolors=AGAINST,
+        linewidths=1,
+    )
     strongest, side = amount.argmax(), votes.field
     corner = (column[strongest] - side / 2, row[strongest] - side / 2)
     axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linestyle="--"))
     return discs
 
 
-def _table(axes: Axes, values: Tensor, form: str, label: str) -> None:
-    """Numbers in shaded cells."""
+def _table(axes: Axes, values: Tensor, form: str, label: str, most: float) -> None:
+    """Numbers in cells that are shaded from 0 to `most`."""
     cells = _numbers(values)
-    picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto")
-    middle = (cells.min() + cells.max()) / 2
+    picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto", vmin=0, vmax=most)
+    middle = most / 2
     for (row, column), value in np.ndenumerate(cells):
         color = "white" if value > middle else INK
         axes.text(column, row, form.format(value), ha="center", va="center", color=color, size=8)

@@ -21,7 +21,8 @@ class VoteMap:
     """How strongly each position of the capsule maps votes for a class.
 
     Attributes:
-        amount: coupling × length of the children, summed over the maps, `[H, W]`.
+        amount: of the children at the position, summed over the maps, `[H, W]`: what `vote_map`
+            or `contribution_map` counts.
         stride: distance of neighbouring positions in the image, in pixels.
         field: height and width of a position's receptive field, in pixels.
     """
@@ -81,6 +82,27 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     (torch.Size([6, 6]), 0.566)
     """
     amount = votes_by_position(u, c, config)[parent]
+    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+
+
+def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
+    """Which positions carry a class: what they add to the length of its sum.
+
+    Args:
+        contributions: of one image at one iteration, `[I·J]`, from `Trace.contributions`.
+        parent: the class, j.
+        config: of the net, whose class capsules are completely connected.
+
+    Returns:
+        The map; its amounts add up to |s_j|, and are negative where votes point the other way.
+
+    >>> config = CapsNetConfig(capsule_maps=2)
+    >>> contribution_map(torch.full((720,), 0.01), 3, config).amount.shape
+    torch.Size([6, 6])
+    """
+    grid = config.grid_size()
+    of_parent = contributions.unflatten(0, (-1, config.classes))[:, parent]
+    amount = of_parent.unflatten(0, (config.capsule_maps, grid, grid)).sum(dim=0)
     return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
 
 

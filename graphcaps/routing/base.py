@@ -86,9 +86,9 @@ class Routing(nn.Module):
     length_is_activation: ClassVar[bool] = True
     """Without activations: whether the length of a parent is its confidence, from 0 to 1."""
 
-    loss: ClassVar[Literal["margin", "spread"]] = "margin"
+    loss: ClassVar[Literal["margin", "spread", "nll"]] = "margin"
     """The loss of classes that its parents are trained with, see `capsnet_loss`: spread where its
-    activations tell classes apart by little, whatever their values."""
+    activations tell classes apart by little, whatever their values; nll where they sum to one."""
 
     matrix_poses: ClassVar[bool] = False
     """Whether poses in its paper are 4×4 matrices, which is then the default of nets."""

@@ -35,6 +35,7 @@ class SelfRouting(Routing):
 
     name = "self_routing"
     activations = True
+    loss = "nll"
     vote_columns = 1
 
     def build(self, sizes: Sizes) -> None:
