@@ -12,7 +12,6 @@ from graphcaps.structure import Structure
 
 ENGINES = ("fused", *WITH_VOTES)
 PREFERRED = ("fused", "builtin", "scatter")  # by "auto", in this order
-FEWEST_SAMPLES = 8  # below, the lanes of the kernel on the CPU stay empty
 
 
 def why_not(
@@ -47,7 +46,7 @@ def why_not(
         return "it stores no votes, and a trace is made of them"
     if routing is not None and routing.needs_votes:
         return f"{routing.name} routing asks for the votes, and it stores none"
-    if structure is not None and not structure.by_child:
+    if device.type != "cpu" and structure is not None and not structure.by_child:
         return "its kernels know no competition but that of the edges of a child"
     return kernels.why_not(device, dtype)
 
@@ -59,7 +58,6 @@ def choose(
     *,
     routing: Routing | None = None,
     structure: Structure | None = None,
-    samples: int | None = None,
     trace: bool = False,
 ) -> str:
     """The engine that runs: the one named, or with `"auto"` the fastest that can.
@@ -67,7 +65,6 @@ def choose(
     Args:
         engine: `"auto"` or a name in `ENGINES`.
         device, dtype, routing, structure, trace: as for `why_not`.
-        samples: how many are routed at once; enough for a kernel, if not given.
 
     Returns:
         A name in `ENGINES`.
@@ -76,7 +73,7 @@ def choose(
         ValueError: an unknown name; a trace asked of an engine that cannot give one.
         RuntimeError: a named engine that cannot run, with the reason.
 
-    >>> [choose("auto", torch.device("cpu"), samples=samples) for samples in (64, 1)]
+    >>> [choose("auto", torch.device("cpu"), trace=trace) for trace in (False, True)]
     ['fused', 'builtin']
     """
     check_engine(engine)
@@ -85,9 +82,7 @@ def choose(
         for name in (PREFERRED if engine == "auto" else (engine,))
     }
     if engine == "auto":
-        few = samples is not None and samples < FEWEST_SAMPLES and device.type == "cpu"
-        able = [name for name, reason in reasons.items() if reason is None]
-        return able[1] if few and able[0] == "fused" and len(able) > 1 else able[0]
+        return next(name for name, reason in reasons.items() if reason is None)
     if reasons[engine] is not None:
         error = ValueError if trace and engine == "fused" else RuntimeError
         raise error(

@@ -287,7 +287,6 @@ class CapsuleLayer(nn.Module):
             wide,
             routing=self.routing,
             structure=structure,
-            samples=samples,
             trace=return_trace,
         )
         edges: Edges

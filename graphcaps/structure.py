@@ -13,6 +13,7 @@ from graphcaps.graph import (
     check_parent_type,
     check_structure,
     check_weight_index,
+    competition_of_edges,
     is_complete,
     made_to_be_kept,
 )
@@ -133,17 +134,11 @@ class Structure:
             self.graphs = len(sizes)
             self.graph_of_parent = torch.arange(self.graphs).repeat_interleave(sizes)
             self.complete = is_complete(self.graph)
-            competition = self.graph.edata.get("competition")
+            competition, self.competitions = competition_of_edges(self.graph)
             self.by_child = competition is None
-            self.competition, self.competitions = self.child, self.children
+            self.competition = self.child if competition is None else competition
             if competition is not None:
-                graph_of_child = torch.arange(self.graphs).repeat_interleave(
-                    self.graph.batch_num_nodes("child")
-                )
-                number = graph_of_child[self.child] * _count(competition) + competition
-                different, self.competition = number.unique(return_inverse=True)
-                self.competitions = len(different)
-                self.graph.edata["competition"] = competition.clone()
+                self.graph.edata["competition"] = competition
         self.kinds = _count(self.weight_index) if kinds is None else kinds
         self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}
