@@ -21,8 +21,20 @@ function make(parent, name, attributes = {}, text = "") {
 }
 
 const INK = [0, 0, 0]; // style.css turns it to white on dark pages
-const FOR = [213, 94, 0];
-const AGAINST = [94, 60, 153];
+
+/** The colour, [r, g, b], that style.css gives a class of elements on this page, light or dark. */
+function colourOf(name) {
+  const probe = make(document.body, "span", { class: name });
+  const [r, g, b] = getComputedStyle(probe).color.match(/[\d.]+/g).map(Number);
+  probe.remove();
+  return [r, g, b];
+}
+
+const colours = {};
+
+function takeColours() {
+  for (const name of ["for", "against", "ink"]) colours[name] = colourOf(name);
+}
 
 /** Draw numbers from 0 to 1 as ink of one colour, or three channels of them as they are. */
 function paint(canvas, pixels, size, colour = INK) {
@@ -35,7 +47,8 @@ function paint(canvas, pixels, size, colour = INK) {
 
 /** Draw what is above zero in one colour and what is below in another. */
 function paintSigned(canvas, pixels, size) {
-  fill(canvas, size, (at) => [...(pixels[at] > 0 ? FOR : AGAINST), 255 * Math.abs(pixels[at])]);
+  const { for: above, against: below } = colours;
+  fill(canvas, size, (at) => [...(pixels[at] > 0 ? above : below), 255 * Math.abs(pixels[at])]);
 }
 
 function fill(canvas, size, pixel) {
@@ -85,6 +98,7 @@ class Explorer {
       for (const canvas of document.querySelectorAll("canvas.grey")) canvas.classList.remove("grey");
     }
     this.shortNames = page.classes.every((name) => name.length < 4);
+    takeColours();
     this.buildLengths();
     this.buildCarriers();
     this.buildCoupling();
@@ -92,6 +106,13 @@ class Explorer {
     this.buildControls();
     byId("drawn").hidden = byId("decoding").hidden = !page.decoder.length;
     byId("no-decoder").hidden = page.decoder.length > 0;
+    for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) {
+      matchMedia(query).addEventListener("change", () => {
+        takeColours();
+        this.draw();
+        this.changed();
+      });
+    }
     addEventListener("resize", () => {
       this.buildCoupling();
       this.buildCourses();
@@ -211,7 +232,6 @@ class Explorer {
     set(byId("child"), { max: this.childCount - 1 });
     byId("child").addEventListener("input", ({ target }) => this.chooseChild(+target.value));
     const share = this.page.amountIsShare;
-    byId("carriers-title").textContent = share ? "Who carries the class" : "Where votes come from";
     byId("amount-name").innerHTML = share
       ? "its share of |<i>s<sub>j</sub></i>|"
       : "coupling × activation";
@@ -348,6 +368,8 @@ class Explorer {
     const text = page.amountIsShare ? this.shareInWords(name) :
       `Circles: coupling × activation for ${name}, summed over the ${page.children.maps} maps ` +
       `at a position, up to ${most.toFixed(2)}.`;
+    byId("carriers-title").textContent =
+      page.amountIsShare ? `Who carries the ${name}` : `Where votes for ${name} come from`;
     set(byId("carriers"), { "aria-label": text });
     byId("carriers-caption").textContent = text;
   }
@@ -433,6 +455,13 @@ class Explorer {
     });
     const what = `${maps} maps of ${grid} × ${grid} children`;
     make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 4 }, what);
+    lines.addEventListener("pointerover", ({ target }) => {
+      const { map, parent } = target.dataset;
+      const mean = this.meanCoupling(+map, +parent).toFixed(4);
+      const text = `Map ${map} to ${this.nameOf(+parent)}: mean coupling ${mean}`;
+      (target.firstChild ?? make(target, "title")).textContent = text;
+    });
+    lines.addEventListener("click", ({ target }) => this.chooseParent(+target.dataset.parent));
     blocks.forEach((block, map) => {
       const childAt = ({ clientX, clientY }) => {
         const { left, top, width } = block.getBoundingClientRect();
@@ -662,7 +691,7 @@ class Explorer {
     byId("reconstruction").classList.toggle("grey", !over && this.tone === "grey");
     byId("over").hidden = !over;
     if (over) paint(byId("over"), look.image.map((x) => 0.35 * x), size);
-    paint(byId("reconstruction"), over ? grey(drawn, size) : drawn, size, over ? FOR : INK);
+    paint(byId("reconstruction"), over ? grey(drawn, size) : drawn, size, over ? colours.for : INK);
     paint(byId("pose-input"), look.image, size);
     paint(byId("pose-drawn"), drawn, size);
     paintSigned(byId("pose-difference"), grey(difference, size), size);
