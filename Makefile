@@ -1,4 +1,5 @@
 # make train: from a fresh clone to a trained and tested net. make test: all the tests.
+# make demo: a page to draw digits on, opened in a browser.
 # make notebooks: runs each and writes its .ipynb. make bench: the layer's cost on this machine.
 # CONTRIBUTING.md tells what test-pythons, hostile and mutants are for.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
-.PHONY: train test test-pythons hostile mutants notebooks bench lint format clean
+.PHONY: train demo test test-pythons hostile mutants notebooks docs bench lint format release clean
 
 train: $(VENV)/.ready
 	$(BIN)/graphcaps train
@@ -34,6 +35,16 @@ mutants: $(VENV)/.ready
 notebooks: $(VENV)/.ready
 	$(BIN)/jupytext --to notebook --execute $(NOTEBOOKS)
 
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+demo: $(VENV)/.ready
+	$(BIN)/graphcaps demo
+	@$(BIN)/python -c 'import pathlib, sys, webbrowser; \
+		sys.exit(not webbrowser.open(pathlib.Path("demo.html").absolute().as_uri()))' \
+		|| echo "No browser here: open $(CURDIR)/demo.html in one"
+
 bench: $(VENV)/.ready
 	$(BIN)/python scripts/bench_routing.py --short
 
@@ -46,13 +57,17 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+release: $(VENV)/.ready
+	$(BIN)/pip install --constraint constraints.txt build twine
+	$(BIN)/python scripts/release.py $(VERSION)
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "graphcaps needs Python 3.11 or newer, with venv;" \
 		"$(if $(PYTHON),$(PYTHON) is not one,none is on PATH): make PYTHON=/path/to/one" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[train,dev,docs]'
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m graphcaps.install_dgl
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

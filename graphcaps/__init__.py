@@ -1,75 +1,36 @@
 """Capsule networks whose routing is message passing on batched bipartite DGL graphs."""
 
-import sys
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from graphcaps import _interrupt  # noqa: F401, before what takes long
+from graphcaps import _graphbolt, _interrupt
 
 __version__ = "0.1.0"
 
-if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work without DGL
-    from graphcaps import reference
-    from graphcaps.conversion import graph_from_edge_index
-    from graphcaps.engines import bind
-    from graphcaps.functional import length, squash
-    from graphcaps.graph import batch_graph, complete_graph, routing_graph
-    from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
-    from graphcaps.nets import (
-        CapsNet,
-        CapsNetConfig,
-        CapsNetOutput,
-        Decoder,
-        capsnet_loss,
-        margin_loss,
-        reconstruction_loss,
-        spread_loss,
-    )
-    from graphcaps.routing import (
-        ROUTINGS,
-        DynamicRouting,
-        EMRouting,
-        InvertedAttention,
-        Iteration,
-        Routing,
-        SelfAttention,
-        SelfRouting,
-        Trace,
-        UniformRouting,
-        VariationalBayes,
-        dynamic_routing,
-        uniform_routing,
-    )
+_interrupt.end_in_one_line()  # before imports that take long
+_graphbolt.stand_in()
 
-__all__ = [
-    "ROUTINGS",
-    "CapsNet",
-    "CapsNetConfig",
-    "CapsNetOutput",
-    "CapsuleLayer",
-    "Capsules",
-    "Decoder",
-    "DynamicRouting",
-    "EMRouting",
-    "InvertedAttention",
-    "Iteration",
-    "PrimaryCapsules",
-    "Routing",
-    "SelfAttention",
-    "SelfRouting",
-    "Trace",
-    "UniformRouting",
-    "VariationalBayes",
-    "batch_graph",
-    "bind",
-    "capsnet_loss",
-    "complete_graph",
-    "dynamic_routing",
-    "graph_from_edge_index",
-    "length",
-    "margin_loss",
-    "reconstruction_loss",
-    "reference",
-    "routing_graph",
-    "spread_loss",
-    "squash",
-    "uniform_routing",
-]
+if TYPE_CHECKING:
+    from graphcaps._api import *  # noqa: F403
+else:  # a type checker would take any name from a __getattr__
+
+    def __getattr__(name: str) -> Any:
+        """Import a module, or with the public names torch and DGL, when it is first used."""
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # modules first: those that _api imports may import each other from here
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        from graphcaps import _api
+
+        if name != "__all__" and name not in _api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(_api, name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        """The public names."""
+        from graphcaps import _api
+
+        return sorted([*_api.__all__, "__version__"])

@@ -2,21 +2,18 @@
 
 import sys
 
-from graphcaps import _interrupt
-
 
 def main() -> int:
-    """Run the program; say what is missing where only the library is installed."""
+    """Run the program; say which package it lacks."""
     try:
-        from graphcaps import cli
+        from graphcaps.cli import main as run
     except ModuleNotFoundError as error:
         print(
             f'graphcaps: the program needs {error.name}: pip install "graphcaps[train]"',
             file=sys.stderr,
         )
         return 1
-    _interrupt.restore()
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

@@ -23,15 +23,17 @@ def _is_program() -> bool:
     return started == "graphcaps" or (started == "-m" and "graphcaps" in sys.orig_argv)
 
 
+def end_in_one_line() -> None:
+    """Let Ctrl-C end the program at once, where graphcaps is run and not imported by others."""
+    if (
+        _is_program()
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, _leave)
+
+
 def restore() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again; the program calls this when all is imported."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-if (
-    _is_program()
-    and threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, _leave)

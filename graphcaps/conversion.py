@@ -133,6 +133,7 @@ def as_routing_graph(graph: dgl.DGLGraph, etype: EdgeTypes | None = None) -> Con
             parents=parents,
             weight_index=weight_index,
             parent_type=type_of_parent.cpu().clone(),
+            competition=_on_edges(graph, etypes, "competition"),
         )
         if graph.batch_size > 1:
             of_parent = _graph_of_nodes(graph, parent_type)
@@ -172,19 +173,28 @@ def _voting_types(graph: dgl.DGLGraph, etype: EdgeTypes | None) -> list[Canonica
 
 def _matrices(graph: dgl.DGLGraph, etypes: list[CanonicalType]) -> tuple[Tensor, int]:
     """The matrix of each edge, type after type, and how many there are."""
-    given = {kind: graph.edges[kind].data.get("weight_index") for kind in etypes}
     # batch_graph leaves out the weight_index of routing_graph, whose edges need not share a matrix
-    if etypes != [VOTES] and all(index is None for index in given.values()):
+    weight_index = _on_edges(graph, etypes, "weight_index", needed=etypes == [VOTES])
+    if weight_index is None:
         edges = torch.tensor([graph.num_edges(kind) for kind in etypes])
         return torch.arange(len(etypes)).repeat_interleave(edges), len(etypes)
+    return weight_index, _one_more(weight_index)
+
+
+def _on_edges(
+    graph: dgl.DGLGraph, etypes: list[CanonicalType], name: str, *, needed: bool = False
+) -> Tensor | None:
+    """A feature of the edges, type after type; None if those of no type have it."""
+    given = {kind: graph.edges[kind].data.get(name) for kind in etypes}
+    if not needed and all(index is None for index in given.values()):
+        return None
     for kind, index in given.items():
         if index is None:
             raise ValueError(
-                f"the graph's edges of type {kind} lack the feature weight_index; see routing_graph"
+                f"the graph's edges of type {kind} lack the feature {name}; see routing_graph"
             )
-        check_numbers_of("weight_index", "E", index)
-    weight_index = torch.cat([index.cpu() for index in given.values()])
-    return weight_index, _one_more(weight_index)
+        check_numbers_of(name, "E", index)
+    return torch.cat([index.cpu() for index in given.values()])
 
 
 def _graph_of_nodes(graph: dgl.DGLGraph, node_type: str) -> Tensor:
@@ -216,6 +226,7 @@ def _as_batch(
         raise ValueError("an edge joins a child and a parent of different graphs of the batch")
     if (of_edge.diff() < 0).any():
         order = of_edge.argsort(stable=True)
+        competition = graph.edata.get("competition")
         graph = routing_graph(
             child[order],
             parent[order],
@@ -223,6 +234,7 @@ def _as_batch(
             parents=len(of_parent),
             weight_index=graph.edata["weight_index"][order],
             parent_type=graph.nodes["parent"].data["type"],
+            competition=None if competition is None else competition[order],
         )
     sizes = [x.bincount(minlength=graphs) for x in (of_child, of_parent, of_edge)]
     graph.set_batch_num_nodes(dict(zip(("child", "parent"), sizes, strict=False)))

@@ -10,6 +10,7 @@ from graphcaps.passing import ENGINES as WITH_VOTES
 from graphcaps.passing import MessagePassing
 from graphcaps.routing import Routing
 from graphcaps.structure import Structure
+from graphcaps.tracing import is_traced
 
 ENGINES = ("fused", *WITH_VOTES)
 PREFERRED = ("fused", "builtin", "scatter")  # by "auto", in this order
@@ -22,6 +23,7 @@ def why_not(
     dtype: torch.dtype = torch.float32,
     *,
     routing: Routing | None = None,
+    structure: Structure | None = None,
     trace: bool = False,
 ) -> str | None:
     """Why an engine cannot route, or None where it can.
@@ -31,6 +33,7 @@ def why_not(
         device: where the poses are.
         dtype: that is computed in.
         routing: what is to be routed; any, if not given.
+        structure: on which graph; on any, if not given.
         trace: whether a trace is asked for.
 
     Raises:
@@ -46,6 +49,8 @@ def why_not(
         return "it stores no votes, and a trace is made of them"
     if routing is not None and routing.needs_votes:
         return f"{routing.name} routing asks for the votes, and it stores none"
+    if structure is not None and not structure.by_child:
+        return "its kernels know no competition but that of the edges of a child"
     return kernels.why_not(device, dtype)
 
 
@@ -55,6 +60,7 @@ def choose(
     dtype: torch.dtype = torch.float32,
     *,
     routing: Routing | None = None,
+    structure: Structure | None = None,
     samples: int | None = None,
     trace: bool = False,
 ) -> str:
@@ -62,7 +68,7 @@ def choose(
 
     Args:
         engine: `"auto"` or a name in `ENGINES`.
-        device, dtype, routing, trace: as for `why_not`.
+        device, dtype, routing, structure, trace: as for `why_not`.
         samples: how many are routed at once; enough for a kernel, if not given.
 
     Returns:
@@ -77,11 +83,13 @@ def choose(
     """
     check_engine(engine)
     reasons = {
-        name: why_not(name, device, dtype, routing=routing, trace=trace)
+        name: why_not(name, device, dtype, routing=routing, structure=structure, trace=trace)
         for name in (PREFERRED if engine == "auto" else (engine,))
     }
     if engine == "auto":
-        few = samples is not None and samples < FEWEST_SAMPLES and device.type == "cpu"
+        # a trace may have to serve for any number of samples: it does not depend on it
+        known = None if is_traced() or device.type != "cpu" else samples
+        few = known is not None and known < FEWEST_SAMPLES
         able = [name for name, reason in reasons.items() if reason is None]
         return able[1] if few and able[0] == "fused" and len(able) > 1 else able[0]
     if reasons[engine] is not None:

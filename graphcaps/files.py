@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and records that are checked when they are read."""
+"""Atomic writes of files, and records that are validated when they are read."""
 
 import errno
 import json
@@ -20,22 +20,22 @@ LARGEST_RECORD = 1 << 20  # bytes of a file that holds one record
 T = TypeVar("T")
 
 record = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-"""Decorator of a dataclass that is read from files: no other fields, no other types, no NaN."""
+"""Decorator for a dataclass that is read from files: no other fields, no other types, no NaN."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that whoever reads it, at whatever moment, finds the old or the new one.
+    """Write a file atomically: a reader finds the old or the new content at any moment.
 
-    A kill may leave a hidden file with the ending `UNFINISHED` beside it.
+    A kill may leave a hidden file with the suffix `UNFINISHED` beside it.
 
     Args:
-        path: the file; its folder exists.
-        content: all of it.
+        path: the file; its folder must exist.
+        content: all bytes of the file.
 
     Raises:
-        OSError: a full disk, no permission; what was there is untouched, nothing is left over.
+        OSError: a full disk, no permission; the old content is kept and no other file is left.
     """
-    # cut, so that a name as long as the system allows has room for what is added to it
+    # cut, because the longest name that the system allows has no room for a suffix
     unfinished = path.with_name(f".{path.name[:40]}.{os.getpid()}{UNFINISHED}")
     with named_in_errors(path):
         try:
@@ -51,7 +51,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the files that processes which run no longer left before they were whole."""
+    """Remove unfinished files of processes that no longer run."""
     for left in folder.glob(f".*{UNFINISHED}"):
         process = left.name.removesuffix(UNFINISHED).rpartition(".")[2]
         if process.isdecimal() and left.is_file() and not _runs(int(process)):
@@ -60,16 +60,16 @@ def remove_unfinished(folder: Path) -> None:
 
 def _runs(process: int) -> bool:
     try:
-        os.kill(process, 0)  # no signal: asks whether there is somebody to send one to
+        os.kill(process, 0)  # signal 0 only checks whether the process exists
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another user, or no number of a process
+    except (OSError, OverflowError):  # another user's process, or not a process number
         return True
     return True
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Flush a folder to disk, so that renames in it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,15 +79,15 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Let an OSError say which file could not be written; the system often does not."""
+    """Add the name of the file to an OSError, which the system often leaves out."""
     try:
         yield
     except FileExistsError:
         raise
     except OSError as error:
-        reason = f"could not be written ({error.strerror}); what was there before is untouched"
+        reason = f"could not be written ({error.strerror}); its old content is untouched"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += "; free some space and try again (a run: with --resume)"
+            reason += "; free some space and try again (for a run, with --resume)"
         raise type(error)(error.errno, reason, str(path)) from error
 
 
@@ -108,7 +108,7 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file to read; a pipe is refused, not waited for.
+    """Open a regular file for reading, without waiting if it is a pipe.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -123,7 +123,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_record(path: Path, kind: type[T]) -> T:
-    """A record from a file that holds it as JSON.
+    """Read a record from a JSON file.
 
     Args:
         path: the file.
@@ -138,12 +138,12 @@ def read_record(path: Path, kind: type[T]) -> T:
 
 
 def parse_record(content: bytes, kind: type[T], source: str) -> T:
-    """A record from JSON.
+    """Parse a record from JSON.
 
     Args:
         content: one JSON value.
         kind: a dataclass decorated by `record`. A field that the JSON lacks has its default.
-        source: where the JSON is from, for messages: a file, or a line of a file.
+        source: the file, or line of a file, that messages name.
 
     Raises:
         ValueError: it is something else.
@@ -192,5 +192,5 @@ def _told(error: ErrorDetails) -> str:
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """A JSON object as a file's content, for people to read."""
+    """A JSON object as indented text for a file."""
     return (json.dumps(content, indent=2) + "\n").encode()

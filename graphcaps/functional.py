@@ -1,8 +1,9 @@
-"""Squashing and lengths of capsule vectors, and labels: plain tensors, no graph."""
+"""Squash and length of capsule vectors, and labels as 0 and 1; plain tensors, no graph."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from graphcaps.tracing import is_traced
 
 
 def length(v: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def exponential_squash(s: Tensor) -> Tensor:
 
 
 def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Labels as 0 and 1 for every class, which is what losses and the decoder's mask work with.
+    """Labels as 0 and 1 for every class, as losses and the decoder's mask use them.
 
     Args:
         labels: the class of each sample, integers `[B]`, or already 0 and 1, `[B, classes]`.
@@ -80,7 +81,8 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
 
     Raises:
         ValueError: another shape, class numbers that are not integers, or (on the CPU, where
-            looking is free) a class number outside `0 … classes − 1`.
+            the check costs no synchronisation, and outside of traces) a class number outside
+            `0 … classes − 1`.
 
     >>> multi_hot(torch.tensor([2, 0]), batch=2, classes=3)
     tensor([[0, 0, 1],
@@ -93,9 +95,11 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
             f"expected labels as integers [{batch}] or as 0 and 1 in [{batch}, {classes}]; "
             f"got {labels.dtype} {list(labels.shape)}"
         )
-    if labels.device.type == "cpu" and batch and not 0 <= labels.min() <= labels.max() < classes:
+    visible = labels.device.type == "cpu" and not is_traced(labels)
+    if visible and batch and not 0 <= labels.min() <= labels.max() < classes:
         raise ValueError(
             f"expected labels from 0 to {classes - 1}; "
             f"got {int(labels.min())} to {int(labels.max())}"
         )
-    return F.one_hot(labels.long(), classes)
+    numbers = torch.arange(classes, device=labels.device)
+    return (labels.unsqueeze(-1) == numbers).long()

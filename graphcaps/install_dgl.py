@@ -1,8 +1,8 @@
 """Installs DGL where PyPI has no build for this Python: `python -m graphcaps.install_dgl`.
 
-PyPI's last DGL without a bond to certain releases of torch, 1.1.3, is built for Python up to 3.11.
-All that ties it to a version of Python is a module that makes its calls into C faster; without it
-DGL makes them by ctypes. So the wheel for 3.11 serves every later Python.
+DGL 1.1.3, the last on PyPI that works with any release of torch, is built for Python up to 3.11.
+The only part of it that depends on the version of Python is an extension module that speeds up
+calls into C; without it DGL uses ctypes. So the wheel for 3.11 works on every later Python.
 """
 
 import base64
@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 VERSION = "1.1.3"
 OWN_TAG, ANY_TAG = "cp311-cp311", "py3-none"
-WHEELS = {  # pip's word for the platform, and the SHA-256 of its wheel
+WHEELS = {  # pip's platform tag and the SHA-256 of the wheel
     ("Linux", "x86_64"): (
         "manylinux1_x86_64",
         "3fa4dde6e07768a2ca73f04fb8d3e585513f74987be911c4c1e97b94fedfcbe0",
@@ -51,13 +51,14 @@ def main() -> int:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the wheel for Python 3.11 and this machine from where pip is set up to look.
+    """Download the wheel for Python 3.11 and this machine with pip.
 
     Args:
-        folder: an empty one, where the wheel is put.
+        folder: an empty folder for the wheel.
 
     Raises:
-        RuntimeError: there is none for this machine, pip cannot fetch it, or it is another file.
+        RuntimeError: there is no wheel for this machine, pip cannot download it, or its checksum
+            is wrong.
     """
     machine = platform.system(), platform.machine()
     if machine not in WHEELS:
@@ -76,13 +77,13 @@ def download(folder: Path) -> Path:
     if found != sha256:
         raise RuntimeError(
             f"expected {wheel.name} with SHA-256 {sha256}, got {found}: "
-            "see which package index pip is set up to use (pip config list)"
+            "check which package index pip uses (pip config list)"
         )
     return wheel
 
 
 def for_any_python(wheel: Path) -> Path:
-    """Write the same wheel under the tag of any Python 3, beside it."""
+    """Write a copy of the wheel, tagged for any Python 3, beside it."""
     tagged = wheel.with_name(wheel.name.replace(OWN_TAG, ANY_TAG))
     with ZipFile(wheel) as old, ZipFile(tagged, "w") as new:
         tags, record = (

@@ -1,14 +1,14 @@
 """Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graphcaps import engines
+from graphcaps import engines, kernels
 from graphcaps._dgl import dgl
 from graphcaps.conversion import EdgeTypes
 from graphcaps.functional import squash
@@ -24,7 +24,8 @@ from graphcaps.routing import (
 )
 from graphcaps.routing.base import check_at_least_1
 from graphcaps.structure import Structure
-from graphcaps.votes import votes_on_edges
+from graphcaps.tracing import is_traced
+from graphcaps.votes import votes_on_edges, with_coordinates
 
 
 class NonFinitePosesError(ValueError):
@@ -32,10 +33,20 @@ class NonFinitePosesError(ValueError):
 
 
 class Capsules(NamedTuple):
-    """Capsules with activations."""
+    """Capsules with activations, as layers with such a routing return them.
 
-    poses: Tensor  # [B, J, D]
-    activations: Tensor  # [B, J]
+    Attributes:
+        poses: `[B, J, D]`.
+        activations: from 0 to 1, `[B, J]`.
+
+    >>> import graphcaps as gc
+    >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 16, 16, rows=4, routing="em")
+    >>> layer(torch.rand(2, 6, 16), torch.rand(2, 6)).activations.shape
+    torch.Size([2, 3])
+    """
+
+    poses: Tensor
+    activations: Tensor
 
 
 class PrimaryCapsules(nn.Module):
@@ -55,7 +66,8 @@ class PrimaryCapsules(nn.Module):
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
         activations: give activations, too.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
     torch.Size([2, 1152, 8])
@@ -145,6 +157,9 @@ class CapsuleLayer(nn.Module):
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
             the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
+        coordinates: where each child stands, `[I, n]`, added to its votes: to the first n numbers
+            of a vote that is one row, and to the last number of the first n rows of one that has
+            several. Matrices that children share do not tell where these stand.
         etype: the edge type whose edges lead from children to parents, by its name or as DGL's
             `(child type, name, parent type)`; or a list of several that lead to one node type. If
             not given, the only one that a graph has. Edges of one type share a matrix, those of
@@ -152,7 +167,8 @@ class CapsuleLayer(nn.Module):
             share what a routing learns for its parents, unless they have the feature `type`.
         kinds: number of matrices, M; as many as the graph asks for, if not given.
         types: number of types of parents, T; as many as the graph has, if not given.
-        device, dtype: of the parameters, as in torch.
+        device: of the parameters.
+        dtype: of the parameters.
         options: of the routing that is named, such as `iterations`.
 
     Attributes:
@@ -160,11 +176,12 @@ class CapsuleLayer(nn.Module):
             the numbers in a row of a child's and of a parent's pose.
         routing: the `Routing`, with what it learns.
         graph: the layer's copy of the graph.
+        coordinates: as given, or None; saved with the parameters.
 
     Raises:
         ValueError: no DGL graph, or edge types that it does not have; neither a graph nor `kinds`;
             sizes below 1 or not divisible by `rows`, an unknown name, options that the routing
-            does not have.
+            does not have, coordinates that do not fit.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(1152, 10), child_dim=8, parent_dim=16)
@@ -178,6 +195,8 @@ class CapsuleLayer(nn.Module):
     torch.Size([2, 16])
     """
 
+    coordinates: Tensor | None
+
     def __init__(
         self,
         graph: dgl.DGLGraph | None = None,
@@ -187,6 +206,7 @@ class CapsuleLayer(nn.Module):
         routing: str | Routing = "dynamic",
         rows: int = 1,
         engine: str = "auto",
+        coordinates: Tensor | None = None,
         etype: EdgeTypes | None = None,
         kinds: int | None = None,
         types: int | None = None,
@@ -201,7 +221,7 @@ class CapsuleLayer(nn.Module):
         self.etype = etype
         self._structure = None
         if graph is not None:
-            self._structure = Structure(graph, kinds=kinds, etype=etype).prepare()
+            self._structure = Structure(graph, kinds=kinds, etype=etype)
             kinds, types = self._structure.kinds, types or self._structure.types
         elif kinds is None:
             raise ValueError(
@@ -228,9 +248,13 @@ class CapsuleLayer(nn.Module):
                 dtype=dtype,
             )
         )
+        self.register_buffer("coordinates", None)
+        if coordinates is not None:
+            self.coordinates = self._checked_coordinates(coordinates).to(self.weight)
         sizes = Sizes(kinds, 1 if types is None else types, rows, parent_dim)
         self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
+        self._prepare()
 
     @property
     def structure(self) -> Structure:
@@ -247,6 +271,25 @@ class CapsuleLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw `weight` anew, and give the routing's parameters their first values."""
         self.routing.reset_parameters(self.weight)
+
+    def _prepare(self) -> None:
+        """Make all that calls need of the graph now: a call that is traced can make nothing."""
+        device = self.weight.device
+        if self._structure is None:
+            return
+        self._structure.prepare(device)
+        if kernels.why_not(device) is None:
+            EdgesWithoutVotes.prepare(self._structure, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsuleLayer":
+        """Move to another device or dtype: what `to`, `cuda` and their like call."""
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of what was pickled
+        self._prepare()
 
     def forward(
         self,
@@ -280,9 +323,7 @@ class CapsuleLayer(nn.Module):
             RuntimeError: an engine that cannot run on the device of `u`.
         """
         structure = (
-            self.structure
-            if graph is None
-            else Structure(graph, kinds=len(self.weight), etype=self.etype)
+            self.structure if graph is None else _looked_at(graph, len(self.weight), self.etype)
         )
         u = structure.join("u", u, dim=-2)
         a = a if a is None else structure.join("a", a, dim=-1)
@@ -308,8 +349,10 @@ class CapsuleLayer(nn.Module):
         dtype = u.dtype
         # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-        samples = len(u)
+        samples = u.shape[0]
         u, weight = u.to(wide), self.weight.to(wide)
+        if self.coordinates is not None:
+            u, weight = with_coordinates(u, weight, self.coordinates.to(wide), self.rows)
         if self.routing.activations and a is None:
             a = u.new_ones(samples, structure.children)
         if a is not None:
@@ -319,6 +362,7 @@ class CapsuleLayer(nn.Module):
             u.device,
             wide,
             routing=self.routing,
+            structure=structure,
             samples=samples,
             trace=return_trace,
         )
@@ -354,6 +398,11 @@ class CapsuleLayer(nn.Module):
                 f"of shape [batch, {children}, {child_dim}] or [{children}, {child_dim}], "
                 f"got {list(u.shape)}"
             )
+        if self.coordinates is not None and len(self.coordinates) != children:
+            raise ValueError(
+                f"the graph has {children} children, but coordinates are those of "
+                f"{len(self.coordinates)}"
+            )
         if a is not None and not self.routing.activations:
             raise ValueError(
                 f"{self.routing.name} routing has no activations: call layer(u), or choose one "
@@ -371,6 +420,16 @@ class CapsuleLayer(nn.Module):
                     f"{self.weight.device}; use {name}.to(layer.weight)"
                 )
 
+    def _checked_coordinates(self, coordinates: Tensor) -> Tensor:
+        children, dim = self.structure.children, self.weight.shape[2]
+        most = self.rows if self.rows > 1 else dim - self.routing.vote_columns
+        if coordinates.dim() != 2 or len(coordinates) != children or coordinates.shape[1] > most:
+            raise ValueError(
+                f"expected coordinates as [{children}, at most {most}]; "
+                f"got {list(coordinates.shape)}"
+            )
+        return coordinates
+
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""
         own, rows = self._structure, f"rows={self.rows}, " if self.rows > 1 else ""
@@ -378,6 +437,11 @@ class CapsuleLayer(nn.Module):
             f"children={own.children}, parents={own.parents}, edges={own.edges}, " if own else ""
         )
         return f"{graph}weight={list(self.weight.shape)}, {rows}engine={self.engine!r}"
+
+
+@torch.compiler.disable
+def _looked_at(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None) -> Structure:
+    return Structure(graph, kinds=kinds, etype=etype)
 
 
 def _under_autocast(device_type: str) -> bool:
@@ -395,15 +459,12 @@ def _check_finite(poses: Tensor, u: Tensor) -> None:
 
     The parents are few, so that looking at them costs nothing.
     """
-    if u.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if u.device.type != "cpu" or is_traced(u, poses):
         return
-    try:
-        if poses.detach().sum().isfinite() or poses.isfinite().all():
-            return
-        not_finite = ~torch.isfinite(u).all(dim=-1)
-        bad = int(not_finite.sum())
-    except RuntimeError:  # under torch.func, in FakeTensors, in a trace of make_fx
+    if poses.detach().sum().isfinite() or poses.isfinite().all():
         return
+    not_finite = ~torch.isfinite(u).all(dim=-1)
+    bad = int(not_finite.sum())
     if bad:
         raise NonFinitePosesError(
             f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "

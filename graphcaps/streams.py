@@ -1,4 +1,4 @@
-"""Standard output and standard error for a program that goes on when nobody can be told."""
+"""Standard output and standard error, also where they cannot be written to."""
 
 import sys
 from contextlib import suppress
@@ -50,3 +50,24 @@ class LenientStream:
 def say(text: str) -> None:
     """Print a line on standard output if that is possible."""
     print(text, file=LenientStream(sys.stdout), flush=True)
+
+
+class OutputError(OSError):
+    """Standard output cannot be written to: the disk is full, or a pipe has lost its reader."""
+
+
+def tell(text: str) -> None:
+    """Print a line on standard output.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        print(printable(text), flush=True)
+    except OSError as error:
+        raise OutputError(error.errno, error.strerror) from None
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal would obey and for what file names have beyond text."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -109,17 +109,23 @@ for number in (0, 2, 4, ITERATIONS - 1):
 # ## Coupling moves to 0 and 1
 
 # %%
-figures.coupling_histogram(trace.c, PARENTS)
+animation = figures.coupling_histogram_animation(trace.c, PARENTS)
+written = Path("01_histogram.gif").write_bytes(figures.gif(animation))
+
+# %% [markdown]
+# ![The distribution of the coupling, a frame for each of ten iterations: from one bar at 0.1 to two
+# heaps, at 0 and at 1](01_histogram.gif)
 
 # %% [markdown]
 # ## The graph, as routing goes on
 #
 # Children below, parents above. An edge is as wide and dark as its coupling; the area of a parent
 # is the length of its output. First all edges are equal; in the end most children have one parent:
-# a *parse tree*.
+# a *parse tree*. Children are drawn in the order of the parents that they end up with.
 
 # %%
-graphs = [trace.networkx(0, number) for number in range(ITERATIONS)]
+order = trace.children_by_parent(0, ITERATIONS - 1)
+graphs = [trace.networkx(0, number, children=order) for number in range(ITERATIONS)]
 animation = figures.coupling_graph_animation(graphs)
 written = Path("01_coupling.gif").write_bytes(figures.gif(animation))
 

@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from graphcaps.data import load_dataset
+from graphcaps.demo import gallery_of
 from graphcaps.nets.model import WEIGHTS, CapsNet
 from graphcaps.training import evaluate
 from graphcaps.training.checkpoints import RunFolder
@@ -22,7 +23,8 @@ CARD = """# {name}
 A CapsNet of {parameters:,} parameters that tells the ten digits of MNIST: the preset `{preset}` of
 graphcaps. Its weights are here in half precision ({megabytes:.1f} MB); they are computed with in
 single precision. `mistakes.safetensors` holds the test images that it gets wrong (`images`, uint8,
-and `labels`).
+and `labels`), `gallery.safetensors` the first thousand test images and these, with their numbers
+in the test set, for `graphcaps demo`.
 
     model = gc.CapsNet.from_pretrained("{name}")
     output = model(images)    # [B, 1, 28, 28], ink 1 on paper 0; poses, lengths, reconstruction
@@ -32,7 +34,7 @@ and `labels`).
 | accuracy on the {test_images:,} images of MNIST's test set | {accuracy:.2%} ({errors} errors), \
 these files, evaluated once |
 | the same before rounding to half precision | {run_accuracy:.2%} ({run_errors} errors) |
-| on the hold-out, which chose epoch {best_epoch} of {epochs} | {holdout:.2%} of \
+| on the validation set, which selected epoch {best_epoch} of {epochs} | {holdout:.2%} of \
 {holdout_images:,} |
 | data | MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} \
 pixels; no other augmentation |
@@ -44,8 +46,8 @@ pixels; no other augmentation |
 
 **Limits.** One digit, centred and scaled as MNIST has it; `graphcaps predict` brings a photo there.
 It was never shown anything but digits, and a class capsule may be long for an image that is none.
-Digits that overlap were not trained on. Which of its {best_epoch} epochs is best was chosen on the
-hold-out; the test set chose nothing.
+Digits that overlap were not trained on. The best of its {best_epoch} epochs was selected on the
+validation set, not on the test set.
 """
 
 
@@ -75,6 +77,8 @@ def main() -> None:
     wrong = score.lengths.argmax(dim=1) != data.test.labels
     mistakes = {"images": data.test.images[wrong], "labels": data.test.labels[wrong]}
     safetensors.torch.save_file(mistakes, options.output / "mistakes.safetensors")
+    gallery = gallery_of(model, data)
+    safetensors.torch.save_file(vars(gallery), options.output / "gallery.safetensors")
     card = CARD.format(
         name=options.output.name,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -54,7 +54,7 @@ def main(
             schedule.step()
 
         accuracy = evaluate(model, data.holdout).accuracy
-        print(f"epoch {epoch + 1}: accuracy on the hold-out {accuracy:.2%}")
+        print(f"epoch {epoch + 1}: validation accuracy {accuracy:.2%}")
         if accuracy > best_accuracy:
             best_accuracy = accuracy
             best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """A headless Chromium for the tests, driven over the pipe of the Chrome DevTools protocol."""
 
+import base64
 import fcntl
 import json
 import os
@@ -12,7 +13,17 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 60  # seconds that an answer may take
-KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38, "Tab": 9, "Enter": 13}
+KEYS = {
+    "ArrowRight": 39,
+    "ArrowLeft": 37,
+    "ArrowDown": 40,
+    "ArrowUp": 38,
+    "Tab": 9,
+    "Enter": 13,
+    "Backspace": 8,
+    " ": 32,
+}
+TYPED = {"Enter": "\r", " ": " "}  # without its character, a key presses no button
 
 
 def find_chromium():
@@ -77,15 +88,22 @@ class Page:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def open(self, path, width=1280, height=900, scale=1):
-        """Load a file and wait until its scripts have run."""
+    def open(self, path, width=1280, height=900, scale=1, hash=""):
+        """Load a file, with what follows # in its address, and wait until its scripts have run."""
         self.resize(width, height, scale)
         self.requests.clear()
         self.complaints.clear()
-        self._loaded = False
-        self.call("Page.navigate", url=Path(path).absolute().as_uri())
+        self.call("Page.navigate", url="about:blank")  # another # alone would load nothing
+        self._await_load()
+        self.requests.clear()
+        address = Path(path).absolute().as_uri()
+        self.call("Page.navigate", url=f"{address}#{hash}" if hash else address)
+        self._await_load()
+
+    def _await_load(self):
         while not self._loaded:
             self._receive()
+        self._loaded = False
 
     def resize(self, width, height, scale=1):
         """Give the page a window of so many pixels; a narrow one is a phone's."""
@@ -98,8 +116,10 @@ class Page:
         )
 
     def run(self, script):
-        """The value of a JavaScript expression in the page."""
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of a JavaScript expression in the page, once it is there."""
+        done = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
@@ -114,9 +134,35 @@ class Page:
                     key=key,
                     code=key,
                     windowsVirtualKeyCode=code,
-                    # without its character, Enter does not press a button
-                    **({"text": "\r"} if key == "Enter" and kind == "keyDown" else {}),
+                    **({"text": TYPED[key]} if key in TYPED and kind == "keyDown" else {}),
                 )
+
+    def drag(self, points):
+        """Press the mouse at the first of some points of the window, and move it along them."""
+        for kind, (x, y) in (
+            ("mousePressed", points[0]),
+            *(("mouseMoved", point) for point in points[1:]),
+            ("mouseReleased", points[-1]),
+        ):
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="left",
+                buttons=1,
+                clickCount=1,
+            )
+
+    def prefer(self, **features):
+        """Emulate what a reader prefers, such as `color_scheme="dark"`."""
+        named = [{"name": n.replace("_", "-"), "value": v} for n, v in features.items()]
+        self.call("Emulation.setEmulatedMedia", features=named)
+
+    def screenshot(self, whole=False):
+        """A picture of the window, or of the whole page, as PNG."""
+        picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        return base64.b64decode(picture["data"])
 
     def close(self):
         """End the browser and remove its profile."""

@@ -10,8 +10,8 @@ def pytest_configure():
 
     from graphcaps import kernels
     from graphcaps.kernels import ops, triton
-    from graphcaps.kernels.triton import couple
+    from graphcaps.kernels.triton import couple, dynamic
 
     kernels.prepare = triton.TritonEdges.of
-    kernels.why_not = lambda device, dtype: triton.why_not(device)
-    ops.couple_cpu = couple
+    kernels.why_not = lambda device, dtype=None: triton.why_not(device)
+    ops.couple_cpu, ops.dynamic_cpu = couple, dynamic

@@ -85,8 +85,8 @@ MUTANTS = [
     (
         "gradients='last' ignored by the kernel on CUDA",
         "kernels/triton/dynamic.py",
-        "through_all and iterations > 1",
-        "iterations > 1",
+        "through_all = through_all and len(s) > 1",
+        "through_all = len(s) > 1",
         'triton_dynamic_numbers.py -k "last"',
     ),
     (
@@ -151,9 +151,8 @@ MUTANTS = [
     (
         "softmax over children, by scatter",
         "passing/scatter.py",
-        "total = self.by_child.sum(exponential, dim=1)",
-        "self = type(self)(self.structure, self.samples, b.device); self.by_child = self.by_parent;"
-        " total = self.by_child.sum(exponential, dim=1)",
+        "competing = self.by_competition",
+        "competing = self.by_parent",
         reference("dynamic and scatter"),
     ),
     (
@@ -181,8 +180,8 @@ MUTANTS = [
     (
         "the leak of equal logits is ignored with votes",
         EDGES,
-        "(self.degree() + int(leak))",
-        "self.degree()",
+        "(rivals + int(leak))",
+        "rivals",
         reference("options and scatter"),
     ),
     (
@@ -244,8 +243,8 @@ MUTANTS = [
     (
         "a degree is one too high",
         "structure.py",
-        "minlength=self.children)",
-        "minlength=self.children).add(1)",
+        "return sizes[self.competition].to(device)",
+        "return sizes[self.competition].add(1).to(device)",
         reference("uniform and scatter"),
     ),
     # Gaussians
@@ -330,15 +329,8 @@ MUTANTS = [
     (
         "what is kept is made in inference mode",
         "structure.py",
-        "            with made_to_be_kept():\n                self._kept[key]",
-        "            if True:\n                self._kept[key]",
-        "test_layers.py -k inference",
-    ),
-    (
-        "what is kept for a batch is made in inference mode",
-        "structure.py",
-        "            with made_to_be_kept():\n                found",
-        "            if True:\n                found",
+        "    with made_to_be_kept():\n        return make()",
+        "    return make()",
         "test_layers.py -k inference",
     ),
     (
@@ -366,15 +358,15 @@ MUTANTS = [
         (
             f"kept without its device: {key}",
             file,
-            f"({key}, {device})",
-            f"({key},)",
+            f"keep(({key}, {device})",
+            f"keep(({key},)",
             "test_layers.py -k kept_for_each",
         )
         for file, key, device in (
             ("structure.py", '"groups", by', "device"),
             ("structure.py", "name", "device"),
             ("structure.py", '"degree"', "device"),
-            (EDGES, '"sorted"', "u.device"),
+            (EDGES, '"sorted"', "device"),
         )
     ),
     # long sums

@@ -112,7 +112,7 @@ def try_bare(bare: Environment, whole: Environment) -> None:
     (packages / "linked.pth").write_text(f"{folder / 'linked'}\n")
     bare.run("pip", "install", ROOT)
     try:
-        bare.run("python", "-c", "import graphcaps")
+        bare.run("python", "-c", "from graphcaps import CapsuleLayer")
     except subprocess.CalledProcessError as error:
         last = error.output.splitlines()[-1]
         if not last.endswith("DGL is not installed: python -m graphcaps.install_dgl"):

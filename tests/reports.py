@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from runs import epoch_metrics, result
+from run_records import epoch_metrics, result
 
 import graphcaps as gc
 from graphcaps.data.datasets import Dataset, Split

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from runs import STARTED, result, step_metrics
+from run_records import STARTED, result, step_metrics
 
 import graphcaps as gc
 from graphcaps.files import write_whole
@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(run, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        OSError, match=r"could not be written \(No space left.*there before is untouched"
+        OSError, match=r"could not be written \(No space left.*its old content is untouched"
     ):
         run.save_checkpoint(2, model, {"step": 2})
     monkeypatch.undo()
@@ -336,7 +336,7 @@ def test_a_file_system_without_locks_is_told(run, monkeypatch, caplog, error):
     with run.locked():
         pass
     (said,) = caplog.messages
-    assert said.startswith(f"{run.path} cannot be locked ({os.strerror(error)}): see to it that")
+    assert said.startswith(f"{run.path} cannot be locked ({os.strerror(error)}): make sure that")
 
 
 def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(run, monkeypatch):
@@ -394,9 +394,9 @@ def test_what_a_killed_start_left_is_no_run(run):
 
 def test_a_folder_with_something_else_in_it_is_not_free(tmp_path):
     (tmp_path / "diary.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="exists already and is no run; choose another"):
+    with pytest.raises(FileExistsError, match="exists already and is not a run; choose another"):
         RunFolder(tmp_path).check_free()
-    with pytest.raises(FileExistsError, match="exists already and is no run; choose another"):
+    with pytest.raises(FileExistsError, match="exists already and is not a run; choose another"):
         RunFolder(tmp_path / "diary.txt").check_free()
 
 

@@ -33,7 +33,7 @@ def routing_arguments(requires_grad):
     graph = complete(4, 3)
     features = make_features(graph, Sizes(batch=2))
     leaves = (x.requires_grad_(requires_grad) for x in features.values())
-    return (*leaves, graph.prepared().tensors, graph.parents)
+    return (*leaves, graph.prepared().tensors, graph.parents, False)
 
 
 @pytest.mark.parametrize("names", [(), ("p",), FEATURES])
@@ -57,11 +57,11 @@ def test_torch_finds_no_fault_with_the_backward_of_couple(needed, squares):
 def test_torch_finds_no_fault_with_dynamic_routing(through_all):
     torch.library.opcheck(ops.dynamic_routing, (*routing_arguments(True), 3, through_all))
     inputs = routing_arguments(False)
-    v, s = ops.dynamic_routing(*inputs, 3, through_all)
+    v, *kept = ops.dynamic_routing(*inputs, 3, through_all)
     for needed in ([True, True], [True, False], [False, True]):
         torch.library.opcheck(
             ops.dynamic_routing_backward,
-            (torch.randn_like(v), s, *inputs, through_all, needed),
+            (torch.randn_like(v), *kept, *inputs, through_all, needed),
         )
 
 

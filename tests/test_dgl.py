@@ -1,11 +1,12 @@
 """DGL under whatever torch is installed."""
 
+import importlib
 import sys
 
 import pytest
 import torch
 
-from graphcaps import _dgl
+from graphcaps import _dgl, _graphbolt
 
 
 @pytest.fixture
@@ -27,27 +28,38 @@ def dgl_2(tmp_path, monkeypatch):
 
 
 def test_graphbolt_is_left_alone_where_it_would_import(dgl_2):
-    assert not _dgl._graphbolt_would_fail(dgl_2)
+    assert not _graphbolt._would_fail(dgl_2)
 
 
 def test_graphbolt_is_stood_in_for_without_a_library_for_this_torch(dgl_2):
     (library,) = (dgl_2 / "graphbolt").iterdir()
     library.rename(library.with_name("libgraphbolt_pytorch_2.0.0.so"))
-    assert _dgl._graphbolt_would_fail(dgl_2)
+    assert _graphbolt._would_fail(dgl_2)
 
 
 def test_graphbolt_is_stood_in_for_without_the_pipes_of_torchdata(dgl_2):
     (dgl_2.parent / "torchdata" / "datapipes" / "__init__.py").unlink()
     (dgl_2.parent / "torchdata" / "datapipes").rmdir()
-    assert _dgl._graphbolt_would_fail(dgl_2)
+    assert _graphbolt._would_fail(dgl_2)
+
+
+def test_whoever_imports_dgl_after_graphcaps_gets_the_stand_in(dgl_2, monkeypatch):
+    (library,) = (dgl_2 / "graphbolt").iterdir()
+    library.unlink()
+    (dgl_2 / "__init__.py").touch()
+    for name in ("dgl", "dgl.graphbolt"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that what was there comes back
+        monkeypatch.delitem(sys.modules, name)
+    _graphbolt.stand_in()
+    assert isinstance(sys.modules["dgl.graphbolt"], _graphbolt._Graphbolt)
 
 
 def test_dgl_1_has_no_graphbolt_to_fail(tmp_path):
-    assert not _dgl._graphbolt_would_fail(tmp_path)
+    assert not _graphbolt._would_fail(tmp_path)
 
 
 def test_the_stand_in_says_what_it_is_when_touched():
-    stand_in = _dgl._Graphbolt("dgl.graphbolt")
+    stand_in = _graphbolt._Graphbolt("dgl.graphbolt")
     with pytest.raises(RuntimeError, match=r"dgl\.graphbolt\.ItemSet is not available"):
         _ = stand_in.ItemSet
     assert not hasattr(stand_in, "__wrapped__")
@@ -56,7 +68,7 @@ def test_the_stand_in_says_what_it_is_when_touched():
 def test_a_missing_dgl_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="DGL is not installed"):
-        _dgl._prepare_import()
+        importlib.reload(_dgl)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,17 @@ def test_votes_are_discs_at_the_centres_of_receptive_fields():
     drawn(figure)
 
 
+def test_what_counts_against_a_class_is_hollow_and_as_large_as_its_amount():
+    votes = VoteMap(torch.tensor([[-1.0, 1.0], [-2.0, 4.0]]), stride=2, field=17)
+    figure = figures.vote_maps(torch.rand(1, 28, 28), [votes], [""])
+    filled, hollow = figure.axes[0].collections
+    assert (filled.get_sizes() / filled.get_sizes()[-1]).tolist() == [0, 0.25, 0, 1]
+    assert hollow.get_offsets().tolist() == [[8, 8], [8, 10]]
+    close(hollow.get_sizes(), filled.get_sizes()[-1] * np.array([0.25, 0.5]))
+    assert len(hollow.get_facecolors()) == 0
+    drawn(figure)
+
+
 def test_a_map_without_votes_is_drawn_too():
     nothing = VoteMap(torch.zeros(2, 2), stride=2, field=17)
     drawn(figures.vote_maps(torch.zeros(3, 28, 28), [nothing], [""]))
@@ -203,6 +214,38 @@ def test_many_reconstructions_stand_in_rows_of_ten():
     drawn(figure)
 
 
+def test_capsules_are_drawn_beside_their_image_with_their_lengths():
+    image, *redrawn = torch.rand(3, 1, 28, 28)
+    figure = figures.drawn_capsules(image, torch.stack(redrawn), [0.9, 0.25], ["a", "b"])
+    first, *others = figure.axes
+    close(first.images[0].get_array(), image[0].numpy())
+    assert [axes.get_title() for axes in others] == ["from capsule a", "from capsule b"]
+    assert [axes.get_xlabel() for axes in others] == ["length 0.90", "length 0.25"]
+    for axes, right in zip(others, redrawn, strict=True):
+        close(axes.images[0].get_array(), right[0].numpy())
+    drawn(figure)
+
+
+def test_a_pose_by_change_marks_what_changes_most_and_the_longest_capsule():
+    changes = [-1.0, 0.0, 2.0]
+    poses = torch.zeros(3, 5)
+    poses[:, 3], poses[:, 1], poses[:, 0] = torch.tensor([[0, 1, 2], [0, 0.5, 1], [0, 0.1, 0.2]])
+    lengths = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1]])
+    images, redrawn = torch.rand(2, 3, 1, 28, 28)
+    figure = figures.pose_by_change(
+        images, redrawn, poses, lengths, changes=changes, label="shift (pixels)"
+    )
+    *pictures, pose, length = figure.axes
+    assert [axes.get_title() for axes in pictures[:3]] == ["-1", "0", "2"]
+    close(pictures[5].images[0].get_array(), redrawn[2, 0].numpy())
+    named = {x.get_label() for x in pose.lines if x.get_label().startswith("dim")}
+    assert named == {"dimension 3", "dimension 1", "dimension 0"}
+    assert line(pose, "dimension 3").get_ydata().tolist() == [0, 1, 2]
+    close(line(length, "capsule 1").get_ydata(), [0.1, 0.8, 0.1])
+    assert length.get_xlabel() == "shift (pixels)"
+    drawn(figure)
+
+
 def test_a_tweaked_pose_is_a_grid_of_dimensions_and_offsets():
     redrawn = torch.rand(3, 2, 1, 28, 28)
     figure = figures.tweaked_poses(redrawn, (-0.25, 0.25))
@@ -231,8 +274,8 @@ def test_learning_curves_are_the_records_of_a_run():
     figure = figures.learning_curves(metrics)
     loss, errors = figure.axes
     close(line(loss, "training batches").get_ydata(), [0.5, 0.3])
-    close(line(loss, "hold-out").get_ydata(), [0.2])
-    close(line(errors, "hold-out").get_ydata(), [12.5])
+    close(line(loss, "validation").get_ydata(), [0.2])
+    close(line(errors, "validation").get_ydata(), [12.5])
     close(line(errors, "training, mean of the epoch").get_ydata(), [25])
     assert errors.get_ylabel() == "errors (% of the images)"
     drawn(figure)

@@ -1,5 +1,7 @@
 """Losses against numbers worked out on paper from the formulas."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -85,16 +87,32 @@ def test_a_class_that_is_ahead_by_the_margin_costs_nothing_and_has_no_gradient()
     assert activations.grad.eq(0).all()
 
 
+def test_the_negative_log_likelihood_is_that_of_the_true_classes():
+    activations = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
+    loss = gc.nll_loss(activations, torch.tensor([1, 0]))
+    assert loss.item() == pytest.approx((math.log(4) + math.log(8)) / 2)
+    both = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    assert gc.nll_loss(activations, both).item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+    nothing = torch.zeros(1, 2, requires_grad=True)
+    loss = gc.nll_loss(nothing, torch.tensor([0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1e7)) and nothing.grad.isfinite().all()
+
+
 def test_the_loss_of_a_net_is_the_one_that_its_routing_is_trained_with():
     images, labels = torch.rand(2, 1, 28, 28), torch.tensor([3, 7])
-    for routing, loss in (("dynamic", gc.margin_loss), ("em", gc.spread_loss)):
+    for routing, loss in (
+        ("dynamic", gc.margin_loss),
+        ("em", gc.spread_loss),
+        ("self_routing", gc.nll_loss),
+    ):
         net = gc.CapsNet.from_preset(
             "small", conv_channels=4, capsule_maps=1, routing=routing, decoder_hidden=None
         )
         output = net(images)
         got = gc.capsnet_loss(output, images, labels, kind=net.loss)
         assert_close(got, loss(output.lengths, labels))
-    with pytest.raises(ValueError, match="unknown kind of loss 'ce'; choose margin or spread"):
+    with pytest.raises(ValueError, match="unknown kind of loss 'ce'; choose among margin, s"):
         gc.capsnet_loss(output, images, labels, kind="ce")
 
 
@@ -107,9 +125,10 @@ def test_an_empty_batch_costs_nothing():
     loss.backward()
 
 
-def test_lengths_without_a_batch_are_refused():
+@pytest.mark.parametrize("loss", [gc.margin_loss, gc.spread_loss, gc.nll_loss])
+def test_lengths_without_a_batch_are_refused(loss):
     with pytest.raises(ValueError, match=r"\[batch, classes\]; got \[3\]"):
-        gc.margin_loss(torch.zeros(3), torch.tensor([0, 1, 2]))
+        loss(torch.zeros(3), torch.tensor([0, 1, 2]))
 
 
 def test_a_reconstruction_of_another_shape_is_refused_not_broadcast():

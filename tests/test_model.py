@@ -196,7 +196,7 @@ def iterate_more(model):
     [
         (replace_decoder, r"decoder.layers.0.bias expected \[16\], got \[5\]"),
         (replace_capsules, r"capsules.weight expected \[720, 8, 16\], got \[216, 8, 16\]"),
-        (turn_edges_round, "not completely connected"),
+        (turn_edges_round, "not fully connected"),
         (iterate_more, r"the configuration has DynamicRouting\(iterations=3, g"),
         (lambda model: setattr(model, "decoder", None), "decoder.layers.0.bias"),
     ],

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import html.parser
 import json
-import math
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from graphcaps import report
 from graphcaps.data.datasets import load_dataset
 from graphcaps.report import page
 from graphcaps.report.records import decoder_layers
+from graphcaps.training.evaluation import Score
 
 DIGITS = Path(__file__).parent / "digits"
 
@@ -56,41 +56,41 @@ def test_examples_are_those_of_the_net_in_every_iteration(model, data, records):
         assert_close(example.lengths[-1], output.lengths[0], rtol=1e-4, atol=1e-5)
         assert example.predicted == int(output.lengths.argmax())
         assert example.label == int(data.test.labels[example.number])
-        assert_close(example.entropy, trace.entropy().mean(dim=-1)[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_coupling_sums_to_one_and_has_a_mean_for_every_map(records):
+def test_coupling_sums_to_one_over_the_classes(records):
     for example in records.examples:
         assert example.coupling.shape == (3, 108, 10)
         assert_close(example.coupling.sum(dim=-1), torch.ones(3, 108))
         assert_close(example.coupling[0], torch.full((108, 10), 0.1))
         assert example.coupling[-1].max() > 0.5  # these nets' routing decides
-        assert example.map_coupling.shape == (3, 3, 10)
-        for number in range(3):
-            mine = example.coupling[:, 36 * number : 36 * (number + 1)]
-            assert_close(example.map_coupling[:, number], mine.mean(dim=1))
 
 
-def test_the_map_of_votes_is_that_of_a_loop_over_the_children(model, records):
+def test_amounts_are_shares_of_the_length_of_each_class_by_a_loop(model, records):
     example = records.examples[3]
-    u = model.primary(model.conv(example.image[None] / 255))[0]
-    expected = np.zeros((3, 10, 6, 6))
-    for iteration in range(3):
-        for child in range(108):
-            row, column = child % 36 // 6, child % 6
-            size = math.sqrt(sum(x * x for x in u[child].tolist()))
-            for parent in range(10):
-                coupling = float(example.coupling[iteration, child, parent])
-                expected[iteration, parent, row, column] += coupling * size
-    assert np.allclose(example.votes, expected, atol=1e-4)
+    with torch.no_grad():
+        u = model.primary(model.conv(example.image[None] / 255))[0]
+        for child, parent in ((0, 0), (17, 4), (107, 9)):
+            vote = model.capsules.weight[child * 10 + parent].T @ u[child]
+            for iteration in range(3):
+                v = example.poses[iteration, parent]
+                c = example.coupling[iteration, child, parent]
+                expected = float(c * (vote @ v) / v.norm())
+                found = float(example.amounts[iteration, child, parent])
+                assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    # v = squash(s), so that |s|² / (1 + |s|²) = |v|
+    s = example.amounts.sum(dim=1)
+    assert_close(s.square() / (1 + s.square()), example.lengths, rtol=1e-4, atol=1e-5)
+    assert example.amounts.min() < 0
 
 
-def test_the_strongest_children_are_those_of_a_sort(model, records):
-    example = records.examples[0]
-    u = model.primary(model.conv(example.image[None] / 255))[0]
-    strength = example.coupling[2, :, 4] * u.norm(dim=-1)
-    expected = sorted(range(108), key=lambda child: -float(strength[child]))[:8]
-    assert_close(strength[example.strongest[2, 4]], strength[expected])
+def test_where_capsules_do_not_point_as_votes_do_amounts_are_coupling_times_activation(tmp_path):
+    model = lively_model(routing="em", child_dim=16, rows=4)
+    image = random_data(model, 3).test
+    (example,) = report.look_inside(model, image, [1])
+    with torch.no_grad():
+        _, a = model.primary_capsules(image.images[1:2] / 255)
+    assert_close(example.amounts, example.coupling * a[0, :, None])
 
 
 def test_examples_are_right_ones_of_every_class_then_the_surest_mistakes():
@@ -132,16 +132,12 @@ def test_the_report_has_every_figure_with_its_words(records):
         "Entropy of the coupling",
         "Coupling coefficients",
         "The strongest children",
-        "Where votes come from",
         "Reconstructions",
         "Tweaked poses",
         "Engines against dense routing",
     ]
     assert all(section.alt and section.caption for section in found)
-    first = records.examples[0]
-    votes = found[5].figure.axes[2].collections[0].get_array()  # the last iteration's
-    assert_close(torch.tensor(votes.data), first.votes[2, first.predicted].flatten().double())
-    drawn = found[6].figure.axes[10].images[0].get_array()
+    drawn = found[5].figure.axes[10].images[0].get_array()
     assert_close(torch.tensor(drawn), records.drawn[0, 0].double())
 
 
@@ -152,7 +148,19 @@ def test_figures_that_a_net_cannot_have_are_left_out(tmp_path):
     found = report.sections(report.collect(run, net, random_data(net)))
     titles = {section.title for section in found}
     assert not titles & {"Learning curves", "Reconstructions", "Tweaked poses"}
-    assert "Entropy of the coupling" in titles
+    assert "Reconstructions" not in titles
+
+
+@pytest.mark.parametrize("changes", [{"routing": "uniform"}, {"iterations": 1}])
+def test_equal_coupling_is_told_in_words_and_not_drawn(changes, tmp_path):
+    net = lively_model(decoder_hidden=None, **changes)
+    run = write_run(tmp_path / "run", net)
+    records = report.collect(run, net, random_data(net))
+    found = {section.title: section for section in report.sections(records)}
+    assert not {"Entropy of the coupling", "Coupling coefficients"} & set(found)
+    assert "couples to all 10 classes alike" in found["Coupling"].caption
+    text = Reader(report.render(records, [found["Coupling"]])).text
+    assert "couples to all 10 classes alike" in text
 
 
 def test_long_arrays_come_out_of_the_page_as_they_went_in(records):
@@ -163,11 +171,11 @@ def test_long_arrays_come_out_of_the_page_as_they_went_in(records):
         coupling = np.frombuffer(base64.b64decode(there["coupling"]), "<f2")
         assert np.allclose(coupling, example.coupling.flatten(), rtol=5e-4, atol=1e-6)
         assert np.allclose(there["poses"], example.poses, atol=5.1e-5)
-        assert np.allclose(there["votes"], example.votes.flatten(2), atol=5.1e-5)
+        amounts = np.frombuffer(base64.b64decode(there["amounts"]), "<f2")
+        assert np.allclose(amounts, example.amounts.flatten(), rtol=5e-4, atol=1e-6)
     for (weight, _), there in zip(records.decoder, packed["decoder"], strict=True):
         halves = np.frombuffer(base64.b64decode(there["weight"]), "<f2")
         assert np.allclose(halves, weight.flatten(), rtol=5e-4, atol=1e-6)
-        assert there["rows"] == len(weight)
 
 
 def test_rounding_changes_pictures_by_less_than_a_grey_level(records):
@@ -249,6 +257,20 @@ def test_the_page_says_how_the_run_ended_and_how_it_was_made(records):
         assert word in text
 
 
+def test_mistakes_are_told_apart_by_their_shade(records):
+    labels, read = (
+        torch.tensor([1] * 5 + [3] * 2 + [5, 7, 7]),
+        torch.tensor([2] * 5 + [4] * 2 + [6, 7, 7]),
+    )
+    score = Score(torch.eye(10)[read], labels, 0.0)
+    text = report.render(dataclasses.replace(records, score=score), [])
+    cells = re.findall(r'"mistakes" style="--share:([\d.]+)">(\d+)<', text)
+    assert cells == [("1.000", "5"), ("0.400", "2"), ("0.200", "1")]
+    assert "the most frequent was made 5 times" in text
+    right = Score(torch.eye(10)[labels], labels, 0.0)
+    assert "There is no mistake." in report.render(dataclasses.replace(records, score=right), [])
+
+
 def test_a_run_that_is_not_finished_says_so(model, data, tmp_path):
     run = write_run(tmp_path / "run", model, finished=False)
     text = Reader(report.render(report.collect(run, model, data), [])).text
@@ -297,7 +319,7 @@ def test_the_papers_net_makes_a_page_within_a_few_megabytes(tmp_path):
     model = gc.CapsNet.from_preset("paper").eval()
     run = write_run(tmp_path / "run", model)
     records = report.collect(run, model, random_data(model, images=24))
-    assert len(report.render(records, [])) < 7e6
+    assert len(report.render(records, [])) < 8e6
 
 
 @pytest.mark.parametrize(
@@ -327,7 +349,7 @@ def test_a_data_set_with_other_classes_or_images_is_refused(model, tmp_path):
     other = random_data(lively_model(classes=3))
     with pytest.raises(ValueError, match=r"tells 10 classes and random has 3.*--dataset"):
         report.collect(run, model, other)
-    with pytest.raises(ValueError, match=r"takes images of shape \[1, 20, 20\]"):
+    with pytest.raises(ValueError, match=r"expects images of shape \[1, 20, 20\]"):
         report.collect(run, lively_model(image_size=20), load_dataset(str(DIGITS)))
 
 

@@ -47,20 +47,28 @@ class Shown:
     def text(self, name):
         return self.run(f"document.getElementById('{name}').textContent")
 
+    def said(self):
+        """What the live region says once nothing has changed for a moment."""
+        self.run("new Promise(done => setTimeout(done, 450))")
+        return self.text("said")
+
     def pixels(self, name):
-        """What a canvas shows: red of every pixel, or red, green and blue."""
+        """What a canvas shows of colours, 0 to 255."""
+        return self.content(name)[:, :, :3]
+
+    def greys(self, name):
+        """Grey levels of the image that a canvas shows as ink."""
+        content = self.content(name)
+        assert (content[:, :, :3] == 0).all()
+        return content[:, :, 3]
+
+    def content(self, name):
         size = self.model.config.image_size
         values = self.run(
             f"Array.from(document.getElementById('{name}').getContext('2d')"
             f".getImageData(0, 0, {size}, {size}).data)"
         )
-        return np.array(values).reshape(size, size, 4)[:, :, :3]
-
-    def greys(self, name):
-        """Grey levels of the image that a canvas shows dark on white."""
-        pixels = self.pixels(name)
-        assert (pixels == pixels[:, :, :1]).all()
-        return 255 - pixels[:, :, 0]
+        return np.array(values).reshape(size, size, 4)
 
     def drawn_by_torch(self, example, iteration, parent, moved=()):
         """The reconstruction, 0 to 255, after adding to dimensions of the pose."""
@@ -74,45 +82,76 @@ class Shown:
         return [
             float(x)
             for x in self.run(
-                "[...document.querySelectorAll('#lengths output')].map(e => e.textContent)"
+                "[...document.querySelectorAll('#lengths .number')].map(e => e.textContent)"
             )
         ]
 
     def check_drawing(self, example, iteration, parent):
-        """Lengths, votes and coupling on the page are those of the records."""
+        """Lengths, coupling and amounts on the page are those of the records."""
         assert self.lengths() == pytest.approx(example.lengths[iteration].tolist(), abs=6e-4)
         edges = self.run(
             "[...document.querySelectorAll('#coupling .edge')]"
             ".sort((a, b) => a.dataset.map - b.dataset.map || a.dataset.parent - b.dataset.parent)"
-            ".map(e => [+e.dataset.coupling, +e.getAttribute('stroke-width'),"
-            " e.classList.contains('chosen')])"
+            ".map(e => [+e.getAttribute('stroke-width'), e.classList.contains('chosen')])"
         )
-        means = example.map_coupling[iteration].flatten().tolist()
-        assert [edge[0] for edge in edges] == pytest.approx(means, abs=6e-5)
-        low, high = float(example.map_coupling.min()), float(example.map_coupling.max())
-        for (_, width, chosen), mean in zip(edges, means, strict=True):
-            expected = 0.3 + (5 if chosen else 1.2) * (mean - low) / (high - low)
-            assert width == pytest.approx(expected, abs=0.01)
-        chosen = [number % example.lengths.shape[1] for number, e in enumerate(edges) if e[2]]
-        assert chosen == [parent] * example.map_coupling.shape[1]
-        fills = self.run(
-            "[...document.querySelectorAll('#coupling .cell')].map(e => e.getAttribute('fill'))"
+        config = self.model.config
+        classes = config.classes
+        of_maps = example.coupling[iteration].unflatten(0, (config.capsule_maps, -1)).mean(dim=1)
+        for (width, chosen), mean in zip(edges, of_maps.flatten().tolist(), strict=True):
+            expected = (2 if chosen else 0.7) * mean * classes
+            assert width == pytest.approx(min(max(expected, 0.2), 8), abs=0.01)
+        chosen = [number % classes for number, e in enumerate(edges) if e[1]]
+        assert chosen == [parent] * config.capsule_maps
+        amounts = example.amounts[:, :, parent]
+        for showing, numbers, most in (
+            ("coupling", example.coupling[:, :, parent], max(example.coupling.max(), 2 / classes)),
+            ("amount", amounts, amounts.abs().max()),
+        ):
+            self.run(f"document.querySelector('[name=squares][value={showing}]').click()")
+            areas = self.areas()
+            expected = (numbers[iteration] / most).tolist()
+            assert [area * (-1 if below else 1) for area, below in zip(*areas, strict=True)] == (
+                pytest.approx(expected, abs=0.01)
+            )
+        circles = self.run(
+            "[...document.querySelectorAll('#carriers circle')]"
+            ".map(e => [+e.dataset.amount, +e.getAttribute('cx'), +e.getAttribute('cy')])"
         )
-        lightness = [float(re.search(r"([\d.]+)%\)$", fill)[1]) for fill in fills]
-        coupling = example.coupling[iteration, :, parent]
-        darkest = max(float(example.coupling.max()), 2 / example.coupling.shape[-1])
-        expected = 97 - 79 * coupling / darkest
-        assert lightness == pytest.approx(expected.tolist(), abs=0.1)
-        votes = self.run(
-            "[...document.querySelectorAll('#votes circle')]"
-            ".map(e => [+e.dataset.vote, +e.getAttribute('cx'), +e.getAttribute('cy')])"
-        )
-        expected = example.votes[iteration, parent].flatten().tolist()
-        assert [vote[0] for vote in votes] == pytest.approx(expected, abs=6e-5)
-        grid = example.votes.shape[-1]
-        middle = self.model.config.kernel_size - 0.5  # of the first receptive field
-        for number, (_, x, y) in enumerate(votes):
+        expected = amounts[iteration].unflatten(0, (config.capsule_maps, -1)).sum(dim=0)
+        assert [circle[0] for circle in circles] == pytest.approx(expected.tolist(), abs=2e-3)
+        grid = config.grid_size()
+        middle = config.kernel_size - 0.5  # of the first receptive field
+        for number, (_, x, y) in enumerate(circles):
             assert (x, y) == (middle + 2 * (number % grid), middle + 2 * (number // grid))
+
+    def areas(self):
+        """Of every child's square, beside that of a full one; and whether it is hollow."""
+        side = self.run("+document.querySelector('#coupling .mark').getAttribute('width')") - 1
+        paths = self.run(
+            "[...document.querySelectorAll('#coupling .cell')]"
+            ".map(e => [e.getAttribute('d') ?? '', e.classList.contains('against')])"
+        )
+        squares = []
+        blocks = self.run(
+            "[...document.querySelectorAll('#coupling .block')]"
+            ".map(e => ['x', 'y', 'width'].map(name => +e.getAttribute(name)))"
+        )
+        grid = self.model.config.grid_size()
+        for path, hollow in paths:
+            for x, y, width in re.findall(r"M([-\d.]+) ([-\d.]+)h([\d.]+)", path):
+                middle = float(x) + float(width) / 2, float(y) + float(width) / 2
+                for number, (left, top, block) in enumerate(blocks):
+                    if 0 < middle[0] - left < block and 0 < middle[1] - top < block:
+                        column, row = (
+                            int((m - edge) / block * grid)
+                            for m, edge in zip(middle, (left, top), strict=True)
+                        )
+                        squares.append(
+                            ((number * grid + row) * grid + column, float(width) / side, hollow)
+                        )
+        squares.sort()
+        assert [square[0] for square in squares] == list(range(len(blocks) * grid**2))
+        return [width**2 for _, width, _ in squares], [hollow for *_, hollow in squares]
 
 
 def stand_ins():
@@ -147,7 +186,7 @@ def test_the_page_opens_from_disk_without_a_complaint_or_a_request(shown):
 
 
 def test_another_image_is_picked_with_keys(shown):
-    said = shown.text("said")
+    said = shown.said()
     for _ in range(20):
         shown.press("Tab")
         if shown.run("document.activeElement.name") == "example":
@@ -159,13 +198,13 @@ def test_another_image_is_picked_with_keys(shown):
     assert example.label != example.predicted
     assert np.array_equal(shown.greys("input"), example.image[0])
     shown.check_drawing(example, 2, example.predicted)
-    now = shown.text("said")
+    now = shown.said()
     assert now != said
     assert f"Test image {example.number}, true class {example.label}." in now
     assert f"the longest capsule is {example.predicted}" in now
     assert "wrong ✗" in now
     shown.press("ArrowLeft")
-    assert f"Test image {shown.records.examples[13].number}," in shown.text("said")
+    assert f"Test image {shown.records.examples[13].number}," in shown.said()
     assert_quiet(shown)
 
 
@@ -192,11 +231,12 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
         shown.check_drawing(example, iteration, example.predicted)
         expected = shown.drawn_by_torch(example, iteration, example.predicted)
         assert np.abs(shown.greys("reconstruction") - expected[0]).max() <= GREY_LEVELS
-        entropy = shown.run("document.querySelector('#entropy [aria-current]').textContent")
-        assert float(entropy) == pytest.approx(float(example.entropy[iteration]), abs=1e-4)
-        assert f"Iteration {iteration + 1}:" in shown.text("said")
+        entropy = torch.special.entr(example.coupling[iteration]).sum(dim=-1).mean()
+        written = re.search(r"entropy of c: ([\d.]+) nats", shown.text("coupling-caption"))[1]
+        assert float(written) == pytest.approx(float(entropy), abs=1e-3)
+        assert f"Iteration {iteration + 1}:" in shown.said()
         longest = float(example.lengths[iteration].max())
-        said = float(re.search(r"\|v\| = ([\d.]+):", shown.text("said"))[1])
+        said = float(re.search(r"\|v\| = ([\d.]+):", shown.said())[1])
         assert said == pytest.approx(longest, abs=0.0051)
         assert shown.text("iteration-number") == f"{iteration + 1} of 3"
         drawn.append(shown.run("document.getElementById('coupling').innerHTML"))
@@ -247,7 +287,7 @@ def test_sliders_move_the_reconstruction_as_torch_would_and_reset_restores_it(sh
 def test_every_picture_and_control_has_a_name(shown):
     nameless = shown.run(
         "[...document.querySelectorAll('img, canvas, svg')]"
-        ".filter(e => !e.getAttribute('alt') && !e.getAttribute('aria-label'))"
+        ".filter(e => !e.alt && !e.ariaLabel && !e.ariaHidden)"
         ".map(e => e.outerHTML)"
     )
     assert nameless == []
@@ -257,10 +297,13 @@ def test_every_picture_and_control_has_a_name(shown):
         role = node.get("role", {}).get("value")
         if not node["ignored"] and role in ("slider", "radio", "button", "image", "link"):
             assert node["name"]["value"], node
-            assert role != "slider" or node["name"]["value"].startswith(("Dimension", "Iteration"))
+            assert role != "slider" or node["name"]["value"].startswith(
+                ("Dimension", "Iteration", "Child")
+            )
             named += 1
     assert named > 60
-    assert shown.run("document.getElementById('said').getAttribute('aria-live')") == "polite"
+    live = "[...document.querySelectorAll('output, [aria-live], [role=status]')].map(e => e.id)"
+    assert shown.run(live) == ["said"]
     assert shown.run("document.documentElement.lang") == "en"
 
 
@@ -315,7 +358,7 @@ def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path
     shown = Shown(browser, tmp_path, lively_model(routing="uniform", classes=3))
     assert_quiet(shown)
     assert shown.text("iteration-number") == "1 of 1"
-    for name in ("iteration", "previous", "next"):
+    for name in ("iteration", "previous", "next", "play"):
         assert shown.run(f"document.getElementById('{name}').disabled")
     widths = shown.run(
         "[...document.querySelectorAll('#coupling .edge.chosen')]"
@@ -332,7 +375,7 @@ def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_pa
     assert np.array_equal(shown.pixels("input"), first.image.permute(1, 2, 0))
     expected = shown.drawn_by_torch(first, 2, first.predicted).transpose(1, 2, 0)
     assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
-    assert names[first.label] in shown.text("said")
+    assert names[first.label] in shown.said()
     starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
     assert len(set(starts)) == 1
     for width in (390, 1280):

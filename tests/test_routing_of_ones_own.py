@@ -98,7 +98,7 @@ def test_one_that_looks_at_the_votes_says_so_and_is_not_given_to_fused():
 def test_a_routing_that_learns_belongs_to_one_layer():
     routing = gc.DynamicRouting(bias=True)
     gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 4, routing=routing)
-    with pytest.raises(ValueError, match="learns for another layer already"):
+    with pytest.raises(ValueError, match="has the parameters of another layer already"):
         gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 4, routing=routing)
     shared = gc.DynamicRouting()
     for _ in range(2):

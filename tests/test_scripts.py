@@ -1,8 +1,10 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -29,7 +31,7 @@ def test_the_papers_recipe_runs_from_images_to_test_accuracy():
         "train_mnist.py",
         *("--dataset", digits, "--preset", "small", "--epochs", "6", "--batch-size", "24"),
     )
-    assert out.count("accuracy on the hold-out") == 6
+    assert out.count("validation accuracy") == 6
     errors = int(out.splitlines()[-1].split(", ")[1].split()[0])
     assert errors < 50  # of 100; a net that learnt nothing has 90
 
@@ -122,5 +124,46 @@ def test_what_was_not_measured_on_a_gpu_is_not_said(monkeypatch, tmp_path):
     assert table.count("| not measured |") == 1
     for said in ("| 0.12 of dense, 0.25 of compiled (a GPU) |", "| 0.04 of dense (batch 512) |"):
         assert said in table
-    for said in ("| 1.5 s, with hold-out and files |", "| 99.62% in 45 s |"):
+    for said in ("| 1.5 s, with validation and files |", "| 99.62% in 45 s |"):
         assert said in table
+
+
+@pytest.fixture
+def release(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import release
+
+    return release
+
+
+NAMES_VERSION = ("graphcaps/__init__.py", "CITATION.cff", "CHANGELOG.md")
+
+
+def test_the_files_that_name_the_version_agree():
+    init, citation, changelog = ((ROOT / name).read_text() for name in NAMES_VERSION)
+    assert f'__version__ = "{gc.__version__}"' in init
+    released = re.search(r"^date-released: (.*)$", citation, re.MULTILINE)[1]
+    assert f"\nversion: {gc.__version__}\n" in citation
+    assert f"\n## [{gc.__version__}] - {released}\n" in changelog
+
+
+def test_a_release_writes_its_version_where_the_old_one_stood(release):
+    texts = {name: (ROOT / name).read_text() for name in NAMES_VERSION}
+    texts["CHANGELOG.md"] = (
+        "# Changelog\n\n## [Unreleased]\n\n- A thing.\n\n## [0.1.0] - 2026-11-22\n"
+    )
+    new = release.with_version(texts, "12.0.3", "2030-01-02")
+    assert new.keys() == texts.keys()
+    assert '__version__ = "12.0.3"' in new["graphcaps/__init__.py"]
+    assert "\nversion: 12.0.3\ndate-released: 2030-01-02\n" in new["CITATION.cff"]
+    assert new["CHANGELOG.md"].splitlines()[2:8] == [
+        *("## [Unreleased]", "", "## [12.0.3] - 2030-01-02", "", "- A thing.", "")
+    ]
+    for version, said in (
+        ("0.0.9", f"above {gc.__version__}"),
+        ("next", "such as 0.2.0"),
+        ("12.0.3", "says"),
+    ):
+        empty = texts | {"CHANGELOG.md": "## [Unreleased]\n\n## [0.1.0] - 2026-11-22\n"}
+        with pytest.raises(ValueError, match=said):
+            release.with_version(empty, version, "2030-01-02")

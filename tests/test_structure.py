@@ -10,16 +10,20 @@ import pytest
 
 import graphcaps
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(graphcaps.__file__).parent
 
 # A file imports only from those above it: the flow from image to training, read downwards.
 ORDER = [
     "install_dgl",
     "_interrupt",
+    "_graphbolt",
+    "tracing",
     "_dgl",
     "streams",
-    "functional",
     "files",
+    "flags",
+    "functional",
     "graph",
     "conversion",
     "structure",
@@ -30,11 +34,14 @@ ORDER = [
     "routing",
     "engines",
     "layers",
+    "convolution",
     "nets.weights",
     "nets.decoder",
     "nets.model",
     "nets.losses",
+    "nets.verdict",
     "nets",
+    "_api",
     "data.datasets",
     "data.images",
     "data",
@@ -45,10 +52,13 @@ ORDER = [
     "training.capture",
     "training.loop",
     "training",
+    "explorer",
+    "demo",
     "pictures.inspection",
     "pictures.figures",
     "pictures",
     "report",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -120,9 +130,34 @@ assert layer(torch.rand(2, 6, 8)).shape == (2, 3, 16)
     assert done.returncode == 0, done.stderr
 
 
+def test_public_names_are_there_when_asked_for():
+    assert set(graphcaps.__all__) <= set(dir(graphcaps))
+    for name in graphcaps.__all__:
+        assert getattr(graphcaps, name) is not None
+    star = {}
+    exec("from graphcaps import *", star)
+    assert set(graphcaps.__all__) <= set(star)
+    with pytest.raises(AttributeError, match="'graphcaps' has no attribute 'CapsuleLayr'"):
+        _ = graphcaps.CapsuleLayr
+
+
+@pytest.mark.parametrize("first", ["graphcaps.layers", "graphcaps.training"])
+def test_any_module_may_be_imported_first(first):
+    program = f"import {first}; import graphcaps; graphcaps.CapsuleLayer, graphcaps.data.shift"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_public_name_is_documented():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: graphcaps\.(\w+)", pages, re.MULTILINE))
+    assert set(graphcaps.__all__) <= shown
+    for name in graphcaps.__all__:
+        assert getattr(graphcaps, name).__doc__, name
+
+
 @pytest.mark.parametrize("file", ["README.md", "graphcaps/routing/README.md"])
 def test_the_code_in_the_readme_runs(file):
-    readme = (PACKAGE.parent / file).read_text()
+    readme = (ROOT / file).read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert blocks
     for block in blocks:

@@ -140,6 +140,37 @@ def test_children_are_drawn_in_groups_with_their_mean_coupling():
         trace.networkx(sample=0, iteration=0, groups=[0, 1])
 
 
+def test_contributions_to_a_parent_add_up_to_the_length_of_its_sum():
+    _, _, _, trace = traced(gc.routing_graph([0, 1, 2, 2, 3], [0, 0, 0, 2, 2]))
+    shares = trace.contributions()
+    for j, children in ((0, [0, 1, 2]), (2, [3, 4])):
+        assert_close(shares[:, :, children].sum(dim=2), trace.s[:, :, j].norm(dim=-1))
+    one, to = 0, 3  # a sample, an edge
+    along = trace.s[1, one, 2] / trace.s[1, one, 2].norm()
+    assert_close(shares[1, one, to], trace.c[1, one, to] * (trace.u_hat[one, to] @ along))
+    assert (shares < 0).any()
+
+
+def test_a_parent_whose_votes_cancel_has_no_contributions():
+    graph = gc.routing_graph([0, 1], [0, 0])
+    u_hat = torch.tensor([[1.0, 0], [-1, 0]])
+    trace = gc.Trace.of(graph, 1, u_hat, list(gc.dynamic_routing(gc.bind(graph), u_hat, 2)))
+    assert trace.contributions().eq(0).all()
+
+
+def test_children_are_sorted_by_the_parents_they_couple_to():
+    graph = gc.complete_graph(5, 3)
+    wanted = torch.tensor([2, 0, 1, 0, 2])  # the parent of each child
+    u_hat = 0.1 * torch.ones(15, 3)
+    u_hat[torch.arange(5) * 3 + wanted] += 20 * torch.eye(3)[wanted]
+    trace = gc.Trace.of(graph, 1, u_hat, list(gc.dynamic_routing(gc.bind(graph), u_hat, 3)))
+    assert trace.children_by_parent(0, 2) == [1, 3, 2, 0, 4]
+    assert trace.children_by_parent(0, 2, children=[0, 2, 3]) == [3, 2, 0]
+    order = trace.children_by_parent(0, 2)
+    place = trace.networkx(0, 2, children=order).nodes(data="pos")
+    assert sorted(order, key=lambda i: place["child", i][0]) == order
+
+
 def test_the_strongest_children_can_be_drawn_alone():
     _, _, _, trace = traced(gc.complete_graph(7, 3))
     strongest = trace.strongest_children(sample=1, iteration=2, count=2)

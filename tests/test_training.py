@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_cuda_graph
 import pytest
 import torch
-from runs import step_metrics
+from run_records import step_metrics
 from torch.testing import assert_close
 
 import graphcaps as gc
@@ -739,7 +739,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     capsys.readouterr()
     resume(stopped)
     said = capsys.readouterr().out
-    assert f"A checkpoint is left out: {damaged.parent}" in said
+    assert f"A damaged checkpoint is skipped: {damaged.parent}" in said
     assert "Going on with the small net after 3 steps" in said
     assert weights(stopped.path) == weights(tmp_path / "unbroken")
 

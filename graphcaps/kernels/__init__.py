@@ -19,6 +19,7 @@ from graphcaps.kernels.votes import Votes, check_votes, names
 __all__ = ["Edges", "TritonEdges", "Votes", "prepare", "routed", "why_not"]
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look into it
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why no kernel can route features of `dtype` on `device`, or None where one can.
 
@@ -26,8 +27,6 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
     'it computes in float32 and float64, not in torch.bfloat16'
     """
     kernel = cpu if device.type == "cpu" else triton
-    if torch.compiler.is_compiling() and kernel is not cpu:
-        return "torch.compile cannot look into it; compile the modules around the layer"
     if dtype not in kernel.DTYPES:
         return f"it computes in {names(kernel.DTYPES, ' and ')}, not in {dtype}"
     return kernel.why_not(device)
@@ -88,9 +87,8 @@ def routed(
         raise ValueError(f"iterations must be at least 1; got {iterations}")
     if gradients not in ("all", "last"):
         raise ValueError(f"unknown gradients {gradients!r}; choose all or last")
-    if isinstance(edges, TritonEdges):
-        return triton.routed(u, weight, edges, iterations, gradients)
-    v, _ = ops.dynamic_routing(
-        u, weight, edges.tensors, edges.parents, iterations, gradients == "all"
+    complete = isinstance(edges, TritonEdges) and edges.complete
+    v, *_ = ops.run_dynamic_routing(
+        u, weight, edges.tensors, edges.parents, complete, iterations, gradients == "all"
     )
     return v

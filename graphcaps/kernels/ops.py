@@ -4,14 +4,14 @@
 computes it is chosen by the device of its tensors.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035, custom_op of older torch knows no other
 
 import torch
 from torch import Tensor
 
 from graphcaps.kernels.cpu import couple as couple_cpu
 from graphcaps.kernels.cpu import dynamic as dynamic_cpu
+from graphcaps.kernels.transforms import Samples, transformable
 
 
 @torch.library.custom_op("graphcaps::couple", mutates_args=(), device_types="cpu")
@@ -155,7 +155,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.sizes = parents, rows, leak, squares
 
 
-def _backward(ctx: Any, dN: Tensor, dS: Tensor, dQ: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, dN: Tensor, dS: Tensor, dQ: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     N, S, kept, *saved = ctx.saved_tensors
     features, edges = saved[:9], saved[9:]
     squares = ctx.sizes[-1]
@@ -164,9 +166,7 @@ def _backward(ctx: Any, dN: Tensor, dS: Tensor, dQ: Tensor, _: Tensor) -> tuple[
     of_k = of_k or (of_r and p is not None)  # the gradient of r is made of these
     of_p = of_p or (of_r and q is not None)
     needed = [of_u, of_weight, of_a, of_k, of_p, of_q, of_beta, of_prior]
-    found = torch.ops.graphcaps.couple_backward(
-        dN, dS, dQ, kept, *features, edges, *ctx.sizes, needed
-    )
+    found = differentiate_couple(dN, dS, dQ, kept, *features, edges, *ctx.sizes, needed)
     du, dweight, da, dk, dp, dq, dbeta, dprior = found
     dr = None
     if of_r:
@@ -175,23 +175,27 @@ def _backward(ctx: Any, dN: Tensor, dS: Tensor, dQ: Tensor, _: Tensor) -> tuple[
         dr = dr - p * dk.unsqueeze(-1) if p is not None else dr
         dr = dr - 2 * q * dp if q is not None else dr
     gradients = (du, dweight, da, dr, dk, dp, dq, dbeta, dprior)
-    return (
-        *(x if n else None for x, n in zip(gradients, ctx.needs_input_grad, strict=False)),
-        [None] * len(edges),
-        *[None] * 4,
-    )
+    return tuple(x if n else None for x, n in zip(gradients, ctx.needs_input_grad, strict=False))
 
 
-couple.register_autograd(_backward, setup_context=_keep)
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
 
 
-def _refuse_second(ctx: Any, *gradients: Tensor) -> None:
+def _refuse_second(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
         "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
     )
 
 
-couple_backward.register_autograd(_refuse_second)
+OF_FEATURES = (0, None, *[0] * 5, None, None)  # u, weight, a, r, k, p, q, beta, prior
+differentiate_couple = transformable(
+    couple_backward,
+    Samples((0, 0, 0, 1, *OF_FEATURES), (0, None, *[0] * 4, None, None)),
+    _keep_nothing,
+    _refuse_second,
+)
+run_couple = transformable(couple, Samples(OF_FEATURES, (0, 0, 0, 1)), _keep, _gradients)
 
 
 @torch.library.custom_op("graphcaps::dynamic_routing", mutates_args=(), device_types="cpu")
@@ -200,11 +204,23 @@ def dynamic_routing(
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     iterations: int,
     through_all: bool,
-) -> tuple[Tensor, Tensor]:
-    """Dynamic routing: v `[B, J, D]`, and what the backward keeps, s of all iterations."""
-    return dynamic_cpu.dynamic_routing(u, weight, edges, parents, iterations)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic routing: v `[B, J, D]`, and what the backward keeps of parents and of children.
+
+    What is kept has its samples in the second dimension, or size 0; the rest is the device's own
+    affair. `complete` is told at `TritonEdges`.
+    """
+    return dynamic_cpu.dynamic_routing(u, weight, edges, parents, complete, iterations, through_all)
+
+
+@dynamic_routing.register_kernel("cuda")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from graphcaps.kernels.triton import dynamic as dynamic_cuda
+
+    return dynamic_cuda.dynamic_routing(*args)
 
 
 @dynamic_routing.register_fake
@@ -213,38 +229,53 @@ def _(
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     iterations: int,
     through_all: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     v = u.new_empty(u.shape[0], parents, weight.shape[2])
-    return v, v.new_empty(iterations, *v.shape)
+    if u.device.type != "cuda":
+        return v, v.new_empty(iterations, *v.shape), v.new_empty(0)
+    of_parents = v.new_empty(2 * iterations, *v.shape, dtype=torch.float32)
+    return v, of_parents, of_parents.new_empty(2 * iterations, *u.shape[:2])
 
 
 @torch.library.custom_op("graphcaps::dynamic_routing_backward", mutates_args=(), device_types="cpu")
 def dynamic_routing_backward(
     dv: Tensor,
-    s: Tensor,
+    of_parents: Tensor,
+    of_children: Tensor,
     u: Tensor,
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     through_all: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of u and weight, of size 0 where not `needed`."""
     return dynamic_cpu.dynamic_routing_backward(
-        dv, s, u, weight, edges, parents, through_all, needed
+        dv, of_parents, of_children, u, weight, edges, parents, complete, through_all, needed
     )
+
+
+@dynamic_routing_backward.register_kernel("cuda")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    from graphcaps.kernels.triton import dynamic as dynamic_cuda
+
+    return dynamic_cuda.dynamic_routing_backward(*args)
 
 
 @dynamic_routing_backward.register_fake
 def _(
     dv: Tensor,
-    s: Tensor,
+    of_parents: Tensor,
+    of_children: Tensor,
     u: Tensor,
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     through_all: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
@@ -254,25 +285,27 @@ def _(
     )
 
 
-def _keep_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    u, weight, edges, parents, _, through_all = inputs
-    ctx.save_for_backward(output[1], u, weight, *edges)
-    ctx.sizes = parents, through_all
+def _keep_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, weight, edges, parents, complete, _, through_all = inputs
+    ctx.save_for_backward(*output[1:], u, weight, *edges)
+    ctx.sizes = parents, complete, through_all
 
 
-def _dynamic_backward(ctx: Any, dv: Tensor, _: Tensor) -> tuple[Any, ...]:
-    s, u, weight, *edges = ctx.saved_tensors
+def _dynamic_gradients(ctx: Any, dv: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    of_parents, of_children, u, weight, *edges = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:2])
-    du, dweight = torch.ops.graphcaps.dynamic_routing_backward(
-        dv, s, u, weight, edges, *ctx.sizes, needed
+    found = differentiate_dynamic_routing(
+        dv, of_parents, of_children, u, weight, edges, *ctx.sizes, needed
     )
-    return (
-        du if needed[0] else None,
-        dweight if needed[1] else None,
-        [None] * len(edges),
-        *[None] * 3,
-    )
+    return tuple(x if n else None for x, n in zip(found, needed, strict=True))
 
 
-dynamic_routing.register_autograd(_dynamic_backward, setup_context=_keep_dynamic)
-dynamic_routing_backward.register_autograd(_refuse_second)
+differentiate_dynamic_routing = transformable(
+    dynamic_routing_backward,
+    Samples((0, 1, 1, 0, None), (0, None)),
+    _keep_nothing,
+    _refuse_second,
+)
+run_dynamic_routing = transformable(
+    dynamic_routing, Samples((0, None), (0, 1, 1)), _keep_dynamic, _dynamic_gradients
+)

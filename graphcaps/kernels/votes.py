@@ -97,7 +97,7 @@ class Votes:
         ):
             if x is not None:
                 self._check(name, x, size)
-        N, S, Q, _ = ops.couple(
+        N, S, Q, _ = ops.run_couple(
             self.u,
             self.weight,
             self.a,

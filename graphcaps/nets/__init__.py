@@ -1,16 +1,27 @@
 """Whole nets: images to class capsules and reconstructions, and their losses."""
 
 from graphcaps.nets.decoder import Decoder
-from graphcaps.nets.losses import capsnet_loss, margin_loss, reconstruction_loss, spread_loss
+from graphcaps.nets.losses import (
+    capsnet_loss,
+    margin_loss,
+    nll_loss,
+    reconstruction_loss,
+    spread_loss,
+)
 from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
+from graphcaps.nets.verdict import Verdict, judge, judge_images
 
 __all__ = [
     "CapsNet",
     "CapsNetConfig",
     "CapsNetOutput",
     "Decoder",
+    "Verdict",
     "capsnet_loss",
+    "judge",
+    "judge_images",
     "margin_loss",
+    "nll_loss",
     "reconstruction_loss",
     "spread_loss",
 ]

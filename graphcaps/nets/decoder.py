@@ -1,4 +1,4 @@
-"""The decoder, which draws images from the poses of class capsules."""
+"""The decoder, which reconstructs images from the poses of class capsules."""
 
 import math
 from itertools import pairwise
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Decoder(nn.Module):
-    """Three fully connected layers that draw the image from the chosen capsules' poses.
+    """Three fully connected layers that reconstruct an image from the poses of class capsules.
 
-    Sabour et al. 2017, section 4.1 and figure 2: two hidden layers with ReLU, a sigmoid at the
-    end, the poses of all other capsules masked with zeros.
+    Sabour et al. 2017, section 4.1 and figure 2: two hidden layers with ReLU and a sigmoid
+    output; the poses of all but the selected capsules are masked with zeros.
 
     Args:
         parents: number of capsules, J.

@@ -1,5 +1,6 @@
 """Margin and reconstruction losses for capsule networks."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from graphcaps.functional import multi_hot
 from graphcaps.nets.model import CapsNetOutput
 
 RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; 0.392 of their mean at 784 pixels
+SMALLEST_ACTIVATION = 1e-7  # that a logarithm is taken of
 
 
 def margin_loss(
@@ -18,7 +20,7 @@ def margin_loss(
     absent: float = 0.1,
     down_weight: float = 0.5,
 ) -> Tensor:
-    """Long capsules for the classes in the image, short ones for the others.
+    """Margin loss: the capsules of the classes in the image should be long, the others short.
 
     `L_k = T_k max(0, m⁺ − |v_k|)² + λ (1 − T_k) max(0, |v_k| − m⁻)²`, Sabour et al. 2017,
     equation 4, summed over classes k, averaged over the batch.
@@ -50,7 +52,7 @@ def margin_loss(
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Squared errors, summed over the pixels of an image, averaged over the batch.
+    """Squared error, summed over the pixels of an image and averaged over the batch.
 
     Args:
         reconstruction: `[B, C, H, W]`.
@@ -75,7 +77,7 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Tensor:
-    """How far the true class is from being more active than the others by a margin.
+    """Spread loss: the true class should be more active than the others by a margin.
 
     `Σ_{i≠t} max(0, m − (a_t − a_i))²`, averaged over the batch; Hinton, Sabour & Frosst 2018,
     section 3. There m grows from 0.2 to 0.9 during training.
@@ -106,29 +108,64 @@ def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Ten
     return _mean_over_batch(pairs * (margin - gap).clamp(min=0).square())
 
 
-def capsnet_loss(
-    output: CapsNetOutput,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    kind: Literal["margin", "spread"] = "margin",
-    reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
-) -> Tensor:
-    """Margin loss plus 0.0005 × the reconstruction loss, Sabour et al. 2017, section 4.1.
+def nll_loss(activations: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the true classes, for activations that sum to one.
+
+    `−Σ_t ln a_t` over the classes t in the image, averaged over the batch; Hahn et al. 2019.
+    Activations below 1e-7 count as 1e-7.
 
     Args:
-        output: what the model gave for `images`.
-        images: in 0…1, `[B, C, H, W]`.
+        activations: a_k, `[B, J]`.
         labels: as `margin_loss`.
-        kind: `"spread"` takes the spread loss in the place of the margin loss; `model.loss` says
-            which of them suits the routing of a model.
-        reconstruction_weight: of the sum of an image's squared errors.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: as `margin_loss`, `spread_loss` and `reconstruction_loss`; another kind.
+        ValueError: activations of another rank; labels that do not fit, as `multi_hot`.
+
+    >>> import torch
+    >>> nll_loss(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([0]))
+    tensor(0.6931)
+    """
+    if activations.dim() != 2:
+        raise ValueError(
+            f"expected activations of shape [batch, classes]; got {list(activations.shape)}"
+        )
+    present = multi_hot(labels, *activations.shape).to(activations.dtype)
+    return _mean_over_batch(-present * activations.clamp(min=SMALLEST_ACTIVATION).log())
+
+
+_OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "margin": margin_loss,
+    "spread": spread_loss,
+    "nll": nll_loss,
+}
+
+
+def capsnet_loss(
+    output: CapsNetOutput,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    kind: Literal["margin", "spread", "nll"] = "margin",
+    reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
+) -> Tensor:
+    """Margin loss plus 0.0005 × reconstruction loss, Sabour et al. 2017, section 4.1.
+
+    Args:
+        output: the model's output for `images`.
+        images: in 0…1, `[B, C, H, W]`.
+        labels: as `margin_loss`.
+        kind: `"spread"` and `"nll"` use another loss instead of the margin loss; `model.loss` is
+            the one that suits the model's routing.
+        reconstruction_weight: weight of the reconstruction loss.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: see the loss of this kind and `reconstruction_loss`; an unknown kind.
 
     >>> import torch
     >>> from graphcaps import CapsNet
@@ -136,14 +173,14 @@ def capsnet_loss(
     >>> capsnet_loss(CapsNet.from_preset("small")(images, labels), images, labels).shape
     torch.Size([])
     """
-    if kind not in ("margin", "spread"):
-        raise ValueError(f"unknown kind of loss {kind!r}; choose margin or spread")
-    loss = (margin_loss if kind == "margin" else spread_loss)(output.lengths, labels)
+    if kind not in _OF_CLASSES:
+        raise ValueError(f"unknown kind of loss {kind!r}; choose among {', '.join(_OF_CLASSES)}")
+    loss = _OF_CLASSES[kind](output.lengths, labels)
     if output.reconstruction is None:
         return loss
     return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)
 
 
 def _mean_over_batch(loss: Tensor) -> Tensor:
-    """Sum over all but the batch; an empty batch costs nothing."""
-    return loss.sum() / max(len(loss), 1)
+    """Sum over all but the batch dimension, then the mean; 0 for an empty batch."""
+    return loss.sum() / max(loss.shape[0], 1)

@@ -29,26 +29,47 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 PRIMARY_STRIDE = 2  # pixels from one primary capsule to the next (Sabour et al. 2017, section 4)
 
-MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the program for days
+MOST_ITERATIONS = 1000  # limit for nets read from files, so that a bad file cannot run for days
 
 
 @record
 @dataclass(frozen=True)
 class CapsNetConfig:
-    """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
+    """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4).
+
+    Args:
+        image_channels: channels of an image.
+        image_size: height and width of an image, in pixels.
+        classes: number of classes, hence of class capsules, J.
+        conv_channels: channels of the first convolution.
+        kernel_size: height and width of the kernels of both convolutions, in pixels.
+        capsule_maps: maps of primary capsules.
+        child_dim: numbers in the pose of a primary capsule.
+        parent_dim: numbers in the pose of a class capsule.
+        routing: a name in `ROUTINGS`.
+        iterations: routing iterations, if the routing has any.
+        decoder_hidden: sizes of the decoder's hidden layers, or None for no decoder.
+        rows: rows of a pose; 1 for vectors.
+
+    Raises:
+        ValueError: a size below 1, an unknown routing, poses that `rows` does not divide.
+
+    >>> CapsNetConfig(image_size=32, image_channels=3).grid_size()
+    8
+    """
 
     image_channels: int = 1
-    image_size: int = 28  # pixels, height and width
+    image_size: int = 28
     classes: int = 10
     conv_channels: int = 256
-    kernel_size: int = 9  # pixels, of both convolutions
+    kernel_size: int = 9
     capsule_maps: int = 32
     child_dim: int = 8
     parent_dim: int = 16
-    routing: str = "dynamic"  # a name in ROUTINGS
-    iterations: int = 3  # of a routing that has them
-    decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
-    rows: int = 1  # of a pose, whose numbers are child_dim and parent_dim
+    routing: str = "dynamic"
+    iterations: int = 3
+    decoder_hidden: tuple[int, ...] | None = (512, 1024)
+    rows: int = 1
 
     def __post_init__(self) -> None:
         options_of(self.routing)
@@ -65,7 +86,7 @@ class CapsNetConfig:
             )
 
     def make_routing(self) -> Routing:
-        """The routing of the class capsules, with the iterations that are asked for."""
+        """The routing of the class capsules, with the configured number of iterations."""
         has_iterations = "iterations" in options_of(self.routing)
         return make_routing(
             self.routing, **({"iterations": self.iterations} if has_iterations else {})
@@ -83,7 +104,7 @@ class CapsNetConfig:
         return after_primary
 
     def receptive_field(self) -> int:
-        """Height and width, in pixels, of what a primary capsule sees of the image."""
+        """Height and width, in pixels, of the receptive field of a primary capsule."""
         return 2 * self.kernel_size - 1
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,7 +148,7 @@ PRESETS = {
     "paper": CapsNetConfig(),
     "small": CapsNetConfig(conv_channels=64, capsule_maps=8),
 }
-MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as the papers have them
+MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as in the papers
 
 
 def _needs_score(routing: Routing) -> bool:
@@ -139,23 +160,37 @@ def _options(routing: Routing) -> str:
 
 
 class CapsNetOutput(NamedTuple):
-    """What a CapsNet gives for a batch of images."""
+    """The output of a CapsNet for a batch of images.
 
-    poses: Tensor  # class capsules v, [B, J, D]
-    lengths: Tensor  # how sure it is of each class, from 0 to 1: |v| or activations, [B, J]
-    reconstruction: Tensor | None  # [B, C, H, W], or None without a decoder
+    Attributes:
+        poses: class capsules v, `[B, J, D]`.
+        lengths: how sure the net is of each class, from 0 to 1: |v| or activations, `[B, J]`.
+        reconstruction: `[B, C, H, W]`, or None without a decoder.
+
+    >>> import torch
+    >>> output = CapsNet.from_preset("small")(torch.rand(2, 1, 28, 28))
+    >>> output.poses.shape
+    torch.Size([2, 10, 16])
+    """
+
+    poses: Tensor
+    lengths: Tensor
+    reconstruction: Tensor | None
 
 
 class CapsNet(nn.Module):
     """Convolution, primary capsules, class capsules routed on a DGL graph, and a decoder.
 
-    What says how sure the net is of a class depends on the routing: the length of the class
-    capsule, its activation where the routing has activations, or else the logistic function of a
-    linear one of its pose, the same for all classes (`score`).
+    The confidence in a class depends on the routing: it is the length of the class capsule, or its
+    activation if the routing has activations, or for `attention` the sigmoid of a linear function
+    of the pose that all classes share (`score`).
 
     Args:
         config: the sizes.
         engine: how messages are passed, see `CapsuleLayer`; not part of a checkpoint.
+
+    Raises:
+        ValueError: images too small for the convolutions, or an unknown engine.
 
     >>> import torch
     >>> model = CapsNet.from_preset("small")
@@ -200,13 +235,13 @@ class CapsNet(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, *, engine: str = "auto", **changes: Any) -> "CapsNet":
-        """A net of known sizes with fresh weights.
+        """Make a net of a known size with random weights.
 
         Args:
             preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
             engine: see `CapsuleLayer`.
-            changes: fields of `CapsNetConfig` to set otherwise. With a `routing` whose paper has
-                pose matrices (em, variational_bayes), poses are 4×4 unless said otherwise.
+            changes: fields of `CapsNetConfig` that differ from the preset. With a `routing` whose
+                paper uses pose matrices (em, variational_bayes), poses are 4×4 by default.
 
         Raises:
             ValueError: an unknown preset or routing, sizes that do not fit.
@@ -223,7 +258,7 @@ class CapsNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str = "mnist-small", *, engine: str = "auto") -> "CapsNet":
-        """A trained net that comes with the library; its folder holds a model card, README.md.
+        """Load a trained net that ships with the library; README.md in its folder describes it.
 
         Args:
             name: `"mnist-small"`, the small preset trained on MNIST.
@@ -245,18 +280,18 @@ class CapsNet(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str, *, engine: str = "auto") -> "CapsNet":
-        """The net that `save` wrote, on the CPU.
+        """Load a net that `save` wrote, on the CPU.
 
         Args:
-            folder: where `model.safetensors` and `model.json` are.
+            folder: holds `model.safetensors` and `model.json`.
             engine: see `CapsuleLayer`.
 
         Returns:
-            The net, in training mode as every new module.
+            The net, in training mode like every new module.
 
         Raises:
-            FileNotFoundError: one of the files is not there.
-            ValueError: one of them is broken, or the weights are those of another model.
+            FileNotFoundError: one of the files is missing.
+            ValueError: a damaged file, or the weights of another model.
         """
         folder = Path(folder)
         config = read_record(folder / CONFIG, CapsNetConfig)
@@ -264,11 +299,11 @@ class CapsNet(nn.Module):
             expected = config.parameter_shapes()
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
-        # before anything is allocated: a configuration can name sizes that no memory holds
+        # before anything is allocated: a bad configuration may ask for more memory than there is
         found = read_shapes(folder / WEIGHTS)
         different = first_difference(expected, {name: found.get(name) for name in expected})
         if different is not None:
-            raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {different}")
+            raise ValueError(f"{folder / WEIGHTS} does not match {CONFIG} beside it: {different}")
         model = cls(config, engine=engine)
         load_weights(folder / WEIGHTS, model)
         return model
@@ -277,11 +312,11 @@ class CapsNet(nn.Module):
         """Write `model.safetensors` and, beside it, the configuration as `model.json`.
 
         Args:
-            folder: made if it is not there.
-            dtype: what the weights are rounded to; as they are, if not given.
+            folder: created if needed.
+            dtype: type to which the weights are rounded; unchanged by default.
 
         Raises:
-            ValueError: a layer was replaced by one that the configuration does not tell.
+            ValueError: the model no longer matches its configuration, as after replacing a layer.
             OSError: a full disk, no permission.
         """
         self._check_told_by_config()
@@ -294,20 +329,20 @@ class CapsNet(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor | None = None, *, return_trace: bool = False
     ) -> CapsNetOutput | tuple[CapsNetOutput, Trace]:
-        """Route images to class capsules and draw them again.
+        """Route images to class capsules and reconstruct them.
 
         Args:
             images: in 0…1, `[B, C, H, W]`.
-            labels: which capsules are drawn: in training the true classes, `[B]` or 0 and 1 in
-                `[B, J]`; without labels, in evaluation, the longest capsule.
-            return_trace: give what every iteration of the routing computed, too.
+            labels: the capsules to reconstruct from: in training the true classes, `[B]`, or 0
+                and 1 in `[B, J]`; by default the longest capsule, as in evaluation.
+            return_trace: also return what every iteration of the routing computed.
 
         Returns:
             Poses, lengths and reconstruction; with `return_trace`, these and a `Trace`.
 
         Raises:
-            ValueError: images of another shape, dtype or device than the model's, or labels
-                that do not fit them.
+            ValueError: images whose shape, dtype or device is not the model's, or labels that do
+                not match them.
         """
         given = self.primary_capsules(images)
         if return_trace:
@@ -320,13 +355,13 @@ class CapsNet(nn.Module):
         if self.decoder is not None:
             chosen = lengths.argmax(dim=1) if labels is None else labels
             reconstruction = self.decoder(
-                poses, multi_hot(chosen, len(images), self.config.classes)
+                poses, multi_hot(chosen, images.shape[0], self.config.classes)
             )
         output = CapsNetOutput(poses, lengths, reconstruction)
         return output if trace is None else (output, trace)
 
     def primary_capsules(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The primary capsules of images `[B, C, H, W]`: what `capsules` is called with.
+        """The primary capsules of images `[B, C, H, W]`, the input of the class capsules.
 
         Returns:
             Poses, `[B, I, child_dim]`; with a routing that has activations, these, `[B, I]`, too.
@@ -339,7 +374,7 @@ class CapsNet(nn.Module):
         return found if isinstance(found, Capsules) else (found,)
 
     def confidence(self, poses: Tensor, activations: Tensor | None = None) -> Tensor:
-        """How sure the net is of each class, from 0 to 1.
+        """The confidence in each class, from 0 to 1.
 
         Args:
             poses: of class capsules, `[..., J, parent_dim]`.
@@ -353,22 +388,22 @@ class CapsNet(nn.Module):
         return length(poses) if activations is None else activations
 
     @property
-    def loss(self) -> Literal["margin", "spread"]:
-        """Which loss of its classes suits the routing, see `capsnet_loss`."""
+    def loss(self) -> Literal["margin", "spread", "nll"]:
+        """The kind of class loss that suits the routing, see `capsnet_loss`."""
         return self.capsules.routing.loss
 
     def _check_told_by_config(self) -> None:
-        """Refuse to save what `load` would not give back."""
+        """Refuse to save what `load` could not restore."""
         here = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         different = first_difference(self.config.parameter_shapes(), here)
         told, found = map(_options, (self.config.make_routing(), self.capsules.routing))
         if different is None and told != found:
-            different = f"the configuration has {told}, the model {found}"
+            different = f"the configuration says {told}, the model has {found}"
         if different is None and not self.capsules.structure.complete:
-            different = "the class capsules are not completely connected"
+            different = "the class capsules are not fully connected"
         if different is not None:
             raise ValueError(
-                f"the model is not the one that its config tells, and could not be loaded: "
+                f"the model does not match its config and could not be loaded again: "
                 f"{different}; save its state_dict(), or give the model a config that fits"
             )
 

@@ -1,4 +1,4 @@
-"""Weights of a module, written to safetensors files and checked when they are read."""
+"""Weights of modules in safetensors files, validated when they are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
     Args:
         path: the file.
         module: on any device.
-        dtype: what they are rounded to; as they are, if not given.
+        dtype: type to which they are rounded; unchanged by default.
 
     Raises:
-        OSError: as `write_whole`.
+        OSError: see `write_whole`.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
@@ -41,7 +41,9 @@ def read_shapes(path: Path) -> dict[str, Shape]:
         ValueError: a broken file.
         OSError: it may not be read.
     """
-    with open_regular(path):  # for its messages: safetensors waits for pipes, and names no file
+    with open_regular(
+        path
+    ):  # for its messages: safetensors waits for pipes and does not name the file
         pass
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -55,7 +57,7 @@ def read_shapes(path: Path) -> dict[str, Shape]:
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Put the weights of a file into a module, in the module's dtypes.
+    """Load the weights of a file into a module, in the module's dtypes.
 
     Args:
         path: a safetensors file.
@@ -90,7 +92,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
 def first_difference(
     expected: Mapping[str, Shape], found: Mapping[str, Shape | None]
 ) -> str | None:
-    """The first parameter, by name, whose shape is not as expected; None where all are."""
+    """The first parameter, by name, with an unexpected shape; None if there is none."""
     for name in sorted(expected.keys() | found.keys()):
         here, there = expected.get(name), found.get(name)
         if here != there:

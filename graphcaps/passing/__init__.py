@@ -1,7 +1,7 @@
-"""Message passing between capsules: the operations on edges that every routing is written with.
+"""Message passing between capsules: the operations on edges that routings are written with.
 
-An engine is how a message is passed, never what is computed: each gives the same numbers, has no
-parameters, and writes nothing on the graph. Features are plain tensors: those of edges `[B·E, ·]`
+An engine determines how messages are passed, not what is computed: all give the same numbers, have
+no parameters, and write nothing on the graph. Features are plain tensors: those of edges `[B·E, ·]`
 in the order of the edges, of parents `[B·J, ·]`, of children `[B·I, ·]`.
 """
 
@@ -31,9 +31,10 @@ class MessagePassing(Protocol):
         """Why this engine cannot run on `device`, or None where it can."""
 
     def softmax_over_parents(self, b: Tensor, leak: bool = False) -> Tensor:
-        """`c_e = exp b_e / Σ exp b` over the edges of the same child: `[B·E, 1]` to `[B·E, 1]`.
+        """`c_e = exp b_e / Σ exp b` over the edges that compete: `[B·E, 1]` to `[B·E, 1]`.
 
-        With `leak`, each child has a parent more, of logit 0, whose coupling is not given.
+        These are the edges of the same child, unless the graph says otherwise. With `leak`, one
+        more edge of logit 0 competes with them, whose coupling is not returned.
         """
 
     def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
@@ -67,6 +68,8 @@ ENGINES: dict[str, type[MessagePassing]] = {
 def passing_on(
     structure: Structure, engine: str, samples: int, device: torch.device
 ) -> MessagePassing:
-    """The operations of an engine that can run, kept by the structure for the next call."""
+    """The operations of an engine, which the structure caches for the next call."""
+    if engine == "scatter":  # it prepares nothing for a batch size, which may be a symbol
+        return ScatterEngine(structure, samples, device)
     key = (engine, samples, device)
     return structure.keep_for_batch(key, lambda: ENGINES[engine](structure, samples, device))

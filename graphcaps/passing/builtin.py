@@ -1,4 +1,4 @@
-"""Message passing as DGL's sparse kernels: no mailbox, no feature put on the graph."""
+"""Message passing with DGL's sparse kernels: no mailbox, and no features on the graph."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ from graphcaps.structure import Structure
 class BuiltinEngine:
     """Edge softmax, a sparse sum over edges (g-SpMM) and a sampled dot product (g-SDDMM).
 
-    DGL adds up the edges of a parent one after the other. Where these are many, they lead to
-    *parts* of the parent instead, and a second graph leads from the parts to the parents.
+    DGL adds up the edges of a parent one after the other, which loses digits where there are many.
+    They then lead to *parts* of the parent, and a second graph leads from parts to parents.
     """
 
     def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Message passing as DGL's user-defined functions: the definition of routing, literally."""
+"""Message passing with DGL's user-defined functions, as routing is defined."""
 
 from collections.abc import Callable
 
@@ -31,14 +31,16 @@ class UdfEngine:
     def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
         graph = self.graph.local_var()
         graph.edata["w"], graph.edata["x"] = w, x
-        # for parents that no message reaches; a sum over no edges, so that gradients know of it
+        # for parents without messages; a sum over no edges, so that autograd has a graph
         nothing = x[:0].sum(dim=0)
         graph.nodes["parent"].data["s"] = nothing.repeat(graph.num_nodes("parent"), 1)
 
         def message(edges):
             return {"w": edges.data["w"].squeeze(-1), "x": edges.data["x"]}
 
-        def reduce(nodes):  # w · x summed in one product: a mailbox of w · x costs a pass more
+        def reduce(
+            nodes,
+        ):  # w · x summed in one product: a mailbox of w · x would cost another pass
             w, x = nodes.mailbox["w"], nodes.mailbox["x"]
             if w.shape[1] > MOST_IN_A_PRODUCT:
                 return {"s": (w.unsqueeze(-1) * x).sum(dim=1)}

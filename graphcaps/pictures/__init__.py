@@ -1,1 +1,1 @@
-"""What a layer or a trained net shows: its numbers in inspection.py, drawn by figures.py."""
+"""Figures of layers and trained nets: numbers in inspection.py, drawn by figures.py."""

@@ -1,8 +1,8 @@
-"""Matplotlib figures of routing, reconstructions and training: nothing here runs a net.
+"""Matplotlib figures of routing, reconstructions and training; none of them runs a net.
 
 Every function returns a `Figure` or an animation of one, without pyplot and its global state;
-save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Dark means much, in
-one hue, whose order colour-blindness and grey print leave as it is.
+save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Darker means more, in
+a single hue that keeps its order in grey and for colour-blind readers.
 """
 
 import math
@@ -27,6 +27,7 @@ from graphcaps.pictures.inspection import VoteMap
 
 AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
+AGAINST = "#b2410e"  # of what counts against, hollow besides
 FRAMES_PER_SECOND = 1
 MOST_LABELLED_CHILDREN = 40
 IMAGES_IN_A_ROW = 10
@@ -36,7 +37,7 @@ SHARE_BELOW_ALL = 1e-12  # where bars on a logarithmic axis start
 def entropy_by_iteration(
     entropy: Tensor, parents: int, labels: Tensor | None = None, classes: Sequence[str] = ()
 ) -> Figure:
-    """How undecided the children are, from iteration to iteration.
+    """Entropy of the children's coupling at each iteration.
 
     Args:
         entropy: of each child's coupling, in nats, `[R, B, I]`, as `Trace.entropy` gives it.
@@ -45,8 +46,7 @@ def entropy_by_iteration(
         classes: their names; numbers if not given.
 
     Returns:
-        Mean, the range that holds 90 % of the children, and the least; with labels, the mean of
-        each class too.
+        Mean, range of 90 % of the children, and minimum; with labels, also the mean of each class.
     """
     rounds = np.arange(1, len(entropy) + 1)
     per_child = _numbers(entropy.flatten(1))
@@ -60,6 +60,7 @@ def entropy_by_iteration(
     axes.set(
         xlabel="iteration",
         ylabel="entropy of the coupling (nats)",
+        ylim=(0, 1.05 * math.log(parents)),
         title="How undecided children are",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -68,7 +69,7 @@ def entropy_by_iteration(
         present = labels.unique()
         means = torch.stack([entropy[:, labels == k].mean(dim=(1, 2)) for k in present])
         names = [_name(classes, k) for k in present.tolist()]
-        _table(others[0], means, "{:.3f}", "mean entropy (nats)")
+        _table(others[0], means, "{:.3f}", "mean entropy (nats)", math.log(parents))
         others[0].set_xticks(range(len(rounds)), rounds)
         others[0].set_yticks(range(len(names)), names)
         others[0].set(xlabel="iteration", ylabel="class of the image", title="The same per class")
@@ -76,7 +77,7 @@ def entropy_by_iteration(
 
 
 def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) -> Figure:
-    """How the coupling coefficients are distributed, a row for each iteration.
+    """Histogram of the coupling coefficients, a row for each iteration.
 
     Args:
         c: coupling, `[R, ...]`.
@@ -84,7 +85,7 @@ def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) ->
         bins: from 0 to 1.
 
     Returns:
-        Share of the edges against their coupling, the share on a logarithmic axis.
+        Fraction of the edges against their coupling, on a logarithmic axis.
     """
     shares, edges = coupling_shares(c, bins)
     figure = _figure(6.5, 0.8 * len(shares) + 1)
@@ -133,7 +134,9 @@ def coupling_histogram_animation(
 def coupling_graph(
     graph: networkx.MultiGraph, classes: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """The children below, the parents above, edges as wide and dark as their coupling.
+    """Coupling graph: children below, parents above, edges as wide and dark as their coupling.
+
+    Children in the order of `Trace.children_by_parent` let few edges cross.
 
     Args:
         graph: one sample at one iteration, from `Trace.networkx`; group the children of large
@@ -171,18 +174,24 @@ def coupling_graph_animation(
     return _animation(figure, draw, len(graphs))
 
 
-def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> Figure:
-    """Where in an image the votes for a class come from.
+def vote_maps(
+    image: Tensor,
+    maps: Sequence[VoteMap],
+    titles: Sequence[str],
+    label: str = "coupling × length",
+) -> Figure:
+    """Map of the places in an image that the votes for a class come from.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
         maps: one for each panel, all on one scale.
         titles: of the panels.
+        label: what the maps count.
 
     Returns:
         The image with a disc at the centre of each position's receptive field, its area and
-        darkness the coupling × length summed over the position's children; the frame is the
-        receptive field of the strongest position.
+        darkness the amount summed over the position's children, hollow where it is negative; the
+        frame is the receptive field of the strongest position.
     """
     most = max(float(votes.amount.max()) for votes in maps) or 1.0
     figure = _figure(2.6 * len(maps) + 1, 3)
@@ -190,7 +199,7 @@ def vote_maps(image: Tensor, maps: Sequence[VoteMap], titles: Sequence[str]) -> 
     for axes, votes, title in zip(panels, maps, titles, strict=True):
         discs = _draw_votes(axes, image, votes, most)
         axes.set_title(title)
-    figure.colorbar(discs, ax=panels, label="coupling × length", shrink=0.8)
+    figure.colorbar(discs, ax=panels, label=label, shrink=0.8)
     return figure
 
 
@@ -201,11 +210,11 @@ def at_a_glance(
     drawn: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """One image through the whole net: where votes come from, routing, and what is drawn.
+    """One image through the whole net: who carries the digit, routing, and reconstruction.
 
     Args:
         image: 0 to 1, `[C, H, W]`.
-        votes: for the longest class capsule.
+        votes: which positions carry the longest class capsule, see `contribution_map`.
         graphs: the coupling at the iterations to be shown, from `Trace.networkx`.
         drawn: the reconstruction, `[C, H, W]`.
         classes: names of the parents; numbers if not given.
@@ -217,7 +226,8 @@ def at_a_glance(
     widths = [2.2, *[3.6] * len(graphs), 2.2]
     first, *middle, last = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_votes(first, image, votes, float(votes.amount.max()) or 1.0)
-    first.set(title="an image, and\nwhere votes come from")
+    carried = float(votes.amount.sum())
+    first.set(title=f"an image, and who carries\nits capsule, |s| = {carried:.2f}")
     for number, (axes, graph) in enumerate(zip(middle, graphs, strict=True)):
         when = "first" if number == 0 else "last" if number == len(graphs) - 1 else "a later"
         _draw_graph(axes, graph, classes, f"coupling at the {when} iteration")
@@ -236,7 +246,7 @@ def reconstructions(
     predicted: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """Images above, what the decoder draws from their longest capsule below.
+    """Images, and below them the reconstructions from their longest capsules.
 
     Args:
         images: 0 to 1, `[N, C, H, W]`.
@@ -246,7 +256,7 @@ def reconstructions(
         classes: their names; numbers if not given.
 
     Returns:
-        Pairs of rows of up to ten columns; wrong ones are framed and say so.
+        Pairs of rows of up to ten columns; errors are framed and marked.
     """
     columns = min(len(images), IMAGES_IN_A_ROW)
     pairs = math.ceil(len(images) / columns)
@@ -271,8 +281,92 @@ def reconstructions(
     return figure
 
 
+def drawn_capsules(
+    image: Tensor, drawn: Tensor, lengths: Sequence[float], names: Sequence[str]
+) -> Figure:
+    """An image beside what the decoder draws from several of its class capsules.
+
+    Args:
+        image: 0 to 1, `[C, H, W]`.
+        drawn: reconstructions, `[N, C, H, W]`.
+        lengths: of their capsules, `[N]`.
+        names: of their classes, `[N]`.
+
+    Returns:
+        A panel for the image and one for each capsule.
+    """
+    figure = _figure(1.9 * (len(drawn) + 1), 2.4)
+    first, *others = figure.subplots(1, len(drawn) + 1)
+    _show(first, image)
+    first.set_title("image")
+    for axes, one, length, name in zip(others, drawn, lengths, names, strict=True):
+        _show(axes, one)
+        axes.set_title(f"from capsule {_name(names, names.index(name))}")
+        axes.set_xlabel(f"length {length:.2f}")
+    return figure
+
+
+def pose_by_change(
+    images: Tensor,
+    drawn: Tensor,
+    poses: Tensor,
+    lengths: Tensor,
+    *,
+    changes: Sequence[float],
+    label: str,
+) -> Figure:
+    """What a capsule does while its object moves: pose, length and reconstruction.
+
+    Args:
+        images: the object, changed by so much, 0 to 1, `[N, C, H, W]`.
+        drawn: reconstructions from the capsule, `[N, C, H, W]`.
+        poses: of the capsule, `[N, D]`.
+        lengths: of all class capsules, `[N, J]`.
+        changes: how much each image was changed, `[N]`.
+        label: what was changed, with its unit.
+
+    Returns:
+        Images above reconstructions; the pose's dimensions, those that change most in colour; and
+        lengths, that of the longest capsule at the change nearest to 0 in colour.
+    """
+    count = len(images)
+    figure = _figure(0.9 * count + 1, 6.4)
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[2.2, 2.6, 2])
+    above, middle, below = parts[:, 0]
+    rows = above.subplots(2, count)
+    for column in range(count):
+        for row, shown in enumerate((images, drawn)):
+            _show(rows[row, column], shown[column])
+        rows[0, column].set_title(f"{changes[column]:g}")
+    rows[0, 0].set_ylabel("image")
+    rows[1, 0].set_ylabel("drawn")
+    axes = middle.subplots()
+    pose = _numbers(poses)
+    spread = pose.max(axis=0) - pose.min(axis=0)
+    for rank, d in enumerate(np.argsort(spread)):
+        weakest_named = pose.shape[1] - 3
+        style: dict[str, Any] = dict(color=PALE, linewidth=0.7, alpha=0.6)
+        if rank >= weakest_named:
+            shade = AMOUNT(0.5 + 0.25 * (rank - weakest_named))
+            style = dict(color=shade, linewidth=2, label=f"dimension {d}")
+        axes.plot(changes, pose[:, d], **style)
+    axes.set_ylabel("pose")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes = below.subplots()
+    values = _numbers(lengths)
+    middle_column = int(np.abs(np.asarray(changes)).argmin())
+    winner = int(values[middle_column].argmax())
+    for j in range(values.shape[1]):
+        if j != winner:
+            axes.plot(changes, values[:, j], color=PALE, linewidth=0.7)
+    axes.plot(changes, values[:, winner], color=ACCENT, label=f"capsule {winner}")
+    axes.set(xlabel=label, ylabel="length |v|", ylim=(0, 1))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
-    """What each dimension of a pose does: Sabour et al. 2017, figure 4.
+    """The effect of each dimension of a pose: Sabour et al. 2017, figure 4.
 
     Args:
         drawn: reconstructions, a row per dimension and a column per offset, `[D, T, C, H, W]`.
@@ -299,14 +393,14 @@ def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
 
 
 def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and error rate of a training run, step by step.
+    """Learning curves: loss and error rate of a training run by step.
 
     Args:
         metrics: the records of a run's metrics.jsonl, see `RunFolder.metrics`.
 
     Returns:
         Loss on the left, errors in percent on the right; lines for the training images, dots for
-        the hold-out after every epoch.
+        the validation set after every epoch.
     """
     steps = [record for record in metrics if record["kind"] == "step"]
     epochs = [record for record in metrics if record["kind"] == "epoch"]
@@ -324,7 +418,7 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for part, marker, color in (("train", "s--", PALE), ("holdout", "o-", ACCENT)):
             values = [r[f"{part}_{name}"] for r in epochs]
             shown = values if name == "loss" else [scale * (1 - value) for value in values]
-            said = "hold-out" if part == "holdout" else "training, mean of the epoch"
+            said = "validation" if part == "holdout" else "training, mean of the epoch"
             axes.plot(at, shown, marker, color=color, markeredgecolor=INK, label=said)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -339,7 +433,7 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """Which class is taken for which.
+    """Confusion matrix: which class is taken for which.
 
     Args:
         counts: images of each true class (row) read as each class (column), `[J, J]`.
@@ -372,7 +466,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
 
 
 def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """How long the capsule of the true class is, and the longest of the others.
+    """Lengths of the capsule of the true class, and of the longest other one.
 
     Args:
         lengths: of the class capsules, `[N, J]`.
@@ -413,7 +507,7 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
 
 
 def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
-    """How far each form in float32 is from dense routing in float64.
+    """Differences of each form in float32 from dense routing in float64.
 
     Args:
         units: for each form the largest difference of output and gradients, in units of float32
@@ -457,7 +551,7 @@ def gif(animation: FuncAnimation) -> bytes:
 
 
 def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The share of the edges in each bin from 0 to 1, per iteration, and the bins' edges.
+    """The fraction of the edges in each bin from 0 to 1, per iteration, and the bins' limits.
 
     >>> shares, edges = coupling_shares(torch.tensor([[0.1, 0.2, 0.9, 1.0]]), bins=2)
     >>> shares[0].tolist(), edges.tolist()
@@ -469,7 +563,7 @@ def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of a size in inches."""
     return Figure(figsize=(width, height), layout="constrained", dpi=100)
 
 
@@ -479,7 +573,7 @@ def _animation(figure: Figure, draw: Any, frames: int) -> FuncAnimation:
 
 
 def _name(classes: Sequence[str], number: int) -> str:
-    """A class's name as it is drawn: a $ begins no formula, what has no glyph is a mark."""
+    """A class's name as drawn: a $ starts no formula, and a missing glyph becomes a mark."""
     name = classes[number] if classes else str(number)
     return "".join(c if c.isprintable() else "\ufffd" for c in name).replace("$", r"\$")
 
@@ -511,7 +605,7 @@ def _name_histogram(axes: Axes, shares: Sequence[np.ndarray]) -> None:
 
 
 def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
-    """An image of one channel as ink on paper, or of three in its colours, without ticks."""
+    """An image without ticks: one channel as ink on paper, three channels in colour."""
     pixels = _numbers(image.permute(1, 2, 0))
     axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=3 if dimmed else 1)
     axes.set(xticks=[], yticks=[])
@@ -520,14 +614,17 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
 
 
 def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathCollection:
-    """Discs over the image, the largest for `most`; a frame where the strongest position looks."""
+    """Discs over the image, the largest for `most`; a frame at the strongest receptive field.
+
+    Negative amounts are hollow.
+    """
     _show(axes, image, dimmed=True)
     amount = _numbers(votes.amount.flatten())
     row, column = (_numbers(centre) for centre in votes.centres())
     discs = axes.scatter(
         column,
         row,
-        s=150 * amount / most,
+        s=150 * amount.clip(0) / most,
         c=amount,
         cmap=AMOUNT,
         vmin=0,
@@ -535,17 +632,26 @@ def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathC
         edgecolors="white",
         linewidths=0.6,
     )
+    against = amount < 0
+    axes.scatter(
+        column[against],
+        row[against],
+        s=-150 * amount[against] / most,
+        facecolors="none",
+        edgecolors=AGAINST,
+        linewidths=1,
+    )
     strongest, side = amount.argmax(), votes.field
     corner = (column[strongest] - side / 2, row[strongest] - side / 2)
     axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linestyle="--"))
     return discs
 
 
-def _table(axes: Axes, values: Tensor, form: str, label: str) -> None:
-    """Numbers in shaded cells."""
+def _table(axes: Axes, values: Tensor, form: str, label: str, most: float) -> None:
+    """Numbers in cells that are shaded from 0 to `most`."""
     cells = _numbers(values)
-    picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto")
-    middle = (cells.min() + cells.max()) / 2
+    picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto", vmin=0, vmax=most)
+    middle = most / 2
     for (row, column), value in np.ndenumerate(cells):
         color = "white" if value > middle else INK
         axes.text(column, row, form.format(value), ha="center", va="center", color=color, size=8)

@@ -1,4 +1,4 @@
-"""The numbers that figures draw of a trained net and images."""
+"""Numbers of a trained net and images, as figures show them."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,10 +18,11 @@ TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper
 
 @dataclass(frozen=True)
 class VoteMap:
-    """How much each position of the capsule maps votes for a class, and where it looks.
+    """How strongly each position of the capsule maps votes for a class.
 
     Attributes:
-        amount: coupling × length of the children, summed over the maps, `[H, W]`.
+        amount: of the children at the position, summed over the maps, `[H, W]`: what `vote_map`
+            or `contribution_map` counts.
         stride: distance of neighbouring positions in the image, in pixels.
         field: height and width of a position's receptive field, in pixels.
     """
@@ -42,13 +43,13 @@ class VoteMap:
 def votes_by_position(
     u: Tensor, c: Tensor, config: CapsNetConfig, a: Tensor | None = None
 ) -> Tensor:
-    """How much each position of the capsule maps votes for each class: `Σ_maps c_ij |u_i|`.
+    """How strongly each position of the capsule maps votes for each class: `Σ_maps c_ij |u_i|`.
 
     Args:
         u: poses of the primary capsules, `[..., I, K]`.
         c: their coupling, `[..., I·J]`, child by child, as a `Trace` has it.
         config: of the net, whose class capsules are completely connected.
-        a: their activations, `[..., I]`, which then count in the place of the lengths |u|.
+        a: their activations, `[..., I]`, used instead of the lengths |u|.
 
     Returns:
         `[..., J, H, W]`.
@@ -84,17 +85,38 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
 
 
+def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
+    """Which positions carry a class: what they add to the length of its sum.
+
+    Args:
+        contributions: of one image at one iteration, `[I·J]`, from `Trace.contributions`.
+        parent: the class, j.
+        config: of the net, whose class capsules are completely connected.
+
+    Returns:
+        The map; its amounts add up to |s_j|, and are negative where votes point the other way.
+
+    >>> config = CapsNetConfig(capsule_maps=2)
+    >>> contribution_map(torch.full((720,), 0.01), 3, config).amount.shape
+    torch.Size([6, 6])
+    """
+    grid = config.grid_size()
+    of_parent = contributions.unflatten(0, (-1, config.classes))[:, parent]
+    amount = of_parent.unflatten(0, (config.capsule_maps, grid, grid)).sum(dim=0)
+    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+
+
 @torch.no_grad()
 def tweak_pose(
     model: CapsNet, poses: Tensor, parent: int, offsets: Sequence[float] = TWEAKS
 ) -> Tensor:
-    """Draw a class capsule again and again, each dimension of its pose moved a little.
+    """Reconstruct an image while each dimension of its pose is varied.
 
     Args:
         model: with a decoder.
         poses: class capsules of one image, `[J, D]`.
-        parent: the class that is drawn.
-        offsets: what is added, T numbers; the paper's if not given.
+        parent: the class to reconstruct.
+        offsets: T numbers to add; by default those of the paper.
 
     Returns:
         A row per dimension and a column per offset, `[D, T, C, H, W]`.
@@ -107,7 +129,9 @@ def tweak_pose(
     torch.Size([16, 11, 1, 28, 28])
     """
     if model.decoder is None:
-        raise ValueError("this model has no decoder to draw with; train one with decoder_hidden")
+        raise ValueError(
+            "expected a model with a decoder; this one was made with decoder_hidden=None"
+        )
     dim, count = poses.shape[1], len(offsets)
     moved = poses.expand(dim, count, -1, -1).clone()
     each = torch.arange(dim)
@@ -119,7 +143,7 @@ def tweak_pose(
 
 
 def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
-    """What a layer computes, by the dense form of its routing in `graphcaps.reference`.
+    """A layer as a function by the dense form of its routing in `graphcaps.reference`.
 
     Args:
         layer: with a routing that has a dense form, on a graph without two edges between the same
@@ -159,7 +183,7 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
 def differences_from_dense(
     layer: CapsuleLayer, u: Tensor, a: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """How far every engine, and the dense form itself, are in float32 from it in float64.
+    """Differences of every engine and the dense form in float32 from the dense form in float64.
 
     Args:
         layer: in float32, as for `dense_form`; not changed.
@@ -212,7 +236,8 @@ def results_and_gradients(
     Args:
         form: `"dense"` or the name of an engine.
         layer: as for `dense_form`.
-        u, a: poses and activations, taken to the layer's dtype.
+        u: poses, converted to the layer's dtype.
+        a: activations, likewise.
     """
     u = u.detach().to(layer.weight).requires_grad_()
     inputs = {"u": u, **dict(layer.named_parameters())}
@@ -227,7 +252,7 @@ def results_and_gradients(
         layer.engine = form
         given = layer(*poses_and_activations)
         found = given if isinstance(given, tuple) else (given,)
-    # not squares: those of normalised poses add up to a constant, whose gradient is rounding
+    # not squares, whose sum is constant for normalised poses, with a gradient of rounding errors
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(x.shape, generator=generator).to(x) for x in found]
     loss = torch.stack([(x * r).sum() for x, r in zip(found, drawn, strict=True)]).sum()

@@ -1,22 +1,18 @@
 """The page of a report: one HTML text with all that it needs, all of a run's words escaped."""
 
-import base64
 import io
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
-from importlib.resources import files
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graphcaps.nets.model import PRIMARY_STRIDE
-from graphcaps.report.records import Example, Records
+from graphcaps.explorer import base64_of, fill, geometry, halves
+from graphcaps.report.records import Example, Records, carries
 from graphcaps.report.sections import Section
 from graphcaps.routing import ROUTINGS, options_of
 
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_SVG = 400_000  # bytes of a figure
-DECIMALS = 4  # of lengths, poses, mean coupling, votes and entropy
+DECIMALS = 4  # of lengths and poses
 
 
 def render(records: Records, sections: Sequence[Section]) -> str:
@@ -37,20 +33,19 @@ def render(records: Records, sections: Sequence[Section]) -> str:
     Returns:
         HTML that loads nothing from anywhere.
     """
-    assets = files("graphcaps.report")
-    data = json.dumps(explorer_data(records), separators=(",", ":"))
-    return Template(assets.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+    return fill(
+        "graphcaps.report",
+        ("report.js",),
+        json.dumps(explorer_data(records), separators=(",", ":")),
+        note=_decoder_note(records),
         name=escape(records.name),
-        style=assets.joinpath("page.css").read_text(encoding="utf-8"),
-        script=assets.joinpath("explorer.js").read_text(encoding="utf-8"),
-        data=data.replace("<", "\\u003c"),  # no name of a class can end the script element
         lead=_lead(records),
         notice=_notice(records),
         figures="".join(_figure(section) for section in sections),
+        shades=_shades(records),
         confusion=_confusion_table(records),
         epochs=_epochs_table(records),
         settings=_settings_tables(records),
-        decoder=_decoder_note(records),
     )
 
 
@@ -61,18 +56,17 @@ def explorer_data(records: Records) -> dict[str, Any]:
         records: what is known of the run.
 
     Returns:
-        Values that JSON has. Coupling and the decoder's weights are float16, images bytes.
+        Values that JSON has. Coupling, amounts and the decoder's weights are float16, images
+        bytes.
     """
     config = records.config
     return {
-        "classes": list(records.classes),
-        "image": {"channels": config.image_channels, "size": config.image_size},
-        "children": {"maps": config.capsule_maps, "grid": config.grid_size()},
-        "field": {"side": config.receptive_field(), "step": PRIMARY_STRIDE},
-        "largestEntropy": math.log(config.classes),
+        **geometry(config, records.classes),
+        "routing": config.routing,
+        "amountIsShare": carries(config),
+        "rounds": len(records.coupling),
         "decoder": [
-            {"rows": len(bias), "weight": _halves(weight), "bias": _halves(bias)}
-            for weight, bias in records.decoder
+            {"weight": halves(weight), "bias": halves(bias)} for weight, bias in records.decoder
         ],
         "examples": [_example(example) for example in records.examples],
     }
@@ -83,28 +77,17 @@ def _example(example: Example) -> dict[str, Any]:
         "number": example.number,
         "label": example.label,
         "predicted": example.predicted,
-        "image": _base64(example.image.numpy().tobytes()),
+        "image": base64_of(example.image.numpy().tobytes()),
         "poses": _rounded(example.poses),
         "lengths": _rounded(example.lengths),
-        "coupling": _halves(example.coupling),
-        "mapCoupling": _rounded(example.map_coupling),
-        "votes": _rounded(example.votes.flatten(2)),
-        "strongest": example.strongest.tolist(),
-        "entropy": _rounded(example.entropy),
+        "coupling": halves(example.coupling),
+        "amounts": halves(example.amounts),
     }
 
 
 def _rounded(numbers: Tensor) -> Any:
     # through float64, whose shortest form has no digits beyond those asked for
     return np.round(numbers.double().numpy(), DECIMALS).tolist()
-
-
-def _halves(numbers: Tensor) -> str:
-    return _base64(numbers.to(torch.float32).numpy().astype("<f2").tobytes())
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
 
 
 def rounding_error(records: Records) -> float:
@@ -183,12 +166,16 @@ def _notice(records: Records) -> str:
 
 
 def _figure(section: Section) -> str:
+    title, caption = escape(section.title), escape(section.caption)
+    if section.figure is None:
+        return f'<div class="plate"><h3>{title}</h3><p>{caption}</p></div>\n'
     kind, image = _picture(section.figure)
     return (
-        f'<figure class="plate"><h3>{escape(section.title)}</h3>'
+        f'<figure class="plate"><h3>{title}</h3>'
+        f'<div class="wide" role="region" aria-label="{title}" tabindex="0">'
         f'<img alt="{escape(section.alt)}" '
-        f'src="data:image/{kind};base64,{_base64(image)}">'
-        f"<figcaption>{escape(section.caption)}</figcaption></figure>\n"
+        f'src="data:image/{kind};base64,{base64_of(image)}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>\n"
     )
 
 
@@ -205,11 +192,11 @@ def _picture(figure: "Figure") -> tuple[str, bytes]:
 
 def _confusion_table(records: Records) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in records.classes)
+    most = _most_mistakes(records)
     rows = []
     for true, counts in enumerate(records.score.confusion().tolist()):
         cells = "".join(
-            _count(number, true == predicted, sum(counts))
-            for predicted, number in enumerate(counts)
+            _count(number, true == predicted, most) for predicted, number in enumerate(counts)
         )
         accuracy = f"{counts[true] / sum(counts):.2%}" if sum(counts) else "no image"
         rows.append(
@@ -222,14 +209,26 @@ def _confusion_table(records: Records) -> str:
     )
 
 
-def _count(number: int, right: bool, images: int) -> str:
+def _count(number: int, right: bool, most: int) -> str:
     if right:
         return f'<td class="right">{number:,}</td>'
     if not number:
         return '<td class="none">0</td>'
-    # single mistakes can be seen, and twenty in a hundred are as dark as it gets
-    shade = 0.12 + 0.5 * min(1.0, 5 * number / images)
-    return f'<td style="background:rgba(213,94,0,{shade:.2f})">{number:,}</td>'
+    return f'<td class="mistakes" style="--share:{number / most:.3f}">{number:,}</td>'
+
+
+def _most_mistakes(records: Records) -> int:
+    """How often the most frequent mistake was made."""
+    counts = records.score.confusion()
+    return int((counts - counts.diag().diag()).max())
+
+
+def _shades(records: Records) -> str:
+    most = _most_mistakes(records)
+    if not most:
+        return "There is no mistake."
+    times = "once" if most == 1 else f"{most:,} times"
+    return f"The more frequent a mistake, the darker its cell; the most frequent was made {times}."
 
 
 def _epochs(records: Records) -> list[dict[str, Any]]:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from graphcaps.data.datasets import Dataset, Split
 from graphcaps.functional import length
 from graphcaps.nets.model import CapsNet, CapsNetConfig
-from graphcaps.pictures.inspection import differences_from_dense, tweak_pose, votes_by_position
+from graphcaps.pictures.inspection import differences_from_dense, tweak_pose
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
 from graphcaps.training.settings import as_json
 
 EXAMPLES = 20
 MISTAKES = 8  # at most so many of the examples are misclassified ones
-STRONGEST = 8  # children that are shown one by one
 LOOKED_AT = 100  # test images whose routing is summed up
 IN_GRAPH = 20  # children of the drawn graph
 COMPARED = 8  # images on which engines are compared with the dense form
@@ -35,11 +34,9 @@ class Example:
         poses: class capsules v, `[R, J, D]`.
         lengths: how sure the net is of each class, |v| or activations, `[R, J]`.
         coupling: c, `[R, I, J]`.
-        map_coupling: the mean of c over the children of each capsule map, `[R, maps, J]`.
-        votes: c times the child's length, summed over the maps at each position of the
-            children's grid, `[R, J, rows, columns]`.
-        strongest: the children with the largest c times length for each class, `[R, J, 8]`.
-        entropy: the mean over the children of the entropy of c, in nats, `[R]`.
+        amounts: what each child gives to each class, `[R, I, J]`: its share of |s_j|, as
+            `Trace.contributions` gives it, where `carries` says so, or else c times the
+            child's activation, or its length |u| where it has none.
     """
 
     number: int
@@ -49,10 +46,7 @@ class Example:
     poses: Tensor
     lengths: Tensor
     coupling: Tensor
-    map_coupling: Tensor
-    votes: Tensor
-    strongest: Tensor
-    entropy: Tensor
+    amounts: Tensor
 
 
 @dataclass(frozen=True)
@@ -202,18 +196,16 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
     Returns:
         An example for each of them.
     """
-    config = model.config
     children = model.primary_capsules(as_input(split.images[chosen], model))
     _, trace = model.capsules(*children, return_trace=True)
-    u, a = children if len(children) == 2 else (children[0], None)
     rounds, samples = trace.c.shape[:2]
-    c = trace.c.view(rounds, samples, -1, config.classes)
-    weighted = c * (length(u) if a is None else a)[None, :, :, None]
-    map_coupling = c.unflatten(2, (config.capsule_maps, -1)).mean(dim=3)
-    votes = votes_by_position(u, trace.c, config, a)
-    strongest = weighted.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)
+    c = trace.c.view(rounds, samples, -1, model.config.classes)
+    if carries(model.config):
+        amounts = trace.contributions().unflatten(2, (-1, trace.v.shape[2]))
+    else:
+        strength = children[1] if len(children) == 2 else length(children[0])
+        amounts = c * strength[:, :, None]
     lengths = model.confidence(trace.v, trace.a)
-    entropy = trace.entropy().mean(dim=-1)
     predicted = lengths[-1].argmax(dim=-1)
     return tuple(
         Example(
@@ -224,13 +216,15 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
             poses=trace.v[:, b].cpu(),
             lengths=lengths[:, b].cpu(),
             coupling=c[:, b].cpu(),
-            map_coupling=map_coupling[:, b].cpu(),
-            votes=votes[:, b].cpu(),
-            strongest=strongest[:, b, :, :STRONGEST].cpu(),
-            entropy=entropy[:, b].cpu(),
+            amounts=amounts[:, b].cpu(),
         )
         for b, number in enumerate(chosen)
     )
+
+
+def carries(config: CapsNetConfig) -> bool:
+    """Whether a class capsule points where the sum of its votes does, as with these routings."""
+    return config.routing in ("dynamic", "uniform")
 
 
 def decoder_layers(model: CapsNet) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -5,20 +5,21 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from graphcaps.nets.model import PRIMARY_STRIDE
 from graphcaps.pictures import figures
-from graphcaps.pictures.inspection import TWEAKS, VoteMap
+from graphcaps.pictures.inspection import TWEAKS
 from graphcaps.report.records import Example, Records
+
+ROUNDING = 1e-6  # by which equal coupling may differ
 
 
 @dataclass(frozen=True)
 class Section:
-    """A figure and the words around it."""
+    """A figure and the words around it, or words in its place."""
 
     title: str
     caption: str  # what is seen, in a sentence or two
     alt: str  # the same for those who do not see it
-    figure: Figure
+    figure: Figure | None
 
 
 def sections(records: Records) -> list[Section]:
@@ -68,6 +69,16 @@ def _of_routing(records: Records) -> list[Section]:
     labels = records.score.labels[: records.entropy.shape[1]]
     means = records.entropy.flatten(1).mean(dim=1)
     strongest, images = float(records.coupling.max()), len(labels)
+    if strongest - float(records.coupling.min()) < ROUNDING:
+        return [
+            Section(
+                "Coupling",
+                f"Every child couples to all {parents} classes alike, by 1/{parents}, in every "
+                "iteration, so that there is nothing to draw.",
+                "",
+                None,
+            )
+        ]
     return [
         Section(
             "Entropy of the coupling",
@@ -90,22 +101,6 @@ def _of_routing(records: Records) -> list[Section]:
             f"A graph of {len(records.graph) - parents} children and {parents} classes for "
             f"{_named(shown, records)}.",
             figures.coupling_graph(records.graph, records.classes),
-        ),
-        Section(
-            "Where votes come from",
-            f"The votes for {records.classes[shown.predicted]} by iteration: coupling × length at "
-            "the centres of the receptive fields. The frame is what the strongest position sees.",
-            f"Maps of votes over {_named(shown, records)}.",
-            figures.vote_maps(
-                shown.image / 255,
-                [
-                    VoteMap(
-                        votes[shown.predicted], PRIMARY_STRIDE, records.config.receptive_field()
-                    )
-                    for votes in shown.votes
-                ],
-                [f"iteration {number + 1}" for number in range(len(shown.votes))],
-            ),
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Routing algorithms, each written once over the pass, for every graph and engine."""
+"""Routing algorithms, each written once for every graph and engine."""
 
 from graphcaps.routing.attention import InvertedAttention
 from graphcaps.routing.base import Iteration, Routing, Sizes

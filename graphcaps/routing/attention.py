@@ -12,7 +12,7 @@ from graphcaps.routing.edges import Edges
 
 
 class InvertedAttention(Routing):
-    """Parents attend to the votes, and compete for each child.
+    """Inverted attention: parents attend to the votes and compete for each child.
 
     Procedure 1 of Tsai et al. 2020, *Capsules with Inverted Dot-Product Attention Routing*
     (arXiv:2002.04764), for one layer by itself, which its authors call sequential routing:
@@ -24,8 +24,8 @@ class InvertedAttention(Routing):
     The logits are replaced at each iteration, not added up. R counts the first iteration, as
     `--num_routing` in the authors' code; the division by √D is in the code, not in the paper.
     Learns the scale and shift of LayerNorm, `[D]` each, which all parents share. All parents have
-    nearly one length: for a class layer, its authors read the classes from the poses by one linear
-    function, and so does `CapsNet`.
+    nearly the same length, so the authors classify by a linear function of the poses, and so does
+    `CapsNet`.
 
     Args:
         iterations: R.

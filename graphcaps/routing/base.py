@@ -1,4 +1,4 @@
-"""What a routing is: an algorithm over the edges of a batch, and what it learns."""
+"""The base class of routings: an algorithm over the edges of a batch, with parameters."""
 
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal, NamedTuple
@@ -10,12 +10,18 @@ from graphcaps.routing.edges import Edges, EdgesWithoutVotes, Sums
 
 
 class Iteration(NamedTuple):
-    """What one iteration of a routing gives.
+    """The result of one iteration of a routing.
 
     Attributes:
         sums: of the pass over the edges, with its logits and coupling where votes are stored.
         v: poses of the parents, `[B·J, D]`.
         a: their activations, `[B·J, 1]`; None for a routing without activations.
+
+    >>> import torch, graphcaps as gc
+    >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
+    >>> first, *_ = gc.dynamic_routing(passing, torch.randn(18, 4))
+    >>> first.c.shape, first.v.shape
+    (torch.Size([18, 1]), torch.Size([3, 4]))
     """
 
     sums: Sums
@@ -57,9 +63,9 @@ class Sizes(NamedTuple):
 class Routing(nn.Module):
     """An algorithm that computes parents from votes.
 
-    A routing of one's own implements `steps`, over `Edges.couple`; then it runs on every graph and
-    every engine, and no engine need be told of it. What it learns beside the matrices it makes in
-    `build`. Nothing of one call is kept for the next.
+    A custom routing implements `steps` with `Edges.couple`, and then runs on every graph and every
+    engine without further code. Parameters of its own are made in `build`. Nothing is kept from one
+    call to the next.
 
     >>> import torch, graphcaps as gc
     >>> class Mean(gc.Routing):
@@ -72,26 +78,26 @@ class Routing(nn.Module):
     """
 
     name: ClassVar[str]
-    """What `CapsuleLayer` and the program call it, if it is in `ROUTINGS`."""
+    """Its name in `ROUTINGS`, for `CapsuleLayer` and the program."""
 
     activations: ClassVar[bool] = False
     """Whether it takes activations of the children and gives activations of the parents."""
 
     length_is_activation: ClassVar[bool] = True
-    """Whether, without activations, the length of a parent says how sure it is, from 0 to 1."""
+    """Without activations: whether the length of a parent is its confidence, from 0 to 1."""
 
-    loss: ClassVar[Literal["margin", "spread"]] = "margin"
+    loss: ClassVar[Literal["margin", "spread", "nll"]] = "margin"
     """The loss of classes that its parents are trained with, see `capsnet_loss`: spread where its
-    activations tell classes apart by little, whatever their values."""
+    activations tell classes apart by little, whatever their values; nll where they sum to one."""
 
     matrix_poses: ClassVar[bool] = False
-    """Whether its paper's poses are 4×4 matrices, which nets then have unless said otherwise."""
+    """Whether poses in its paper are 4×4 matrices, which is then the default of nets."""
 
     needs_votes: bool = False
-    """Whether `steps` looks at `edges.u_hat` or `edges.passing`, which engine `"fused"` has not."""
+    """Whether `steps` uses `edges.u_hat` or `edges.passing`, which engine `"fused"` lacks."""
 
     vote_columns: ClassVar[int] = 0
-    """Columns that its matrices have more than a parent's pose has numbers in a row."""
+    """Columns of its matrices beyond the numbers in a row of a parent's pose."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -106,7 +112,8 @@ class Routing(nn.Module):
         """
         if next(self.parameters(), None) is not None:
             raise ValueError(
-                f"this {self.name} routing learns for another layer already; make one for each"
+                f"this {self.name} routing has the parameters of another layer already; "
+                "make one for each layer"
             )
         self.build(sizes)
         self.to(device, dtype)
@@ -138,7 +145,7 @@ class Routing(nn.Module):
         Yields:
             Every iteration; the poses (and activations) of the last are the result.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to say how it routes, in steps")
+        raise NotImplementedError(f"{type(self).__name__} must implement steps")
 
     def dense(
         self, u_hat: Tensor, a: Tensor | None, mask: Tensor, by_edge: Callable[[Tensor], Tensor]

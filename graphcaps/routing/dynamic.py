@@ -13,7 +13,7 @@ from graphcaps.routing.edges import Edges, EdgesWithoutVotes
 
 
 class DynamicRouting(Routing):
-    """A child couples more to the parents that its votes agree with.
+    """Dynamic routing: children couple more to the parents that their votes agree with.
 
     Procedure 1 of Sabour et al. 2017 (arXiv:1710.09829), from `b = 0`, R times:
 

@@ -80,22 +80,26 @@ class Edges(ABC):
         With `y_e = û_e − r_j`, the vote about the reference point of its parent:
 
             b_e = prior_m + k_j + p_j·y_e + q_j·y_e²     (y² elementwise)
-            c_e = softmax of b over the edges of the same child
+            c_e = softmax of b over the edges that compete, those of the same child
             w_e = a_i (c_e + beta_m)
             N_j = Σ w_e,   S_j = Σ w_e y_e,   Q_j = Σ w_e y_e²
 
         Whatever is absent counts as 0, a as 1. Without prior, k, p and q the logits are equal
         and each child couples equally to all its parents. A parent without children gets zeros.
+        A graph may say that other edges compete, see `routing_graph`.
 
         Args:
             k: `[B·J, 1]`.
-            p, q, r: `[B·J, D]`. Sums about an r near their mean lose no digits to cancellation,
-                as the variance `Q/N − (S/N)²` would in float32.
+            p: `[B·J, D]`.
+            q: `[B·J, D]`.
+            r: `[B·J, D]`. With r near the mean of the votes, the variance `Q/N − (S/N)²` loses no
+                digits to cancellation.
             a: weights of the children, `[B·I, 1]`, often `edges.a`.
-            prior, beta: one number for each matrix, `[M]`.
-            leak: let each child couple to a parent more, of logit 0, that receives nothing.
-            squares: give Q, too.
-            detach_coupling: let no gradient flow through c.
+            prior: one number for each matrix, `[M]`.
+            beta: one number for each matrix, `[M]`.
+            leak: let one more edge compete with those of each child, of logit 0, to no parent.
+            squares: also compute Q.
+            detach_coupling: stop gradients at c.
 
         Returns:
             The sums; gradients flow to the votes and to all arguments.
@@ -141,7 +145,13 @@ class Edges(ABC):
         return total.index_add(1, graph, by_sample).index_select(1, graph).flatten(0, 1)
 
     def degree(self) -> Tensor:
-        """Number of parents of each child, `[B·I, 1]`."""
+        """Number of edges that compete with each edge of a child, itself included, `[B·I, 1]`.
+
+        It is the number of the child's parents, unless the graph says that other edges compete.
+
+        Raises:
+            ValueError: a graph in which it is not the same for all edges of a child.
+        """
         degree = self._structure.degree(self.device).to(self.dtype)
         return degree.unsqueeze(-1).repeat(self.samples, 1)
 
@@ -165,7 +175,7 @@ class EdgesWithVotes(Edges):
 
     def __init__(self, passing: MessagePassing, u_hat: Tensor, a: Tensor | None = None) -> None:
         edges = passing.samples * passing.structure.edges
-        if u_hat.dim() != 2 or len(u_hat) != edges:
+        if u_hat.dim() != 2 or u_hat.shape[0] != edges:
             raise ValueError(
                 f"expected one vote for each of the {edges} edges, [{edges}, D]; "
                 f"got {list(u_hat.shape)}"
@@ -204,8 +214,9 @@ class EdgesWithVotes(Edges):
             b = sum(terms[1:], terms[0])
             c = passing.softmax_over_parents(b, leak)
         else:
-            b = y.new_zeros(len(y), 1)
-            c = passing.expand_from_children(1 / (self.degree() + int(leak)))
+            b = y.new_zeros(y.shape[0], 1)
+            rivals = self._structure.rivals(y.device).to(self.dtype)
+            c = (1 / (rivals + int(leak))).unsqueeze(-1).repeat(self.samples, 1)
         w = c = c.detach() if detach_coupling else c
         if beta is not None:
             w = w + self._of_kind(beta)
@@ -250,12 +261,18 @@ class EdgesWithoutVotes(Edges):
     def __init__(
         self, structure: Structure, u: Tensor, weight: Tensor, rows: int, a: Tensor | None = None
     ) -> None:
-        super().__init__(structure, len(u), rows * weight.shape[2], u, a)
+        super().__init__(structure, u.shape[0], rows * weight.shape[2], u, a)
         self.u, self.weight, self.rows = u, weight, rows
-        self.sorted = structure.keep(
-            ("sorted", u.device),
-            lambda: kernels.prepare(structure.graph, structure.kinds, u.device),
-        )
+        self.sorted = self.prepare(structure, u.device)
+
+    @staticmethod
+    def prepare(structure: Structure, device: torch.device) -> kernels.Edges | kernels.TritonEdges:
+        """What the kernel for a device needs of a graph, kept by its structure."""
+
+        def sort() -> kernels.Edges | kernels.TritonEdges:
+            return kernels.prepare(structure.graph, structure.kinds, device)
+
+        return structure.keep(("sorted", device), sort)
 
     def couple(
         self,
@@ -291,7 +308,7 @@ class EdgesWithoutVotes(Edges):
         return Sums(
             N=N.reshape(-1, 1),
             S=S.flatten(0, 1),
-            Q=S.new_zeros(len(N) * self.parents, 0) if Q is None else Q.flatten(0, 1),
+            Q=S.new_zeros(self.samples * self.parents, 0) if Q is None else Q.flatten(0, 1),
             r=r,
             b=None,
             c=None,

@@ -15,7 +15,7 @@ from graphcaps.routing.gaussians import SMALLEST_MASS, mean_of_equal_coupling, s
 
 
 class EMRouting(Routing):
-    """Each parent is a Gaussian, fitted to the votes that the parents' competition leaves it.
+    """EM routing: each parent is a Gaussian that is fitted to its share of the votes.
 
     Procedure 1 of Hinton, Sabour & Frosst 2018, *Matrix capsules with EM routing*. With equal
     coupling at first, for t = 0 … R − 1:

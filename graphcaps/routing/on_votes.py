@@ -18,7 +18,7 @@ def dynamic_routing(
     iterations: int = 3,
     gradients: Literal["all", "last"] = "all",
 ) -> Iterator[Iteration]:
-    """Route by agreement, see `DynamicRouting`.
+    """Route votes by agreement, iteration by iteration; see `DynamicRouting`.
 
     Args:
         passing: the batched graph, from `bind`.
@@ -43,7 +43,7 @@ def dynamic_routing(
 
 
 def uniform_routing(passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteration]:
-    """Couple each child equally to all its parents, see `UniformRouting`.
+    """Route votes with equal coupling; see `UniformRouting`.
 
     Args:
         passing: the batched graph, from `bind`.

@@ -13,7 +13,7 @@ from graphcaps.routing.edges import Edges
 
 
 class SelfAttention(Routing):
-    """The votes for a parent attend to each other, once: no iterations.
+    """Self-attention routing: the votes for a parent attend to each other, without iterations.
 
     Equations 5 to 8 of Mazzia et al. 2021, *Efficient-CapsNet* (arXiv:2101.12491):
 

@@ -12,7 +12,7 @@ from graphcaps.routing.gaussians import SMALLEST_MASS
 
 
 class SelfRouting(Routing):
-    """Each child says by its own pose which parents it couples to: no agreement, no iterations.
+    """Self-routing: the pose of a child decides which parents it couples to, without iterations.
 
     Equations 3 to 5 of Hahn et al. 2019, *Self-Routing Capsule Networks*:
 
@@ -24,7 +24,7 @@ class SelfRouting(Routing):
     In the authors' convolutions each window of a child competes by itself; here all its parents
     do.
 
-    Learns, besides, the prior of each matrix. Both start at 0, and coupling equal.
+    Also learns the prior of each matrix. W2 and prior start at 0, so coupling starts equal.
 
     >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="self_routing")
@@ -35,6 +35,7 @@ class SelfRouting(Routing):
 
     name = "self_routing"
     activations = True
+    loss = "nll"
     vote_columns = 1
 
     def build(self, sizes: Sizes) -> None:

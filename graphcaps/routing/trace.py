@@ -96,6 +96,21 @@ class Trace:
         """How well each vote agrees with its parent's output, `û_ij · v_j`, `[R, B, E]`."""
         return (self.u_hat * self.v[:, :, self._parent]).sum(dim=-1)
 
+    def contributions(self) -> Tensor:
+        """How much each child adds to the length of a parent's sum, and who votes against it.
+
+        With `t_j = Σ_i c_ij û_ij`, which is s_j of dynamic and uniform routing, the contribution
+        of an edge is `c_ij û_ij · t_j / |t_j|`. A parent's contributions add up to |t_j|; those of
+        children whose votes point away from the sum are negative.
+
+        Returns:
+            `[R, B, E]`.
+        """
+        votes = self.c.unsqueeze(-1) * self.u_hat
+        total = torch.zeros_like(self.v).index_add(2, self._parent, votes)
+        along = torch.nn.functional.normalize(total, dim=-1, eps=torch.finfo(total.dtype).tiny)
+        return (votes * along[:, :, self._parent]).sum(dim=-1)
+
     def strongest_parent(self) -> Tensor:
         """The parent that each child couples to most: the parse tree.
 
@@ -123,6 +138,25 @@ class Trace:
         c = self.c[iteration, sample]
         most = c.new_zeros(children).scatter_reduce(0, self._child, c, "amax")
         return sorted(most.topk(min(count, children)).indices.tolist())
+
+    def children_by_parent(
+        self, sample: int, iteration: int, children: Sequence[int] | None = None
+    ) -> list[int]:
+        """Children in the order of the parents that they couple to: drawn so, few edges cross.
+
+        They are sorted by the mean number of their parents, each weighted by the coupling.
+
+        Args:
+            sample: from 0 to B − 1.
+            iteration: from 0 to R − 1.
+            children: these alone, such as the `strongest_children`; all, if not given.
+        """
+        c = self.c[iteration, sample]
+        place = c.new_zeros(self.structure.num_nodes("child"))
+        total = place.index_add(0, self._child, c).clamp_min(torch.finfo(c.dtype).tiny)
+        place = place.index_add(0, self._child, c * self._parent) / total
+        shown = range(len(place)) if children is None else children
+        return sorted(shown, key=place.tolist().__getitem__)
 
     def graph(self, sample: int, iteration: int) -> dgl.DGLGraph:
         """One sample at one iteration as a DGL graph, for whatever DGL can do with it.
@@ -160,7 +194,8 @@ class Trace:
             groups: which group each child belongs to, `[I]`, numbers from 0: a group is then one
                 node, as the 1152 children of the paper are too many to draw. Its edges carry the
                 mean coupling of its children.
-            children: draw these alone, such as the `strongest_children`.
+            children: these alone, from left to right in this order, such as the
+                `strongest_children` or the `children_by_parent`.
 
         Returns:
             Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a

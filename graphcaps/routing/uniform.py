@@ -11,7 +11,7 @@ from graphcaps.routing.edges import Edges, EdgesWithoutVotes
 
 
 class UniformRouting(Routing):
-    """Each child couples equally to all its parents, `c = 1/out-degree`.
+    """Uniform routing: each child couples equally to all its parents, `c = 1/out-degree`.
 
     `v_j = squash(Σ_i c_ij û_ij)`: the first iteration of dynamic routing, the softmax of equal
     logits. Whatever routing is worth shows beside it.

@@ -13,7 +13,7 @@ from graphcaps.routing.gaussians import mean_of_equal_coupling, squares_about
 
 
 class VariationalBayes(Routing):
-    """Each parent is a Gaussian of unknown mean and precision, with priors on both.
+    """Variational Bayes: each parent is a Gaussian of unknown mean and precision, with priors.
 
     Ribeiro et al. 2020, *Capsule Routing via Variational Bayes*: the mixture of Gaussians of
     Bishop 2006, section 10.2, with priors Dirichlet(α0), N(0, 1/κ0) and Wishart(Ψ0, ν0), diagonal.

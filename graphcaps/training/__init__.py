@@ -1,4 +1,4 @@
-"""Training that survives a kill, and the errors of a trained net."""
+"""Training with checkpoints that survive a kill, and evaluation on labelled images."""
 
 from graphcaps.training.evaluation import Score, as_input, evaluate
 from graphcaps.training.loop import TrainingDivergedError, TrainingInterrupt, train

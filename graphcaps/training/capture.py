@@ -1,7 +1,7 @@
-"""Functions of tensors on a GPU, recorded as a CUDA graph and replayed at each call.
+"""Functions of tensors on a GPU, captured as a CUDA graph and replayed at each call.
 
-A training step launches many kernels, and a small one may be done sooner than the next is launched.
-Recorded once, they are launched as one.
+A training step launches many kernels, and small ones may finish sooner than the next is launched.
+Captured once, they are launched together.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,24 +9,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-WARM_UPS = 3  # libraries choose their algorithms, kernels are compiled, nothing of it recorded
+WARM_UPS = 3  # warm-up: libraries choose algorithms and kernels are compiled before capture
 
 
 class Captured:
-    """A function whose work on the GPU is recorded at once and replayed at every call.
+    """A function whose work on the GPU is captured when this is made and replayed at every call.
 
-    Only that work is repeated, none of the function's Python; it is on the inputs' present values,
-    and writes where it wrote when it was recorded: into the same outputs, and into the same
-    gradients, if the function leaves any.
+    Only the kernels run again, not the function's Python code. They read the present values of the
+    inputs and write to the same memory as during capture: the same outputs, and the same gradients
+    if the function computes any.
 
     Args:
-        function: takes and returns tensors. Whatever it computes must be right however often it is
-            called, and read no number back from the GPU. Other tensors that it reads must live,
-            where they are, as long as this.
-        inputs: tensors on one GPU; their values are of no matter.
+        function: takes and returns tensors. It must give right results however often it is called,
+            and must not copy values to the CPU. Other tensors that it reads must stay alive, at
+            the same address, as long as this object.
+        inputs: tensors on one GPU; their values do not matter.
 
     Raises:
-        RuntimeError: work that cannot be recorded.
+        RuntimeError: the work cannot be captured.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:

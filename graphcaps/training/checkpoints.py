@@ -1,17 +1,17 @@
-"""The folder of a training run: settings, metrics, checkpoints to go on from, the result.
+"""The folder of a training run: settings, metrics, checkpoints and the result.
 
 A run's folder holds
 
     settings.json                   what the run was started with
     metrics.jsonl                   one JSON object a line, as training goes
-    checkpoints/step-00000550/      model.safetensors, model.json, training.pt: to go on from;
-                                    SHA256SUMS: their checksums. The last two checkpoints are kept
+    checkpoints/step-00000550/      model.safetensors, model.json, training.pt, and SHA256SUMS with
+                                    their checksums; the last two checkpoints are kept
     best/                           model.safetensors, model.json of the best epoch so far
-    result.json                     the one evaluation on the test set, when the run is finished
+    result.json                     the evaluation on the test set, once the run is finished
     .lock                           while a process trains in the folder
 
-Every file and folder is written under another name, flushed to the disk and then renamed: under
-its own name it is whole or not there.
+Every file and folder is written under a temporary name, flushed to disk and then renamed, so that
+under its own name it is either complete or absent.
 """
 
 import errno
@@ -53,7 +53,7 @@ from graphcaps.training.settings import RunSettings, as_json, check_started
 logger = logging.getLogger(__name__)
 
 TRAINING, CHECKSUMS = "training.pt", "SHA256SUMS"
-KEPT = 2  # checkpoints: should the last be damaged, training goes on from the one before
+KEPT = 2  # checkpoints: if the last is damaged, training resumes from the one before
 TRIES = 100  # to take a lock that others remove
 LONGEST_LINE = 10_000  # bytes of a line of metrics.jsonl, which has some 200
 _LONGEST_NAME = f"checkpoints/.step-00000000{UNFINISHED}/.{WEIGHTS}.4194304{UNFINISHED}"
@@ -64,7 +64,7 @@ _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSU
 @record
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """A line of metrics.jsonl: how one step went."""
+    """A line of metrics.jsonl: the result of one step."""
 
     kind: Literal["step"] = "step"
     step: int  # from 1
@@ -78,7 +78,7 @@ class StepMetrics:
 @record
 @dataclass(frozen=True, kw_only=True)
 class EpochMetrics:
-    """A line of metrics.jsonl: how an epoch went, and the hold-out after it."""
+    """A line of metrics.jsonl: the result of an epoch, on the training and validation sets."""
 
     kind: Literal["epoch"] = "epoch"
     step: int
@@ -93,7 +93,7 @@ class EpochMetrics:
 @record
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to, the content of its result.json."""
+    """The result of a finished run, the content of its result.json."""
 
     dataset: str
     preset: str
@@ -108,7 +108,7 @@ class Result:
     run: str
 
 
-# Any, since a type checker takes a union of types for no type
+# Any, because type checkers do not accept a union as a type
 METRICS: Any = Annotated[StepMetrics | EpochMetrics, Field(discriminator="kind")]
 
 
@@ -129,7 +129,7 @@ class RunFolder:
         self._lock = path / ".lock"
 
     def create(self, started: RunSettings) -> None:
-        """Note what the run is started with, in its locked folder.
+        """Write settings.json into the locked folder.
 
         Raises:
             FileExistsError: there is something already.
@@ -139,24 +139,24 @@ class RunFolder:
         write_whole(self._settings, json_bytes(as_json(started)))
 
     def check_free(self) -> None:
-        """See whether a run can start in the folder.
+        """Check that a run can start in the folder.
 
-        An empty one is free, and one where a start was killed before there was a run.
+        It can if the folder is empty, or if an earlier start was killed before it wrote settings.
 
         Raises:
             FileExistsError: there is something already.
-            OSError: the folder cannot be looked at.
+            OSError: the folder cannot be read.
         """
         if self._settings.exists():
             raise FileExistsError(
-                f"{self.path} exists already; add --resume to go on with that run, "
+                f"{self.path} exists already; add --resume to continue that run, "
                 "or choose another folder with --run-dir"
             )
         if self.path.exists() and not (
             self.path.is_dir() and all(self._is_left_over(path) for path in self.path.iterdir())
         ):
             raise FileExistsError(
-                f"{self.path} exists already and is no run; choose another folder with --run-dir"
+                f"{self.path} exists already and is not a run; choose another folder with --run-dir"
             )
 
     def _is_left_over(self, path: Path) -> bool:
@@ -164,13 +164,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder, which is made if it is not there.
+        """Lock the folder, creating it if needed, so that no other process trains in it.
 
-        At the end the lock is removed, and what was made for it if nothing else came there.
+        On exit the lock is removed, and the folder too if it was created here and is empty.
 
         Raises:
             RuntimeError: another process trains in it.
-            OSError: the folder cannot be made or written, or files in it would have too long names.
+            OSError: the folder cannot be created or written, or its path is too long.
         """
         with named_in_errors(self.path):
             made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -192,20 +192,22 @@ class RunFolder:
     def _take_lock(self) -> BinaryIO:
         for _ in range(TRIES):
             with named_in_errors(self._lock):
-                file = self._lock.open("ab")  # NFS and CIFS lock no file that is open to be read
+                file = self._lock.open(
+                    "ab"
+                )  # NFS and CIFS cannot lock a file that is open for reading
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(file.fileno()), self._lock.stat()):
                     return file
             except FileNotFoundError:
-                pass  # the process that had it was just about to remove it
+                pass  # the process that held it was about to remove it
             except (BlockingIOError, PermissionError):
                 file.close()
                 break
             except OSError as error:
                 if error.errno in _NO_LOCKS:
                     logger.warning(
-                        "%s cannot be locked (%s): see to it that no other process trains in it",
+                        "%s cannot be locked (%s): make sure that no other process trains in it",
                         self.path,
                         error.strerror,
                     )
@@ -242,12 +244,12 @@ class RunFolder:
         return next(iter(self.checkpoints()), None)
 
     def save_checkpoint(self, step: int, model: CapsNet, training: dict[str, Any]) -> Path:
-        """Write a checkpoint, then remove all before it but one.
+        """Write a checkpoint, then remove older ones except the last.
 
         Args:
-            step: how many steps were taken.
+            step: number of steps taken.
             model: its weights are saved.
-            training: what else it takes to go on: plain values, tensors, lists and dicts.
+            training: the rest of the state: plain values, tensors, lists and dicts.
 
         Returns:
             The checkpoint's folder.
@@ -273,13 +275,13 @@ class RunFolder:
         return final
 
     def _keep_last(self, step: int) -> None:
-        """Of the checkpoints up to a step, remove all but the last two."""
+        """Remove all checkpoints up to a step except the last two."""
         before = [checkpoint for checkpoint in self.checkpoints() if _step(checkpoint) <= step]
         for checkpoint in before[KEPT:]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def load_checkpoint(self, checkpoint: Path, model: CapsNet) -> dict[str, Any]:
-        """Put a checkpoint's weights into `model`; returns its `training`.
+        """Load a checkpoint's weights into `model` and return its `training`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -291,7 +293,7 @@ class RunFolder:
         try:
             with open_regular(checkpoint / TRAINING) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # what torch raises for damaged bytes is anything
+        except Exception as error:  # torch may raise any exception for damaged bytes
             raise ValueError(
                 f"{checkpoint / TRAINING} is missing, truncated or not a checkpoint; "
                 f"the weights beside it can still be evaluated: {error}"
@@ -305,7 +307,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, up to one that a kill or a power cut damaged."""
+        """The lines of metrics.jsonl, up to the first that a kill or power cut damaged."""
         return [asdict(metrics) for _, metrics in self._lines_of_metrics()]
 
     def _lines_of_metrics(self) -> Iterator[tuple[bytes, StepMetrics | EpochMetrics]]:
@@ -318,22 +320,22 @@ class RunFolder:
                 try:
                     yield line, parse_record(line, METRICS, where)
                 except ValueError as error:
-                    logger.warning("%s; this line and those after it are left out", error)
+                    logger.warning("%s; this line and those after it are ignored", error)
                     return
 
     def forget_after(self, step: int) -> None:
-        """Remove what a resumed run will write again, and what a kill left unfinished."""
+        """Remove what a resumed run will write again, and unfinished files."""
         for left in sorted(self.path.rglob(f".*{UNFINISHED}"), reverse=True):
             _remove(left)
         for checkpoint in self.checkpoints():
-            if _step(checkpoint) > step:  # it is damaged: the run goes on from one before it
+            if _step(checkpoint) > step:  # damaged: the run resumes from an earlier one
                 _remove(checkpoint)
         self._keep_last(step)
         kept = [line for line, metrics in self._lines_of_metrics() if metrics.step <= step]
         write_whole(self._metrics, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 
     def finish(self, result: Result) -> None:
-        """Write result.json, which says that the run is finished."""
+        """Write result.json, which marks the run as finished."""
         write_whole(self._result, json_bytes(asdict(result)))
 
     def result(self) -> dict[str, Any] | None:
@@ -346,12 +348,12 @@ class RunFolder:
 
 
 def check_alike(found: Any, expected: Any, name: str) -> None:
-    """See whether what was read has the form of what would be written.
+    """Check that a value that was read has the form of one that would be written.
 
     Args:
         found: what was read; a dict may have more keys than `expected`.
         expected: a plain value, a tensor, or lists and dicts of these.
-        name: how to call it in the message.
+        name: its name in messages.
 
     Raises:
         ValueError: another type, another shape, another length, a missing key.
@@ -394,7 +396,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether training made this: a folder, not a link to one, of such a name and content."""
+    """Whether this is a checkpoint: a folder, not a link, with the right name and files."""
     return (
         re.fullmatch("step-[0-9]{8,18}", path.name) is not None
         and path.name == _name(_step(path))
@@ -405,13 +407,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _make_way(path: Path) -> None:
-    """Remove a checkpoint that is to be replaced, move aside what anybody else put there."""
+    """Remove a checkpoint that will be replaced; move anything else aside."""
     if _is_checkpoint(path):
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         aside = path.with_name(f"{path.name}-{time.time_ns()}")
         path.rename(aside)
-        logger.warning("%s is no checkpoint: moved to %s", path, aside)
+        logger.warning("%s is not a checkpoint: moved to %s", path, aside)
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ from graphcaps.nets.model import CapsNet
 
 @dataclass(frozen=True)
 class Score:
-    """How a model does on a set of images."""
+    """The results of a model on a set of images."""
 
     lengths: Tensor  # of all class capsules, [N, J], on the CPU
     labels: Tensor  # [N], on the CPU
@@ -21,35 +21,35 @@ class Score:
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return len(self.labels)
 
     @property
     def errors(self) -> int:
-        """How many have a longest capsule that is not the right one."""
+        """Number of images whose longest capsule is not that of the true class."""
         return int((self.lengths.argmax(dim=1) != self.labels).sum())
 
     def confusion(self) -> Tensor:
-        """How many images of each true class (row) are read as each class (column), `[J, J]`."""
+        """Number of images of each true class (row) predicted as each class (column), `[J, J]`."""
         counts = torch.zeros(self.lengths.shape[1], self.lengths.shape[1], dtype=torch.int64)
         read = self.lengths.argmax(dim=1)
         return counts.index_put((self.labels, read), torch.tensor(1), accumulate=True)
 
     @property
     def accuracy(self) -> float:
-        """The share of images whose longest capsule is the right one, 0 to 1."""
+        """The fraction of images whose longest capsule is that of the true class."""
         return 1 - self.errors / self.images
 
 
 def as_input(images: Tensor, model: CapsNet) -> Tensor:
-    """Pixels as the model takes them.
+    """Scale pixels to 0 to 1, in the dtype and on the device of a model.
 
     Args:
         images: uint8 `[B, C, H, W]`, on any device.
-        model: its weights tell device and dtype.
+        model: has the dtype and device.
 
     Returns:
-        The same from 0 to 1, where the model is.
+        A tensor of the same shape.
     """
     weight = model.capsules.weight
     return images.to(weight.device).to(weight.dtype) / 255
@@ -57,12 +57,12 @@ def as_input(images: Tensor, model: CapsNet) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
-    """Classify every image by its longest capsule, and draw that capsule for the loss.
+    """Classify every image by its longest capsule; the loss includes its reconstruction.
 
     Args:
-        model: evaluated in evaluation mode, left in the mode it was in.
+        model: evaluated in evaluation mode; its mode is restored.
         split: the images and their labels.
-        batch_size: how many at a time.
+        batch_size: images at a time.
 
     Returns:
         The score over all of them.
@@ -91,28 +91,28 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
 
 
 def check_fits(model: CapsNet, data: Dataset) -> None:
-    """See whether a model can be evaluated on a data set.
+    """Check that a model can be evaluated on a data set.
 
     Raises:
-        ValueError: the test images are of another size, or of classes that the model lacks.
+        ValueError: the test images have another size, or more classes than the model.
     """
     config = model.config
     here = [config.image_channels, config.image_size, config.image_size]
     there = list(data.test.images.shape[1:])
     if here != there:
         raise ValueError(
-            f"the net takes images of shape {here}, {data.name} has images of shape {there}: "
+            f"the net expects images of shape {here}, but those of {data.name} have {there}: "
             "name the data set it was trained on with --dataset"
         )
     if len(data.classes) > config.classes:
         raise ValueError(
-            f"the net tells {config.classes} classes and {data.name} has {len(data.classes)}: "
+            f"the net has {config.classes} classes, but {data.name} has {len(data.classes)}: "
             "name the data set it was trained on with --dataset"
         )
 
 
 def check_lengths(lengths: Tensor) -> None:
-    """Raise NonFinitePosesError where a class capsule has no length that could be compared.
+    """Raise NonFinitePosesError if the length of a class capsule is not finite.
 
     Args:
         lengths: of all class capsules of some images, `[N, J]`.
@@ -121,5 +121,5 @@ def check_lengths(lengths: Tensor) -> None:
     if bad:
         raise NonFinitePosesError(
             f"the lengths of the class capsules are not finite for {bad} of {len(lengths)} images; "
-            "the weights are of no use: take other ones, or train with a lower learning rate"
+            "the weights cannot be used: take others, or train with a lower learning rate"
         )

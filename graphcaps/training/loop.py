@@ -1,4 +1,4 @@
-"""The training loop, from settings to a tested net in the folder of a run."""
+"""The training loop: from settings to a tested net in a run folder."""
 
 import math
 import platform
@@ -58,7 +58,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class TrainingInterrupt(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP came; the run in the folder `run` can go on from `checkpoint`."""
+    """A signal ended training; the run in the folder `run` can resume from `checkpoint`."""
 
     def __init__(self, checkpoint: Path | None, run: Path) -> None:
         saved = "nothing is saved yet" if checkpoint is None else f"saved as {checkpoint}"
@@ -67,23 +67,26 @@ class TrainingInterrupt(KeyboardInterrupt):
 
 
 def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict[str, Any]:
-    """Train, select the best epoch on the hold-out, test once.
+    """Train a net and evaluate its best epoch once on the test set.
 
-    On the main thread, SIGINT, SIGTERM and SIGHUP end it after the step that is being taken; those
-    that are ignored remain so.
+    The best epoch is the one with the highest accuracy on the validation set. On the main
+    thread, SIGINT, SIGTERM and SIGHUP end training after the current step, unless the process
+    ignores them.
 
     Args:
-        settings: what is asked for. Under torchrun every process calls this with the same.
-        given: to resume a run, the fields of `settings` that count; those that differ from their
-            default, if None.
+        settings: what to train. Under torchrun every process passes the same.
+        given: when resuming, the fields of `settings` that were set explicitly; by default those
+            that differ from their default.
 
     Returns:
-        What result.json holds: test accuracy and errors, the best epoch, seconds, the folder.
+        The content of result.json: test accuracy and errors, best epoch, seconds, folder.
 
     Raises:
-        ValueError, OSError, RuntimeError: settings that cannot be met, with what to do.
-        TrainingDivergedError: a loss that is not finite; the last checkpoint is good.
-        TrainingInterrupt: a signal came; everything is saved.
+        ValueError: settings that are out of range or do not fit the data.
+        OSError: the folder cannot be written, or data cannot be fetched.
+        RuntimeError: a device or an engine that is not available.
+        TrainingDivergedError: the loss is not finite; the last checkpoint is good.
+        TrainingInterrupt: a signal ended training; everything is saved.
     """
     if settings.resume:
         return _resume(settings, given)
@@ -103,7 +106,7 @@ def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict
 
 def _resume(asked: TrainSettings, given: Collection[str] | None) -> dict[str, Any]:
     if asked.run_dir is None:
-        raise ValueError("--resume needs to know which run: add --run-dir FOLDER")
+        raise ValueError("--resume needs the folder of the run: add --run-dir FOLDER")
     run = RunFolder(asked.run_dir)
     started = run.settings()
     settings = resume_settings(asked, started, given)
@@ -124,13 +127,13 @@ class Trainer:
 
     Args:
         settings: what was asked for.
-        recipe: what that comes to.
-        data: the images; training ones are kept on the device.
+        recipe: the numbers that follow from it.
+        data: the images; the training images are kept on the device.
         workers: the processes that train together.
-        run: where everything is written.
+        run: the folder for all files.
 
     Raises:
-        ValueError: data that no CapsNet can be trained on; a CUDA graph that cannot be recorded.
+        ValueError: data that no CapsNet can be trained on; a CUDA graph that cannot be captured.
         RuntimeError: an engine that cannot run on the device.
     """
 
@@ -172,7 +175,7 @@ class Trainer:
         ).to(workers.device)
         on_gpu = workers.device.type != "cpu"
         if on_gpu:
-            self.model.to(memory_format=torch.channels_last)  # what its convolutions are made for
+            self.model.to(memory_format=torch.channels_last)  # fastest for convolutions on a GPU
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=recipe.learning_rate, fused=on_gpu
         )
@@ -182,9 +185,11 @@ class Trainer:
         self.epoch_sums = torch.zeros(2, dtype=torch.float64)  # loss, correct
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._signals: list[int] = []
-        # a GPU runs ahead of the program, until somebody asks it for a number
+        # a GPU runs asynchronously until a value is copied to the CPU
         self._look_every = 1 if workers.device.type == "cpu" else STEPS_PER_RECORD
-        self._unseen: list[Tensor] = []  # loss and right answers of a step, where computed
+        self._unseen: list[
+            Tensor
+        ] = []  # loss and number of correct images of each step, on the device
         self._steps_seen, self._last_seen, self._stopping = 0, (math.nan, 0.0), False
         self._captured: Captured | None = None
         self._writer: Any = None
@@ -193,7 +198,7 @@ class Trainer:
         self._labels = data.train.labels.to(workers.device)
 
     def describe(self) -> str:
-        """What is trained on what, in two lines."""
+        """A description of the run in two lines."""
         parameters = sum(p.numel() for p in self.model.parameters())
         samples = self.batch_size // self.workers.size
         engine = choose_engine(self.settings.engine, self.workers.device, samples=samples)
@@ -201,22 +206,22 @@ class Trainer:
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "
             f"{self.epochs} x {self.steps_per_epoch} steps of {self.batch_size} images.\n"
-            f"Everything goes to {self.run.path}"
+            f"All files are written to {self.run.path}"
         )
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run, in all its starts."""
+        """Seconds spent on this run, including before it was resumed."""
         return self._seconds_before + time.monotonic() - self._started
 
     def resume(self) -> str:
-        """Go to the position of the run's last checkpoint, or of the one before if it is damaged.
+        """Load the run's last checkpoint, or the one before if it is damaged.
 
         Returns:
-            A sentence that says so.
+            A sentence that says which.
 
         Raises:
-            ValueError: no checkpoint is whole, or they are foreign.
+            ValueError: no checkpoint is complete, or they belong to another run.
         """
         damage: list[Exception] = []
         for checkpoint in self.run.checkpoints():
@@ -230,19 +235,21 @@ class Trainer:
                 raise damage[0]
         if self.workers.agree(self.step) != self.step:
             raise RuntimeError("the processes do not see the same checkpoints; try again")
-        where = f"Going on with the {self.recipe.preset} net after {self.step} steps."
-        return "\n".join([*(f"A checkpoint is left out: {error}." for error in damage), where])
+        where = f"Resuming the {self.recipe.preset} net after {self.step} steps."
+        return "\n".join(
+            [*(f"A damaged checkpoint is skipped: {error}." for error in damage), where]
+        )
 
     def train(self, why: str) -> dict[str, Any]:
-        """Go on from the present position to the end, then test.
+        """Train from the present position to the end, then evaluate on the test set.
 
         Args:
-            why: a sentence on what is trained, printed first.
+            why: a sentence about the net, printed first.
 
         Returns, Raises:
             As `graphcaps.training.train`.
         """
-        self.workers.wait()  # nobody writes before everybody has read
+        self.workers.wait()  # no process writes before all have read
         if self.workers.leads:
             self.run.forget_after(self.step)
             say(f"{why}\n{self.describe()}")
@@ -306,14 +313,14 @@ class Trainer:
                 raise KeyboardInterrupt
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The order and the shifts of an epoch, from seed and number alone: nothing to save."""
+        """The order and shifts of an epoch, which depend only on the seed and its number."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._labels), generator=generator)
         shifts = draw_shifts(len(order), self.settings.shift, generator)
         return order.to(self.workers.device), shifts.to(self.workers.device)
 
     def _take_step(self, chosen: Tensor, shifts: Tensor) -> None:
-        """One step on a batch; what came of it is kept where it was computed, to be looked at."""
+        """Take one step on a batch; its loss and number of correct images stay on the device."""
         mine = slice(self.workers.rank, None, self.workers.size)
         batch = chosen[mine], shifts[mine]
         if self.settings.cuda_graph:
@@ -323,13 +330,13 @@ class Trainer:
         else:
             self.optimizer.zero_grad()
             loss, correct = self._loss(*batch)
-            self._keep(loss, correct)  # one that is not finite must not reach the backward pass
+            self._keep(loss, correct)  # a loss that is not finite must not reach the backward pass
             loss.backward()
         self.optimizer.step()
         self.schedule.step()
 
     def _loss(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the number of right answers."""
+        """The loss of a batch, and the number of images classified correctly."""
         images = as_input(shift(self._images[chosen], shifts), self.model)
         labels = self._labels[chosen]
         try:
@@ -354,7 +361,7 @@ class Trainer:
             self._look()
 
     def _look(self) -> None:
-        """Wait for the device: add up losses and right answers, see whether anyone wants to stop.
+        """Synchronise: sum losses and correct images over processes, and check whether to stop.
 
         Raises:
             TrainingDivergedError: one of the losses is not finite.
@@ -402,7 +409,7 @@ class Trainer:
             )
             news = (
                 f"epoch {epoch + 1}/{self.epochs}: loss {train_loss:.4f}, accuracy "
-                f"{train_accuracy:.2%}, on the hold-out {score.accuracy:.2%}"
+                f"{train_accuracy:.2%}, validation {score.accuracy:.2%}"
                 f"{' (best)' if best else ''}, {self.seconds:.0f} s"
             )
         self._save_checkpoint()
@@ -443,7 +450,7 @@ class Trainer:
         self.workers.wait()
 
     def _training(self) -> dict[str, Any]:
-        """What it takes, besides the weights, to go on from here."""
+        """The training state besides the weights."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -464,7 +471,7 @@ class Trainer:
             torch.set_rng_state(saved["rng"])
             if saved["cuda_rng"] is not None and self.workers.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.workers.device)
-        except Exception as error:  # torch raises what it likes for states that it cannot take
+        except Exception as error:  # torch may raise any exception for a state that it cannot load
             raise ValueError(
                 f"{checkpoint / TRAINING} was not written by this version of graphcaps, or for "
                 f"other settings: {error}; the weights beside it can still be evaluated"
@@ -497,7 +504,7 @@ class Trainer:
         return float(self.schedule.get_last_lr()[0])
 
     def _check_weights(self) -> None:
-        """A finite loss can still leave weights that are not; those must never be saved."""
+        """Check before saving that weights are finite, which a finite loss does not imply."""
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
             raise self._diverged("a weight", self.step)
 
@@ -506,7 +513,7 @@ class Trainer:
         return TrainingDivergedError(
             f"{what} is not finite at step {step}, "
             f"learning rate {self._learning_rate():.3g}. The last good checkpoint is "
-            f"{checkpoint or 'none, it came too early'}. Try a lower --learning-rate"
+            f"{checkpoint or 'none: no step was saved yet'}. Try a lower --learning-rate"
         )
 
     def _log(self, metrics: StepMetrics | EpochMetrics) -> None:
@@ -531,7 +538,7 @@ class Trainer:
 
 
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
-    """A folder that is free."""
+    """A folder for a new run."""
     path = settings.run_dir
     if path is None:
         name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -552,7 +559,7 @@ def _versions() -> dict[str, str]:
 
 
 def _load_data(settings: TrainSettings, workers: Workers) -> Dataset:
-    """The leader fetches what is missing, then everybody reads it."""
+    """Fetch what is missing on the leader, then read it on every process."""
     if workers.leads:
         data = load_dataset(settings.dataset, settings.data_dir)
     workers.wait()
@@ -563,16 +570,16 @@ def _check_data(data: Dataset) -> None:
     shape = data.train.images.shape
     if shape[2] != shape[3]:
         raise ValueError(f"expected square images; {data.name} has {shape[2]} × {shape[3]} pixels")
-    for name, split in (("hold-out", data.holdout), ("test", data.test)):
+    for name, split in (("validation", data.holdout), ("test", data.test)):
         if split.images.shape[1:] != shape[1:]:
             raise ValueError(
                 f"the {name} images of {data.name} are {list(split.images.shape[1:])}, "
-                f"the training images {list(shape[1:])}; they must be alike"
+                f"the training images {list(shape[1:])}; they must have the same shape"
             )
 
 
 def _check_capture(settings: TrainSettings, workers: Workers) -> None:
-    """What a recording reads must stay where it is, as the edges of `fused` do."""
+    """Check that a step can be captured: what it reads must stay at the same address."""
     engine = choose_engine(settings.engine, workers.device)
     for wrong, reason in (
         (workers.device.type != "cuda", f"this is trained on {workers.device}"),

@@ -1,4 +1,4 @@
-"""Settings of a training: the flags of `graphcaps train`, and the recipes of the presets."""
+"""Checks of the settings that a training run starts with, and the recipes of the presets."""
 
 import hashlib
 import math
@@ -15,67 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from graphcaps.data.datasets import DATASETS, Dataset
 from graphcaps.files import record
+from graphcaps.flags import TrainSettings
 from graphcaps.routing import options_of
-
-Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
-
-
-@record
-@dataclass(frozen=True)
-class TrainSettings:
-    """Train a CapsNet, test it once, and keep everything in a run's folder."""
-
-    preset: Literal["auto", "paper", "small"] = "auto"
-    """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
-    a CUDA device, small elsewhere."""
-    dataset: str = "mnist"
-    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download), or a folder with four
-    IDX files of your own."""
-    data_dir: Path = Path("data")
-    """Where data sets are kept."""
-    run_dir: Path | None = None
-    """The run's folder. Default: runs/DATASET-PRESET-DATE-TIME."""
-    resume: bool = False
-    """Go on with the run in --run-dir from its last checkpoint, on the same images, with the
-    settings it was started with; data-dir, engine, device and tensorboard may be given anew,
-    cuda-graph must be."""
-    epochs: int | None = None
-    """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
-    than 400 steps."""
-    batch_size: int | None = None
-    """Images per step, over all processes. Default: the preset's (paper 128, small 100), or all
-    images if these are fewer."""
-    learning_rate: float | None = None
-    """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
-    times 0.96 every 2000 steps; small 0.003, one cycle)."""
-    routing: str = "dynamic"
-    """dynamic, em, attention, self_attention, self_routing, variational_bayes, or uniform, the
-    control without routing."""
-    iterations: int = 3
-    """Of a routing that has iterations."""
-    shift: int = 2
-    """Training images are moved by up to this many pixels."""
-    engine: Engine = "auto"
-    """How messages are passed; changes speed, not results. See graphcaps info."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    amp: Literal["off", "bf16"] = "off"
-    """bf16: convolutions and decoder in bfloat16; votes and routing stay in float32."""
-    cuda_graph: bool = False
-    """Record what a step computes up to its gradients, and replay it, launched at once: for one
-    GPU, with engine fused. Changes speed, not results; not yet seen on a device."""
-    seed: int = 0
-    """Of the weights, the order of the images and their shifts."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints, besides the one after every epoch."""
-    tensorboard: bool = False
-    """Write TensorBoard's files too, into the run's folder."""
 
 
 @record
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset's net is trained: numbers that were asked for, or the preset's own."""
+    """How a net is trained: the numbers of a preset, or those that were asked for."""
 
     preset: Literal["paper", "small"]
     epochs: int
@@ -87,28 +34,28 @@ class Recipe:
 @record
 @dataclass(frozen=True)
 class TrainingData:
-    """What tells the data that a run is trained on from other data."""
+    """Identifies the data that a run is trained on."""
 
     images: int  # to train on
-    sha256: str  # of images and labels, those of the hold-out included
+    sha256: str  # of images and labels, including the validation set
 
 
 @record
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is started with, the content of its settings.json."""
+    """The content of a run's settings.json."""
 
     settings: TrainSettings
     recipe: Recipe
     versions: dict[str, str]
-    data: TrainingData | None = None  # None: a run of graphcaps 0.1.0, which did not look
+    data: TrainingData | None = None  # None: a run of graphcaps 0.1.0, which did not record it
 
 
 RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
 }
-FEWEST_STEPS = 400  # a small data set is passed over more often
+FEWEST_STEPS = 400  # small data sets get more epochs
 LIMITS = {
     "epochs": (1, 1_000_000),
     "batch_size": (1, 1_000_000_000),
@@ -119,7 +66,7 @@ LIMITS = {
 }
 LARGEST_RATE = torch.finfo(torch.float32).max  # the weights' dtype
 MAY_CHANGE_ON_RESUME = ("run_dir", "data_dir", "engine", "device", "tensorboard")
-OF_ONE_START = ("resume", "cuda_graph")  # a run does not remember them
+OF_ONE_START = ("resume", "cuda_graph")  # not taken from the run
 
 
 def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, str]:
@@ -136,13 +83,13 @@ def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, s
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """See whether a training can have such settings, whatever its data.
+    """Check settings, as far as that is possible without the data.
 
     Args:
         settings: with absolute paths.
 
     Raises:
-        ValueError: a number out of its limits, an unknown routing, a name that is not UTF-8.
+        ValueError: a number out of range, an unknown routing, a path that is not UTF-8.
     """
     options_of(settings.routing)
     _check_numbers(settings, LIMITS)
@@ -153,16 +100,16 @@ def check_settings(settings: TrainSettings) -> None:
             path.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"expected a name in UTF-8 as {name}, for the run's files hold it; "
+                f"expected a path in UTF-8 as {name}, because it is written to the run's files; "
                 f"got {os.fsencode(path)!r}"
             ) from None
 
 
 def check_started(started: RunSettings) -> None:
-    """See whether a training can go on with settings that were read from a file.
+    """Check settings that were read from a file.
 
     Raises:
-        ValueError: as `check_settings`.
+        ValueError: see `check_settings`.
     """
     _check_numbers(started.recipe, ("epochs", "batch_size"))
     _check_rate(started.recipe.learning_rate)
@@ -170,7 +117,7 @@ def check_started(started: RunSettings) -> None:
 
 
 def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
-    """The preset's recipe with what was asked for in its place.
+    """The recipe of a preset, with the numbers that were asked for.
 
     Args:
         settings: what was asked for.
@@ -178,10 +125,10 @@ def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
         images: number of training images.
 
     Returns:
-        The recipe of this training.
+        The recipe of this run.
 
     Raises:
-        ValueError: a batch of more images than there are.
+        ValueError: a batch larger than the training set.
     """
     recipe = RECIPES[preset]
     batch_size = settings.batch_size
@@ -211,18 +158,19 @@ def given_fields(arguments: Sequence[str]) -> set[str]:
 def resume_settings(
     asked: TrainSettings, started: RunSettings, given: Collection[str] | None = None
 ) -> TrainSettings:
-    """What a run was started with, and what may change from one start to the next.
+    """The settings of a resumed run: those it was started with, except what may change.
 
     Args:
         asked: what is asked for now.
         started: what the run was started with.
-        given: the fields of `asked` that count; those that differ from their default, if None.
+        given: the fields of `asked` that were set explicitly; by default those that differ from
+            their default.
 
     Returns:
-        The settings to go on with.
+        The settings to resume with.
 
     Raises:
-        ValueError: something is asked for that a run cannot change.
+        ValueError: a setting that cannot change when a run is resumed.
     """
     if given is None:
         defaults = TrainSettings()
@@ -236,14 +184,14 @@ def resume_settings(
             changes[name] = new
         elif name not in OF_ONE_START and new not in (old, getattr(started.recipe, name, old)):
             raise ValueError(
-                f"a run goes on with the settings it was started with: {name} is {old}, "
+                f"a run is resumed with the settings it was started with: {name} is {old}, "
                 f"not {short_repr(new)}; leave it out, or start another run"
             )
     return with_absolute_paths(replace(started.settings, **changes))
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
-    """The same settings, still right when the run is resumed from another folder."""
+    """The same settings with absolute paths, valid when the run is resumed from another folder."""
     folder = Path(settings.dataset)
     dataset = settings.dataset
     if dataset not in DATASETS and folder.is_dir():
@@ -252,7 +200,7 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
 
 
 def as_json(started: RunSettings) -> dict[str, Any]:
-    """What a run is started with, as values that JSON has."""
+    """A run's settings as JSON values."""
     values = asdict(started)
     named = values["settings"].items()
     values["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in named}
@@ -260,7 +208,7 @@ def as_json(started: RunSettings) -> dict[str, Any]:
 
 
 def describe_data(data: Dataset) -> TrainingData:
-    """The number and the hash of the images and labels that a training sees."""
+    """The number and the hash of the images and labels used in training."""
     digest = hashlib.sha256()
     for tensor in (*data.train, *data.holdout):
         digest.update(f"{list(tensor.shape)}".encode())
@@ -269,34 +217,34 @@ def describe_data(data: Dataset) -> TrainingData:
 
 
 def check_data(data: Dataset, started: RunSettings) -> None:
-    """See whether these are the data that a run was started with.
+    """Check that these are the data that a run was started with.
 
     Raises:
-        ValueError: they are others.
+        ValueError: they differ.
     """
     now = describe_data(data)
     if started.data not in (None, now):
         raise ValueError(
-            f"expected the data that the run was started with, {started.data.images:,} training "
+            f"expected the data that the run was started with: {started.data.images:,} training "
             f"images with SHA-256 {started.data.sha256[:12]}…; {data.name} has {now.images:,} "
-            f"with {now.sha256[:12]}…. Put those in their place, or start another run"
+            f"with {now.sha256[:12]}…. Restore that data, or start another run"
         )
 
 
 def make_schedule(
     optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int, step: int = 0
 ) -> LRScheduler:
-    """The learning rate from step to step.
+    """The schedule of the learning rate.
 
     Args:
-        optimizer: whose rate is set.
-        recipe: which schedule, and for how long.
+        optimizer: its learning rate is set.
+        recipe: names the schedule and its length.
         steps_per_epoch: number of steps.
-        step: how many were taken. If any, the optimizer has had such a schedule before.
+        step: number of steps taken before, by an optimizer with the same schedule.
 
     Returns:
         `exponential`: times 0.96 every 2000 steps, continuously, as in the authors' code.
-        `one-cycle`: up to the learning rate and down to nothing (Smith 2018).
+        `one-cycle`: up to the learning rate, then down to almost 0 (Smith 2018).
     """
     if recipe.schedule == "one-cycle":
         steps = recipe.epochs * steps_per_epoch

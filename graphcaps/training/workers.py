@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that train one model together; one of one without torchrun."""
+    """The processes that train one model together; without torchrun, this process alone."""
 
     rank: int
     size: int
@@ -25,19 +25,19 @@ class Workers:
         return self.rank == 0
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum of a tensor over all workers, on the device they train on."""
-        numbers = numbers.to(self.device)  # NCCL knows no other
+        """All-reduce: the sum of a tensor over all workers, on their device."""
+        numbers = numbers.to(self.device)  # NCCL supports no other
         if self.size > 1:
             dist.all_reduce(numbers)
         return numbers
 
     def wait(self) -> None:
-        """Return when every worker has come here."""
+        """Synchronise the workers: return when all have called this."""
         if self.size > 1:
             dist.barrier()
 
     def agree(self, value: Any) -> Any:
-        """The leader's value, on every worker."""
+        """Broadcast the leader's value to every worker."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
@@ -45,10 +45,10 @@ class Workers:
 
     @contextmanager
     def leader_in(self, context: AbstractContextManager[Any]) -> Iterator[None]:
-        """Enter a context on the leader, before anybody goes on.
+        """Enter a context on the leader while the other workers wait.
 
         Raises:
-            Exception: what entering it raised, on every worker.
+            Exception: on every worker, the exception that entering it raised.
         """
         with ExitStack() as stack:
             refusal = None
@@ -64,23 +64,23 @@ class Workers:
 
 
 def leads() -> bool:
-    """Whether this process is the leader, also before and after it has joined the others."""
+    """Whether this process is the leader, also outside `joined_workers`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined_workers(device: str = "auto") -> Iterator[Workers]:
-    """Join the other processes that torchrun started, and leave them at the end.
+    """Join the process group of the processes that torchrun started.
 
     Args:
         device: `"auto"` for CUDA where there is one and the CPU elsewhere, or torch's name.
 
     Yields:
-        This process's place. With CUDA each process has the GPU of its local rank.
+        The workers. With CUDA, each process uses the GPU of its local rank.
 
     Raises:
-        ValueError: a device that torch does not know.
-        RuntimeError: a device that is not there.
+        ValueError: an unknown device.
+        RuntimeError: a device that is not available.
     """
     chosen = _device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +95,7 @@ def joined_workers(device: str = "auto") -> Iterator[Workers]:
         dist.init_process_group("gloo")
     try:
         yield Workers(rank=dist.get_rank(), size=size, device=chosen)
-        dist.barrier()  # nobody leaves while another is still being told something
+        dist.barrier()  # no process exits while another still waits for a message
     finally:
         dist.destroy_process_group()
 
@@ -111,7 +111,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}; try auto, cpu, cuda or cuda:1")
     try:
         torch.empty(0, device=device)
-    except Exception as error:  # each backend that is not there has an exception of its own
+    except Exception as error:  # backends raise exceptions of different types
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise RuntimeError(
             f"device {name!r} is not there: {reason}. Use --device auto or cpu"

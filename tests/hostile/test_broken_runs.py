@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from runs import STARTED, result, step_metrics
+from run_records import STARTED, result, step_metrics
 from starts import THOROUGH, Starts
 
 import graphcaps as gc

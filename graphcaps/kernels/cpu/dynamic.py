@@ -26,12 +26,14 @@ def dynamic_routing(
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     iterations: int,
-) -> tuple[Tensor, Tensor]:
+    through_all: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`s^r_j = Σ c^r_e û_e` with `c^r = softmax(û · V_{r-1})`, and `V_r = V_{r-1} + v^r`.
 
     Returns:
-        v `[B, J, D]`, and s of all iterations, `[R, B, J, D]`.
+        v `[B, J, D]`; s of all iterations, `[R, B, J, D]`; and nothing of the children.
     """
     V, s = None, []
     with Parts(u, weight, edges, parents, rows=1) as parts:
@@ -41,16 +43,18 @@ def dynamic_routing(
             v = _squash(sums)
             V = v if V is None else V + v
             s.append(sums)
-    return torch.from_numpy(v), torch.from_numpy(np.stack(s))
+    return torch.from_numpy(v), torch.from_numpy(np.stack(s)), u.new_empty(0)
 
 
 def dynamic_routing_backward(
     dv: Tensor,
     s: Tensor,
+    of_children: Tensor,
     u: Tensor,
     weight: Tensor,
     edges: Sequence[Tensor],
     parents: int,
+    complete: bool,
     through_all: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:

@@ -251,8 +251,12 @@ class Parts:
 
 
 def array(x: Tensor) -> Array:
-    """The numbers of a tensor, contiguous."""
-    return x.detach().contiguous().numpy()
+    """The numbers of a tensor, contiguous.
+
+    By a second storage of the same memory: the one that `numpy()` is asked of can no more be
+    resized, and FSDP resizes those of parameters.
+    """
+    return torch.from_dlpack(x.detach().contiguous().resolve_neg()).numpy()
 
 
 def optional_array(x: Tensor | None) -> Array | None:

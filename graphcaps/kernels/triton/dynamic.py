@@ -1,12 +1,11 @@
 """Dynamic routing on CUDA, with the last pass shared by all iterations."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from graphcaps.kernels.triton import device, parents, tiles
+from graphcaps.kernels.triton import device, tiles
 from graphcaps.kernels.triton.arguments import (
     Inputs,
     Orders,
@@ -18,80 +17,42 @@ from graphcaps.kernels.triton.arguments import (
 )
 from graphcaps.kernels.triton.children import means, softmax
 from graphcaps.kernels.triton.device import tl
-from graphcaps.kernels.triton.edges import TritonEdges
 from graphcaps.kernels.triton.gradients import gradient_of_poses, gradients_of_kinds
+from graphcaps.kernels.triton.parents import partial_sums
 from graphcaps.kernels.triton.squash import differentiate_squash, squash_sums
 
 
-def routed(
+def dynamic_routing(
     u: Tensor,
     weight: Tensor,
-    edges: TritonEdges,
-    iterations: int = 3,
-    gradients: Literal["all", "last"] = "all",
-) -> Tensor:
-    """What `kernels.routed` does after it has looked at the arguments.
+    edges: Sequence[Tensor],
+    parents: int,
+    complete: bool,
+    iterations: int,
+    through_all: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`s^r = Σ c^r û` with `c^r = softmax(û · V_{r-1})`, `V_r = V_{r-1} + squash(s^r)`.
 
     Sums are in float32 and in a fixed order: equal calls give equal bits.
+
+    Returns:
+        v `[B, J, D]`; s and V of all iterations, `[2·R, B, J, D]`, where V is the sum of the v of
+        the iterations before; and of each child's softmax the greatest logit and the sum that c is
+        divided by, `[2·R, B, I]`.
 
     Raises:
         RuntimeError: the kernels cannot run on this device.
         ValueError: poses or batch are larger than the kernels take.
     """
-    device.check(u.device)
-    return _Routed.apply(u, weight, edges, iterations, gradients == "all")
-
-
-class _Routed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, weight: Tensor, edges: TritonEdges, iterations: int, through_all: bool
-    ) -> Tensor:
-        u, weight = u.contiguous(), weight.contiguous()
-        v, kept = _forward(u, weight, edges, iterations)
-        ctx.save_for_backward(u, weight, *kept)
-        ctx.edges, ctx.through_all = edges, through_all and iterations > 1
-        return v
-
-    @staticmethod
-    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
-            )
-        u, weight, *kept = ctx.saved_tensors
-        du, dweight = _backward(
-            dv.contiguous(),
-            _Kept(*kept),
-            u,
-            weight,
-            ctx.edges,
-            ctx.through_all,
-            ctx.needs_input_grad,
-        )
-        return du, dweight, None, None, None
-
-
-class _Kept(NamedTuple):
-    """What the backward needs of every iteration."""
-
-    s: Tensor  # [R, B, J, D]
-    V: Tensor  # [R, B, J, D], the sum of the v of the iterations before
-    most: Tensor  # [R, B, I], of each child's softmax
-    total: Tensor  # [R, B, I]
-
-
-def _forward(
-    u: Tensor, weight: Tensor, edges: TritonEdges, iterations: int
-) -> tuple[Tensor, _Kept]:
-    """`s^r = Σ c^r û` with `c^r = softmax(û · V_{r-1})`, `V_r = V_{r-1} + squash(s^r)`."""
-    run, orders, size_of_tiles = _prepare(u, weight, edges)
-    numbers = (iterations, len(u), edges.parents, weight.shape[2])
-    s = u.new_empty(numbers, dtype=torch.float32)
-    V = u.new_zeros(numbers, dtype=torch.float32)
-    most = u.new_zeros((iterations, *u.shape[:2]), dtype=torch.float32)
-    total = edges.degree.expand(most.shape).contiguous()  # of the first iteration's equal logits
-    v = u.new_empty(numbers[1:])
+    u, weight = u.contiguous(), weight.contiguous()
+    run, orders, size_of_tiles = _prepare(u, weight, edges, parents, complete)
+    of_parents = u.new_zeros(
+        (2 * iterations, len(u), parents, weight.shape[2]), dtype=torch.float32
+    )
+    of_children = u.new_zeros((2 * iterations, *u.shape[:2]), dtype=torch.float32)
+    (s, V), (most, total) = of_parents.chunk(2), of_children.chunk(2)
+    total[:] = edges[-1]  # the degrees: of the first iteration's equal logits
+    v = u.new_empty(of_parents.shape[1:])
     for r in range(iterations):
         if r > 0:
             run = run._replace(logits=Quadratic(linear=V[r]), softmax=Softmax(most[r], total[r]))
@@ -100,24 +61,33 @@ def _forward(
         partial = _partial_sums(run, orders, size_of_tiles)
         last = r == iterations - 1
         squash_sums(partial, s[r], V[r], None if last else V[r + 1], v)
-    return v, _Kept(s, V, most, total)
+    return v, of_parents, of_children
 
 
-def _backward(
+def dynamic_routing_backward(
     dv: Tensor,
-    kept: _Kept,
+    of_parents: Tensor,
+    of_children: Tensor,
     u: Tensor,
     weight: Tensor,
-    edges: TritonEdges,
+    edges: Sequence[Tensor],
+    parents: int,
+    complete: bool,
     through_all: bool,
     needed: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """From the last iteration `∂V_{r-1} = ∂V_r + Σ λ^r û`, then ∂û of all iterations at once."""
-    run, orders, size_of_tiles = _prepare(u, weight, edges)
-    s, V, most, total = kept
+) -> tuple[Tensor, Tensor]:
+    """From the last iteration `∂V_{r-1} = ∂V_r + Σ λ^r û`, then ∂û of all iterations at once.
+
+    Returns:
+        The gradients of u and weight, of size 0 where not `needed`.
+    """
+    u, weight = u.contiguous(), weight.contiguous()
+    run, orders, size_of_tiles = _prepare(u, weight, edges, parents, complete)
+    (s, V), (most, total) = of_parents.chunk(2), of_children.chunk(2)
+    through_all = through_all and len(s) > 1
     first = 0 if through_all else len(s) - 1
     ds, dV = torch.empty_like(s), torch.zeros_like(s[0])
-    differentiate_squash(dv, None, s[-1], ds[-1], None)
+    differentiate_squash(dv.contiguous(), None, s[-1], ds[-1], None)
     mean = None
     if through_all:
         mean = torch.zeros_like(most)  # the first iteration's is not used, as V_0 = 0
@@ -137,28 +107,34 @@ def _backward(
         gradients=Quadratic(linear=ds[first:]),
         size=run.size._replace(R=tl.constexpr(len(s) - first)),
     )
-    du = gradient_of_poses(run, orders) if needed[0] else None
-    dweight = gradients_of_kinds(run, orders, (True, False, False))[0] if needed[1] else None
-    return du, dweight
+    du = gradient_of_poses(run, orders) if needed[0] else u.new_empty(0)
+    dweight = None
+    if needed[1]:
+        dweight, _, _ = gradients_of_kinds(run, orders, (True, False, False))
+    return du, u.new_empty(0) if dweight is None else dweight
 
 
 def _partial_sums(run: Pass, orders: Orders, size_of_tiles: Sizes | None) -> Tensor:
     """Σ c û, or in the backward Σ λ û, `[parts, B, J, D]`."""
     if size_of_tiles is not None:
         return tiles.partial_sums(run._replace(size=size_of_tiles))
-    return parents.partial_sums(run, orders, (False, True, False)).linear
+    return partial_sums(run, orders, (False, True, False)).linear
 
 
-def _prepare(u: Tensor, weight: Tensor, edges: TritonEdges) -> tuple[Pass, Orders, Sizes | None]:
+def _prepare(
+    u: Tensor, weight: Tensor, edges: Sequence[Tensor], parents: int, complete: bool
+) -> tuple[Pass, Orders, Sizes | None]:
     """A pass over votes that couple equally, and the sizes of tiles where these are taken."""
+    device.check(u.device)
     (batch, children, _), (_, K, D) = u.shape, weight.shape
     size = sizes(batch, K, D)
+    *sorted_edges, degree = edges
     run = Pass(
-        Inputs(u, weight, None, None, None, None, batch, children, edges.parents),
+        Inputs(u, weight, None, None, None, None, batch, children, parents),
         logits=Quadratic(),
-        softmax=Softmax(None, edges.degree),
+        softmax=Softmax(None, degree),
         gradients=Quadratic(),
         size=size,
     )
-    orders = Orders(edges.by_child, edges.by_parent, edges.by_kind)
-    return run, orders, tiles.sizes_of_tiles(edges, size)
+    of_tiles = tiles.sizes_of_tiles(parents, size) if complete else None
+    return run, Orders.of(sorted_edges), of_tiles

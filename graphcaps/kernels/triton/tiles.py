@@ -13,7 +13,6 @@ from torch import Tensor
 from graphcaps.kernels.triton import device
 from graphcaps.kernels.triton.arguments import Pass, Sizes, fewest_terms
 from graphcaps.kernels.triton.device import blocks, jit, power_of_two, tl
-from graphcaps.kernels.triton.edges import TritonEdges
 from graphcaps.kernels.triton.terms import (
     dot,
     edge_of,
@@ -30,11 +29,11 @@ LONGEST_POSE = 32  # K, likewise
 MOST_TILES = 64  # of children, but no more than the square root of them in a tile
 
 
-def sizes_of_tiles(edges: TritonEdges, size: Sizes) -> Sizes | None:
-    """Blocks of the tiles, or None where the graph is not complete or the votes are too many."""
+def sizes_of_tiles(parents: int, size: Sizes) -> Sizes | None:
+    """Blocks of the tiles of a complete graph, or None where the votes are too many."""
     K, BLOCK_D = size.K.value, max(16, power_of_two(size.D.value))
-    width = edges.parents * BLOCK_D
-    if not edges.complete or width > WIDEST_TILE or K > LONGEST_POSE:
+    width = parents * BLOCK_D
+    if width > WIDEST_TILE or K > LONGEST_POSE:
         return None
     return size._replace(
         BLOCK_B=tl.constexpr(32 if width <= WIDEST_TILE // 2 else 16),

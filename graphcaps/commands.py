@@ -1,0 +1,197 @@
+"""What each command of the program does."""
+
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from reprlib import repr as short_repr
+
+import torch
+
+from graphcaps import __version__, engines
+from graphcaps._dgl import dgl, has_cuda
+from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
+from graphcaps.data.images import read_digit
+from graphcaps.demo import check_routed, gallery_of, shipped_gallery, write_demo
+from graphcaps.explorer import check_writable
+from graphcaps.flags import (
+    DemoSettings,
+    EvaluateSettings,
+    InfoSettings,
+    PredictSettings,
+    ReportSettings,
+    Settings,
+    TrainSettings,
+)
+from graphcaps.nets.model import CONFIG, CapsNet
+from graphcaps.nets.verdict import judge_images
+from graphcaps.streams import tell
+from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
+from graphcaps.training.loop import TrainingInterrupt, train
+from graphcaps.training.settings import given_fields
+from graphcaps.training.workers import joined_workers, leads
+
+SHIPPED = "mnist-small"
+DIGITS = tuple("0123456789")
+
+
+def run(settings: Settings) -> None:
+    """Run the command that these are the settings of."""
+    match settings:
+        case TrainSettings():
+            _train(settings)
+        case EvaluateSettings():
+            _evaluate(settings)
+        case PredictSettings():
+            _predict(settings)
+        case ReportSettings():
+            _report(settings)
+        case DemoSettings():
+            _demo(settings)
+        case InfoSettings():
+            _info()
+
+
+def _train(settings: TrainSettings) -> None:
+    try:
+        result = train(settings, given_fields(sys.argv))
+    except TrainingInterrupt as interrupt:
+        folder = shlex.quote(str(interrupt.run))
+        again = f"{_program()} train --run-dir {folder} --resume"
+        raise KeyboardInterrupt(f"{interrupt}\nGo on with: {again}") from None
+    if not leads():
+        return
+    tell(
+        f"Test accuracy {result['test_accuracy']:.2%} "
+        f"({result['test_errors']} errors in {result['test_images']:,} images of "
+        f"{result['dataset']}), weights of epoch {result['best_epoch']}, the best on the "
+        f"validation set; {result['seconds']:.0f} s of training.\n"
+        f"The run's files are in {result['run']}"
+    )
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    model = _load(settings.run_dir, settings.engine)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
+    with joined_workers(settings.device) as workers:
+        data = load_dataset(dataset, data_dir)
+        check_fits(model, data)
+        score = evaluate(model.to(workers.device), data.test)
+    tell(
+        f"Test accuracy {score.accuracy:.2%} "
+        f"({score.errors} errors in {score.images:,} images of {data.name}), loss {score.loss:.4f}"
+    )
+
+
+@torch.no_grad()
+def _predict(settings: PredictSettings) -> None:
+    if not settings.images:
+        raise ValueError("expected image files to look at; got none; see graphcaps predict --help")
+    if settings.run_dir is None:
+        model = CapsNet.from_pretrained(engine=settings.engine)
+    else:
+        model = _load(settings.run_dir, settings.engine).eval()
+    for path in settings.images:
+        image = read_digit(path, size=model.config.image_size)
+        images = as_input(image.unsqueeze(0), model)
+        output = model(images)
+        check_lengths(output.lengths)
+        (verdict,) = judge_images(model, output, images)
+        tell(f"{path}: {verdict.text([str(k) for k in range(model.config.classes)])}")
+        (lengths,) = output.lengths.tolist()
+        tell("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths)))
+
+
+def _report(settings: ReportSettings) -> None:
+    # with matplotlib, which the other commands do not need
+    from graphcaps.report import write_report
+
+    run = RunFolder(settings.run_dir)
+    run.settings()  # a folder that is no run is told first
+    output = settings.output or settings.run_dir / "report.html"
+    check_writable(output)  # before the work, not after it
+    model = _load(settings.run_dir, settings.engine)
+    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
+    with joined_workers(settings.device) as workers:
+        data = load_dataset(dataset, data_dir)
+        write_report(run, model.to(workers.device), data, output)
+    if run.result() is None:
+        tell("The run is not finished: the report shows its best epoch so far, and says so.")
+    tell(f"The report is in {output}; open it in a browser")
+
+
+def _demo(settings: DemoSettings) -> None:
+    check_writable(settings.output)  # before the work, not after it
+    folder = settings.run_dir
+    if folder is None:
+        if settings.dataset is not None or settings.data_dir is not None:
+            raise ValueError(
+                "the net that ships with graphcaps comes with its images: name a run, or leave "
+                "out --dataset and --data-dir"
+            )
+        model, name = CapsNet.from_pretrained(), SHIPPED
+        classes, gallery = DIGITS, shipped_gallery()
+    else:
+        model, name = _load(folder, "auto"), folder.resolve().name
+        check_routed(model)
+        data = load_dataset(*_data_of(folder, settings.dataset, settings.data_dir))
+        classes, gallery = data.classes, gallery_of(model, data)
+    write_demo(model, classes, gallery, settings.output, name)
+    tell(f"The demo is in {settings.output}; open it in a browser")
+
+
+def _info() -> None:
+    tell(
+        f"graphcaps {__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, DGL {dgl.__version__} "
+        f"({'with' if has_cuda() else 'without'} CUDA)"
+    )
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        tell(f"{device} ({name}): engine auto is {engines.choose('auto', device)}")
+        for engine in engines.ENGINES:
+            tell(f"  {engine:8} {engines.why_not(engine, device) or 'can run'}")
+    if not torch.cuda.is_available():
+        tell("no CUDA device")
+
+
+def _load(run: Path, engine: str) -> CapsNet:
+    folder = run if (run / CONFIG).exists() else RunFolder(run).best
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"no trained net at {run}: expected the folder of a run that has finished an epoch "
+            "(graphcaps train makes one), or one with model.safetensors and model.json"
+        )
+    return CapsNet.load(folder, engine=engine)
+
+
+def _data_of(run: Path, asked: str | None, data_dir: Path | None) -> tuple[str, Path]:
+    """The data set that is asked for, else the one that the run was trained on; its folder."""
+    if asked is not None:
+        return asked, data_dir or TrainSettings.data_dir
+    try:
+        started = RunFolder(run).settings().settings
+    except FileNotFoundError:
+        raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
+    dataset, of_run = started.dataset, started.data_dir
+    if dataset not in DATASETS and not os.path.isdir(dataset):
+        raise ValueError(
+            f"{run} was trained on {short_repr(dataset)}, which is not here: "
+            "name the folder where it is with --dataset"
+        )
+    if data_dir is None and dataset in FETCHED and not of_run.is_dir():
+        raise ValueError(
+            f"{run} had its data in {of_run}, which is not here: add --data-dir FOLDER, where "
+            f"{dataset} is, or is to be kept"
+        )
+    return dataset, data_dir or of_run
+
+
+def _program() -> str:
+    """How this program was called, so that a hint can be pasted."""
+    called = sys.argv[0]
+    return "python -m graphcaps" if called.endswith("__main__.py") else called

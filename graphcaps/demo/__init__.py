@@ -1,0 +1,202 @@
+"""The live demo: a trained net in one HTML file, to draw a digit and watch it being routed."""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from graphcaps.data.datasets import Dataset
+from graphcaps.explorer import (
+    base64_of,
+    check_writable,
+    fill,
+    geometry,
+    halves,
+    pack_decoder,
+    write_page,
+)
+from graphcaps.nets.model import PRETRAINED, CapsNet
+from graphcaps.training.evaluation import as_input, check_fits, evaluate
+
+ROUTED = ("dynamic", "uniform")  # the routings that the page's script knows
+MOST_ITERATIONS = 10
+IMAGES = 1000  # of the test set that the page holds
+MISTAKES = 40  # at most, from anywhere in the test set
+PARTS = ("weight", "bias")
+IN_A_ROW = 25  # images of the sheet in which they are packed
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Test images that come with a page.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: true classes, `[N]`.
+        numbers: their places in the test set, `[N]`.
+        mistakes: which of them the net gets wrong, bool `[N]`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor
+    mistakes: Tensor
+
+
+def shipped_gallery(name: str = "mnist-small") -> Gallery:
+    """The first images of the test set and all that the net gets wrong, as they ship with it.
+
+    Args:
+        name: of the net, see `CapsNet.from_pretrained`.
+
+    >>> len(shipped_gallery().images) > 1000
+    True
+    """
+    return Gallery(**safetensors.torch.load_file(PRETRAINED / name / "gallery.safetensors"))
+
+
+def gallery_of(model: CapsNet, data: Dataset) -> Gallery:
+    """The first test images of a data set, and those of all that the net gets wrong.
+
+    Args:
+        model: the net.
+        data: what it was trained on; all test images are evaluated.
+
+    Raises:
+        ValueError: images or classes that are not those of the net.
+    """
+    check_fits(model, data)
+    score = evaluate(model, data.test)
+    wrong = score.lengths.argmax(dim=1) != score.labels
+    chosen = torch.zeros_like(wrong)
+    chosen[:IMAGES] = True
+    chosen[wrong.nonzero().flatten()[:MISTAKES]] = True
+    numbers = chosen.nonzero().flatten()
+    return Gallery(data.test.images[numbers], score.labels[numbers], numbers, wrong[numbers])
+
+
+def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str) -> str:
+    """The page.
+
+    Args:
+        model: with dynamic or uniform routing.
+        classes: names of its classes.
+        gallery: images to try it on.
+        name: of the net, for the title.
+
+    Returns:
+        HTML that loads nothing from anywhere.
+
+    Raises:
+        ValueError: a net with another routing.
+    """
+    check_routed(model)
+    return fill(
+        "graphcaps.demo",
+        ("drawing.js", "demo.js"),
+        json.dumps(page_data(model, classes, gallery), separators=(",", ":")),
+        name=escape(name),
+        children=f"{model.config.capsule_maps * model.config.grid_size() ** 2:,}",
+        classes=str(len(classes)),
+    )
+
+
+def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dict[str, Any]:
+    """What the page's script works on: plain numbers, and weights in half precision as base64.
+
+    Args:
+        model: the net.
+        classes: names of its classes.
+        gallery: images to try it on.
+
+    Returns:
+        Values that JSON has.
+    """
+    state = model.state_dict()
+    names = [f"{layer}.{part}" for layer in ("conv.0", "primary.conv") for part in PARTS]
+    weights = {key: halves(state[key]) for key in [*names, "capsules.weight"]}
+    mistakes = gallery.mistakes.nonzero().flatten()
+    return {
+        **geometry(model.config, classes),
+        "config": asdict(model.config),
+        "weights": {**weights, "decoder": pack_decoder(model)},
+        "rounds": MOST_ITERATIONS,
+        "gallery": {
+            "sheet": base64_of(_sheet(gallery.images)),
+            "columns": IN_A_ROW,
+            "numbers": gallery.numbers.tolist(),
+            "labels": gallery.labels.tolist(),
+            "mistakes": mistakes.tolist(),
+            "longest": _longest(model, gallery.images[mistakes]),
+        },
+    }
+
+
+def check_routed(model: CapsNet) -> None:
+    """See whether the page can route as a net does.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if model.config.routing not in ROUTED:
+        raise ValueError(
+            f"the demo routes {' and '.join(ROUTED)} in the page, and this net was trained with "
+            f"{model.config.routing} routing: train one with --routing dynamic, or look inside "
+            "this one with graphcaps report"
+        )
+
+
+def write_demo(
+    model: CapsNet, classes: tuple[str, ...], gallery: Gallery, output: Path, name: str
+) -> None:
+    """Write the page, see `render`.
+
+    Args:
+        model, classes, gallery, name: as for `render`.
+        output: the file; its folder is made if it is not there.
+
+    Raises:
+        ValueError: a net with another routing, or `output` cannot be a file.
+        OSError: `output` cannot be written; what was there is untouched.
+    """
+    write_page(render(model, classes, gallery, name), output)
+
+
+@torch.no_grad()
+def _longest(model: CapsNet, images: Tensor) -> list[int]:
+    """Classes of the longest capsules of some images."""
+    if not len(images):
+        return []
+    return model(as_input(images, model)).lengths.argmax(dim=1).tolist()
+
+
+def _sheet(images: Tensor) -> bytes:
+    """All images in one PNG, row by row."""
+    count, channels, size, _ = images.shape
+    rows = -(-count // IN_A_ROW)
+    sheet = torch.zeros(rows * IN_A_ROW, channels, size, size, dtype=torch.uint8)
+    sheet[:count] = images
+    tiles = sheet.view(rows, IN_A_ROW, channels, size, size).permute(0, 3, 1, 4, 2)
+    pixels = tiles.reshape(rows * size, IN_A_ROW * size, channels).squeeze(-1)
+    png = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+__all__ = [
+    "Gallery",
+    "check_routed",
+    "check_writable",
+    "gallery_of",
+    "page_data",
+    "render",
+    "shipped_gallery",
+    "write_demo",
+]

@@ -1,0 +1,190 @@
+"""The flags of each command, with their defaults and help; nothing here needs torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from graphcaps.files import record
+
+
+def _optional(metavar: str, default: str) -> Any:
+    """How help shows a flag that may be left out: its value, and what holds without it."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+# Comments that start with #: are the help of the field below them, and its text in the
+# documentation. A line that does not start with a letter is not joined with the one before it.
+
+Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
+Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+RunOrWeights = Annotated[Path, tyro.conf.arg(metavar="RUN-DIR")]
+
+
+@record
+@dataclass(frozen=True)
+class TrainSettings:
+    """Train a CapsNet, test it once, and write everything to the run's folder."""
+
+    #: The net and its training recipe: the paper's, or a smaller one for CPUs. With auto, it is
+    #: paper where there is a CUDA device and small elsewhere.
+    preset: Literal["auto", "paper", "small"] = "auto"
+    #: One of mnist, fashion-mnist and mnist-5k (5,000 digits that need no download), or a folder
+    #: with four IDX files of your own.
+    dataset: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mnist"
+    #: Folder where downloaded data sets are kept.
+    data_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data")
+    #: The run's folder.
+    run_dir: Annotated[Path | None, _optional("DIR", "runs/DATASET-PRESET-DATE-TIME")] = None
+    #: Continue the run in --run-dir from its last checkpoint, on the same images and with the
+    #: settings it was started with. Only --data-dir, --engine, --device and --tensorboard may
+    #: differ; --cuda-graph must be given again.
+    resume: Switch = False
+    #: Passes over the training images.
+    epochs: Annotated[int | None, _optional("INT", "paper 30, small 4; 400 steps or more")] = None
+    #: Images per step, summed over all processes.
+    batch_size: Annotated[
+        int | None, _optional("INT", "paper 128, small 100, or all images if there are fewer")
+    ] = None
+    #: Learning rate of Adam; with preset small, the peak of the one-cycle schedule. The paper's
+    #: rate decays by a factor of 0.96 every 2000 steps.
+    learning_rate: Annotated[float | None, _optional("FLOAT", "paper 0.001, small 0.003")] = None
+    #: Routing algorithm: dynamic, em, attention, self_attention, self_routing, variational_bayes,
+    #: or uniform, which couples all capsules equally, as a control.
+    routing: Annotated[str, tyro.conf.arg(metavar="NAME")] = "dynamic"
+    #: Routing iterations, for routings that iterate.
+    iterations: int = 3
+    #: Training images are shifted by up to this many pixels.
+    shift: int = 2
+    #: How messages are passed. Affects speed, not results; see graphcaps info.
+    engine: Engine = "auto"
+    #: Device to train on: auto, cpu, cuda, cuda:1 and so on.
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    #: With bf16, convolutions and decoder compute in bfloat16; votes and routing stay in float32.
+    amp: Literal["off", "bf16"] = "off"
+    #: Capture the forward and backward pass of a step as a CUDA graph and replay it. Needs one
+    #: GPU and engine fused. Affects speed, not results.
+    cuda_graph: Switch = False
+    #: Seed of the weights, the order of the images and their shifts.
+    seed: int = 0
+    #: Steps between checkpoints, in addition to the one after every epoch.
+    checkpoint_every: int = 200
+    #: Also write TensorBoard files to the run's folder.
+    tensorboard: Switch = False
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Evaluate a trained net on the test set."""
+
+    #: Folder of a run, whose best epoch is evaluated, or a folder with model.safetensors.
+    run_dir: tyro.conf.Positional[RunOrWeights]
+    #: Data set, as for train.
+    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    #: Folder where data sets are kept.
+    data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
+    #: How messages are passed. Affects speed, not results; see graphcaps info.
+    engine: Engine = "auto"
+    #: Device to evaluate on: auto, cpu, cuda, cuda:1 and so on.
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """Classify the digit in each image and print the lengths of all class capsules."""
+
+    #: PNG or JPEG files of any size with one digit each, dark on light or light on dark.
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint=""),
+    ]
+    #: Folder of a run, whose best epoch is used, or a folder with model.safetensors.
+    run_dir: Annotated[
+        Path | None, _optional("RUN-DIR", "the net that ships with graphcaps, trained on MNIST")
+    ] = None
+    #: How messages are passed. Affects speed, not results; see graphcaps info.
+    engine: Engine = "auto"
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Write an interactive report of a run as one HTML file that needs no network."""
+
+    #: Folder of a run that has finished at least one epoch; its best epoch is shown.
+    run_dir: tyro.conf.Positional[RunOrWeights]
+    #: The file to write.
+    output: Annotated[Path | None, _optional("FILE", "report.html in the run's folder")] = None
+    #: Data set, as for train.
+    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    #: Folder where data sets are kept.
+    data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
+    #: How messages are passed. Affects speed, not results; see graphcaps info.
+    engine: Engine = "auto"
+    #: Device to compute on: auto, cpu, cuda, cuda:1 and so on.
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Write a net as one HTML file in which digits are drawn and routed live, without a network."""
+
+    #: Folder of a run, whose best epoch is shown, or a folder with model.safetensors.
+    run_dir: Annotated[
+        tyro.conf.Positional[Path | None],
+        _optional("[RUN-DIR]", "the net that ships with graphcaps, trained on MNIST"),
+    ] = None
+    #: The file to write.
+    output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("demo.html")
+    #: Data set, as for train.
+    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    #: Folder where data sets are kept.
+    data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
+
+
+@dataclass(frozen=True)
+class InfoSettings:
+    """Show versions and devices, and for each engine whether it can run, or why not."""
+
+
+Settings = (
+    TrainSettings
+    | EvaluateSettings
+    | PredictSettings
+    | ReportSettings
+    | DemoSettings
+    | InfoSettings
+)
+Command = (
+    Annotated[TrainSettings, tyro.conf.subcommand("train")]
+    | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+    | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+    | Annotated[ReportSettings, tyro.conf.subcommand("report")]
+    | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
+    | Annotated[InfoSettings, tyro.conf.subcommand("info")]
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The whole command line."""
+
+    command: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Command]]
+    #: Show the traceback of an error that ends the program.
+    traceback: Switch = False
+
+
+def parse(arguments: list[str]) -> Program:
+    """Parse a command line, given without the program's name.
+
+    Raises:
+        SystemExit: the help or an error message has been printed.
+    """
+    return tyro.cli(
+        Program,
+        prog="graphcaps",
+        description="Capsule networks routed by message passing on DGL graphs.\n\n"
+        "COMMAND --help shows the flags of a command, --version the version.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.CascadeSubcommandArgs),
+    )
