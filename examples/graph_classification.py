@@ -225,6 +225,16 @@ def run_fold(
 # 5. The table.
 
 
+def row(readout: str, measured: dict[str, Any]) -> str:
+    """A line of the table."""
+    folds = measured["folds"]
+    tests = 100 * torch.tensor([fold["test"] for fold in folds])
+    return (
+        f"| {readout} | {folds[0]['parameters']:,} | {tests.mean():.1f} ± {tests.std():.1f} % "
+        f"| {measured['seconds']:.0f} s |"
+    )
+
+
 def processor() -> str:
     """What the processor is called."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -259,23 +269,14 @@ def main() -> None:
         "|---|---|---|---|",
         flush=True,
     )
-    results: dict[str, Any] = {
-        "name": asked.name,
-        "epochs": asked.epochs,
-        "machine": machine,
-        "readouts": {},
-    }
+    results: dict[str, Any] = {"name": asked.name, "epochs": asked.epochs, "machine": machine}
+    results["readouts"] = {}
     for readout in ("dynamic", "uniform", "mean"):
         started = time.process_time()
         folds = [run_fold(readout, data, parts, n, asked.epochs) for n in range(asked.folds)]
-        seconds = time.process_time() - started
-        tests = 100 * torch.tensor([fold["test"] for fold in folds])
-        print(
-            f"| {readout} | {folds[0]['parameters']:,} | {tests.mean():.1f} ± {tests.std():.1f} % "
-            f"| {seconds:.0f} s |",
-            flush=True,
-        )
-        results["readouts"][readout] = {"folds": folds, "seconds": seconds}
+        measured = {"folds": folds, "seconds": time.process_time() - started}
+        print(row(readout, measured), flush=True)
+        results["readouts"][readout] = measured
     if asked.output is not None:
         asked.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -103,3 +103,16 @@ def test_what_cannot_be_classified_is_told_in_a_sentence(example, asked, said, m
     with pytest.raises(SystemExit):
         example.main()
     assert said in capsys.readouterr().err
+
+
+def test_the_tables_in_the_folders_readme_are_those_of_the_measured_files(example):
+    root = Path(__file__).parents[1]
+    readme = (root / "examples" / "README.md").read_text()
+    files = sorted((root / "benchmarks").glob("graphs-*.json"))
+    rows = [
+        example.row(readout, measured)
+        for file in files
+        for readout, measured in json.loads(file.read_text())["readouts"].items()
+    ]
+    assert rows
+    assert [line for line in readme.splitlines() if " ± " in line and "std" not in line] == rows
