@@ -188,7 +188,7 @@ class CapsuleLayer(nn.Module):
     >>> layer(torch.rand(2, 1152, 8)).shape
     torch.Size([2, 10, 16])
 
-    One matrix for two kinds of nodes, whatever graph they are in:
+    One matrix from every atom to its molecule, for graphs that come with the calls:
 
     >>> pooled = dgl.heterograph({("atom", "in", "molecule"): ([0, 1, 2], [0, 0, 1])})
     >>> CapsuleLayer(kinds=1, child_dim=8, parent_dim=16)(torch.rand(3, 8), graph=pooled).shape
