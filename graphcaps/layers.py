@@ -363,7 +363,6 @@ class CapsuleLayer(nn.Module):
             wide,
             routing=self.routing,
             structure=structure,
-            samples=samples,
             trace=return_trace,
         )
         edges: Edges

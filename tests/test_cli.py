@@ -144,7 +144,7 @@ def test_a_demo_is_written_of_the_shipped_net_and_of_a_run(trained, copied, grap
     assert f"graphcaps · {copied.name}<" in output.read_text(encoding="utf-8")
     status, _, err = graphcaps("demo", "--dataset", DIGITS, "--output", output)
     assert status == 1
-    assert "has its images with it" in err
+    assert "comes with its images" in err
     status, _, err = graphcaps("demo", "--output", tmp_path)
     assert status == 1
     assert "got the folder" in err
