@@ -14,7 +14,6 @@ import torch
 from run_records import step_metrics
 from torch.testing import assert_close
 
-import graphcaps as gc
 from graphcaps import cli
 from graphcaps.data.datasets import load_dataset
 from graphcaps.nets.model import PRESETS, CapsNet
@@ -318,8 +317,8 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(loop, "_check_capture", lambda *_: None)
     monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)
-    for module in (gc.losses, gc.model):
-        monkeypatch.setattr(module, "multi_hot", multi_hot)
+    for module in ("losses", "model"):
+        monkeypatch.setattr(f"graphcaps.nets.{module}.multi_hot", multi_hot)
     return fake_cuda_graph.install(monkeypatch)
 
 
