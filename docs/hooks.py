@@ -82,4 +82,5 @@ def _formula(source: str, language: str, css_class: str, *_: object, **__: objec
 def _mathml(source: str, display: str) -> str:
     """LaTeX as MathML, which browsers draw by themselves."""
     drawn = latex2mathml.converter.convert(source, display=display)
+    drawn = drawn.replace("<mi>ln</mi>", '<mi>ln</mi><mspace width="0.17em"/>')
     return drawn.replace('display="block"', 'displaystyle="true"', 1)
