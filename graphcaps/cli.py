@@ -54,7 +54,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Tell the digit in image files, with the lengths of all class capsules."""
+    """Tell the digit in image files, or that there are two or none, and all capsules' lengths."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """PNG or JPEG files of any size, dark on light or light on dark, one digit each."""
