@@ -26,7 +26,7 @@ from graphcaps.nets.model import PRETRAINED, CapsNet
 from graphcaps.training.evaluation import as_input, check_fits, evaluate
 
 ROUTED = ("dynamic", "uniform")  # the routings that the page's script knows
-MOST_ITERATIONS = 10
+MOST_ITERATIONS = 10  # that the page shows
 IMAGES = 1000  # of the test set that the page holds
 MISTAKES = 40  # at most, from anywhere in the test set
 PARTS = ("weight", "bias")
@@ -107,7 +107,17 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
         name=escape(name),
         children=f"{model.config.capsule_maps * model.config.grid_size() ** 2:,}",
         classes=str(len(classes)),
+        trained=_trained(model),
+        rounds=str(MOST_ITERATIONS),
     )
+
+
+def _trained(model: CapsNet) -> str:
+    config = model.config
+    if config.routing == "uniform":
+        return "uniform routing, whose coupling stays equal"
+    times = "iteration" if config.iterations == 1 else "iterations"
+    return f"{config.iterations} {times} of {config.routing} routing"
 
 
 def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dict[str, Any]:

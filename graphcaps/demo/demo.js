@@ -127,8 +127,9 @@ function shifted(pixels, right, down) {
 function seen() {
   const whole = { left: 0, top: 0, side: SHEET, truth: null };
   if (state.mode === "two") {
-    const pixels = union(state.layers.map((layer) => shifted(layerPixels(layer), layer.x, layer.y)));
-    return { ...whole, pixels, title: `Two images: ${state.layers.map(nameOfLayer).join(" and ")}` };
+    const moved = state.layers.map((layer) => shifted(layerPixels(layer), layer.x, layer.y));
+    const title = `Two images: ${state.layers.map(nameOfLayer).join(" and ")}`;
+    return { ...whole, pixels: union(moved), title };
   }
   if (state.image === null) return { ...whole, ...drawnPixels(), title: "Your drawing" };
   const [pixels, truth] = [pixelsOf(state.image), gallery.labels[state.image]];
@@ -152,6 +153,10 @@ function lookAt(image) {
       ...round,
       pose: (parent) => round.v.subarray(parent * dim, (parent + 1) * dim),
       amounts: (parent) => sharesOf(votes, round, parent, dim),
+      agreement: (child, parent) => {
+        const edge = child * data.classes.length + parent;
+        return dot(votes, edge * dim, round.v, parent * dim, dim);
+      },
     })),
   };
 }
@@ -211,7 +216,7 @@ function showSheet() {
     context.stroke();
   }
   byId("hint").hidden = !drawing || !state.drawing.empty;
-  const what = drawing ? "Your drawing, empty".slice(0, state.drawing.empty ? 19 : 12) : state.seen.title;
+  const what = drawing && state.drawing.empty ? "Nothing is drawn" : state.seen.title;
   const keys = state.mode === "two"
     ? "Arrow keys move the chosen digit."
     : "Arrow keys move the pen, space puts it down or lifts it, backspace takes back a stroke.";
@@ -430,7 +435,8 @@ function address() {
   words.set("iteration", explorer.iteration + 1);
   if (explorer.pinned) words.set("class", explorer.parent);
   if (explorer.child !== null) words.set("child", explorer.child);
-  if (explorer.offsets.some((offset) => offset !== 0)) words.set("pose", explorer.offsets.join(","));
+  const { offsets } = explorer;
+  if (offsets.some((offset) => offset !== 0)) words.set("pose", offsets.join(","));
   return words.toString();
 }
 
