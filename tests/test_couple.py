@@ -397,9 +397,9 @@ def test_what_does_not_fit_is_refused(changes, said):
     [
         (1, 16, None, PosesInLanes),
         (7, 16, None, PosesInLanes),
-        (8, 16, None, SamplesInLanes),
+        (12, 16, None, SamplesInLanes),
         (64, 16, None, SamplesInLanes),
-        (2, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
+        (3, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
         (64, 16, [0, 1, 0], PosesInLanes),  # the other knows no competition but a child's
     ],
 )
