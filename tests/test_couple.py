@@ -1,7 +1,6 @@
 """The pass over the edges on the CPU: values, gradients and laws, for each term and for all."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -63,13 +62,6 @@ def several_threads(monkeypatch):
     monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["samples", "poses"])
-def in_lanes(request, monkeypatch):
-    """What stands side by side, whatever is faster."""
-    cost = math.inf if request.param == "samples" else 0
-    monkeypatch.setattr(lay_out, "COST_OF_A_POSE", cost)
 
 
 def assert_equal(got, expected, **tolerance):
@@ -371,9 +363,9 @@ def test_what_does_not_fit_is_refused(changes, said):
     [
         (1, 16, None, PosesInLanes),
         (7, 16, None, PosesInLanes),
-        (8, 16, None, SamplesInLanes),
+        (12, 16, None, SamplesInLanes),
         (64, 16, None, SamplesInLanes),
-        (2, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
+        (3, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
         (64, 16, [0, 1, 0], PosesInLanes),  # the other knows no competition but a child's
     ],
 )

@@ -8,7 +8,7 @@ from graphcaps.kernels.cpu.by_pose import PosesInLanes
 from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 from graphcaps.kernels.cpu.parts import Facts, Parts
 
-COST_OF_A_POSE = 2.0  # in lanes, relative to samples in lanes: dot products are sums across these
+COST_OF_A_POSE = 1.5  # in lanes, relative to samples in lanes: dot products are sums across these
 
 
 def make_parts(
