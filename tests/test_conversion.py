@@ -110,7 +110,7 @@ def guests():
             molecule(3, 2),
             molecule_by_hand(3, 2),
             [RINGS, IN],
-            {"ring": [3, 4, 5], "atom": [0, 1, 2]},
+            {"atom": [0, 1, 2], "ring": [3, 4, 5]},  # in another order than etype
         ),
         "two node types, ragged": Guest(
             dgl.batch([molecule(3, 2, True), molecule(1, 0, True)]),
