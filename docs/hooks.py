@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if name.endswith(".ipynb"):
             for made, content in _notebook(name).items():
                 files.append(File.generated(config, made, content=content))
-        elif name != "README.md":  # docs/index.md shows it
+        else:
             files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
@@ -51,9 +51,7 @@ def _notebook(name: str) -> dict[str, str | bytes]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the README into the first page, and the program's help where a comment asks for it."""
-    if page.file.src_uri == "index.md":
-        markdown = (ROOT / "README.md").read_text()
+    """Lead links to notebooks to their pages, and show the program's help where a comment asks."""
     markdown = re.sub(r"(\]\([^)\s]*)\.ipynb\b", r"\1.md", markdown)
     return re.sub(r"<!-- (graphcaps .*?) -->", lambda found: _help(found[1]), markdown)
 
@@ -84,4 +82,5 @@ def _formula(source: str, language: str, css_class: str, *_: object, **__: objec
 def _mathml(source: str, display: str) -> str:
     """LaTeX as MathML, which browsers draw by themselves."""
     drawn = latex2mathml.converter.convert(source, display=display)
+    drawn = drawn.replace("<mi>ln</mi>", '<mi>ln</mi><mspace width="0.17em"/>')
     return drawn.replace('display="block"', 'displaystyle="true"', 1)

@@ -10,11 +10,9 @@ from graphcaps.passing import ENGINES as WITH_VOTES
 from graphcaps.passing import MessagePassing
 from graphcaps.routing import Routing
 from graphcaps.structure import Structure
-from graphcaps.tracing import is_traced
 
 ENGINES = ("fused", *WITH_VOTES)
 PREFERRED = ("fused", "builtin", "scatter")  # by "auto", in this order
-FEWEST_SAMPLES = 8  # below, the lanes of the kernel on the CPU stay empty
 
 
 def why_not(
@@ -49,7 +47,7 @@ def why_not(
         return "it stores no votes, and a trace is made of them"
     if routing is not None and routing.needs_votes:
         return f"{routing.name} routing asks for the votes, and it stores none"
-    if structure is not None and not structure.by_child:
+    if device.type != "cpu" and structure is not None and not structure.by_child:
         return "its kernels know no competition but that of the edges of a child"
     return kernels.why_not(device, dtype)
 
@@ -61,7 +59,6 @@ def choose(
     *,
     routing: Routing | None = None,
     structure: Structure | None = None,
-    samples: int | None = None,
     trace: bool = False,
 ) -> str:
     """The engine that runs: the one named, or with `"auto"` the fastest that can.
@@ -69,7 +66,6 @@ def choose(
     Args:
         engine: `"auto"` or a name in `ENGINES`.
         device, dtype, routing, structure, trace: as for `why_not`.
-        samples: how many are routed at once; enough for a kernel, if not given.
 
     Returns:
         A name in `ENGINES`.
@@ -78,7 +74,7 @@ def choose(
         ValueError: an unknown name; a trace asked of an engine that cannot give one.
         RuntimeError: a named engine that cannot run, with the reason.
 
-    >>> [choose("auto", torch.device("cpu"), samples=samples) for samples in (64, 1)]
+    >>> [choose("auto", torch.device("cpu"), trace=trace) for trace in (False, True)]
     ['fused', 'builtin']
     """
     check_engine(engine)
@@ -87,11 +83,7 @@ def choose(
         for name in (PREFERRED if engine == "auto" else (engine,))
     }
     if engine == "auto":
-        # a trace may have to serve for any number of samples: it does not depend on it
-        known = None if is_traced() or device.type != "cpu" else samples
-        few = known is not None and known < FEWEST_SAMPLES
-        able = [name for name, reason in reasons.items() if reason is None]
-        return able[1] if few and able[0] == "fused" and len(able) > 1 else able[0]
+        return next(name for name, reason in reasons.items() if reason is None)
     if reasons[engine] is not None:
         error = ValueError if trace and engine == "fused" else RuntimeError
         raise error(

@@ -92,7 +92,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Classify the digit in each image and print the lengths of all class capsules."""
+    """Classify the digit in each image, or say that there are two or none, with all lengths."""
 
     #: PNG or JPEG files of any size with one digit each, dark on light or light on dark.
     images: Annotated[

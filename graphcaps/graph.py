@@ -186,6 +186,23 @@ def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
         )
 
 
+def competition_of_edges(graph: dgl.DGLGraph) -> tuple[Tensor | None, int]:
+    """The number of the competition that each edge takes part in, and how many there are.
+
+    From 0, int64 `[E]`; those of different graphs of a batch differ. None where it is the edges of
+    each child that compete.
+    """
+    index = graph.edata.get("competition")
+    if index is None:
+        return None, graph.num_nodes("child")
+    sizes = graph.batch_num_nodes("child").to(index.device)
+    graph_of_child = torch.arange(len(sizes), device=index.device).repeat_interleave(sizes)
+    most = int(index.max()) + 1 if len(index) else 0
+    child, _ = graph.edges()
+    different, number = (graph_of_child[child.long()] * most + index).unique(return_inverse=True)
+    return number, len(different)
+
+
 def check_numbers_of(name: str, size: str, index: Tensor) -> None:
     """Raise ValueError for anything but int64 in one dimension, called `size` in the message."""
     if index.dtype != torch.int64 or index.dim() != 1:

@@ -363,7 +363,6 @@ class CapsuleLayer(nn.Module):
             wide,
             routing=self.routing,
             structure=structure,
-            samples=samples,
             trace=return_trace,
         )
         edges: Edges
@@ -450,8 +449,8 @@ def _under_autocast(device_type: str) -> bool:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    known = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+    under = _under_autocast(device_type)  # else it would stand in every trace
+    return torch.autocast(device_type, enabled=False) if under else nullcontext()
 
 
 def _check_finite(poses: Tensor, u: Tensor) -> None:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from graphcaps._dgl import dgl
 from graphcaps.conversion import EdgeTypes, as_routing_graph
-from graphcaps.graph import check_weight_index, is_complete, made_to_be_kept
+from graphcaps.graph import (
+    check_weight_index,
+    competition_of_edges,
+    is_complete,
+    made_to_be_kept,
+)
 
 T = TypeVar("T")
 BATCH_SIZES_KEPT = 4  # those of training, evaluation, and the shorter last batch of each
@@ -125,16 +130,11 @@ class Structure:
             self.graphs = len(sizes)
             self.graph_of_parent = torch.arange(self.graphs).repeat_interleave(sizes)
             self.complete = is_complete(self.graph)
-            competition = self.graph.edata.get("competition")
+            competition, self.competitions = competition_of_edges(self.graph)
             self.by_child = competition is None
-            self.competition, self.competitions = self.child, self.children
+            self.competition = self.child if competition is None else competition
             if competition is not None:
-                graph_of_child = torch.arange(self.graphs).repeat_interleave(
-                    self.graph.batch_num_nodes("child")
-                )
-                number = graph_of_child[self.child] * _count(competition) + competition
-                different, self.competition = number.unique(return_inverse=True)
-                self.competitions = len(different)
+                self.graph.edata["competition"] = competition
             self.kinds = wanted if kinds is None else kinds
             self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}

@@ -28,12 +28,12 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def under_torch_func() -> bool:
-    """Whether a transform of `torch.func` is at work, as `vmap` or `grad`.
+    """Whether a transform of `torch.func` is at work, as `vmap` or `grad`, in eager mode.
 
     >>> torch.func.vmap(lambda x: x * under_torch_func())(torch.ones(2))
     tensor([1., 1.])
     """
-    return peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def _dispatches_by_itself(x: Tensor) -> bool:

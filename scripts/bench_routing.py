@@ -7,6 +7,7 @@ its own for each form.
     python scripts/bench_routing.py --output benchmarks/routing-cpu.json     # everything
     python scripts/bench_routing.py --short                                  # under 2 minutes
     python scripts/bench_routing.py --short --layer.routing em --layer.rows 4 --layer.child-dim 16
+    python scripts/bench_routing.py --choices          # what `auto` takes, beside all it could take
 """
 
 import copy
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
-from measuring import alternating, in_own_process, machine, peak_mib, quartiles, write
+from measuring import alternating, in_a_row, in_own_process, machine, peak_mib, quartiles, write
 from torch import Tensor
 
 import graphcaps as gc
 from graphcaps._dgl import dgl
+from graphcaps.kernels.cpu import lay_out
 from graphcaps.pictures.inspection import dense_form, results_and_gradients
 
 FORMS = ("dense", "compiled", "udf", "builtin", "scatter", "fused")
@@ -67,6 +70,8 @@ class Options:
     """How often each form is timed."""
     output: Path | None = None
     """A JSON file for all figures."""
+    choices: bool = False
+    """Alone: whether `auto` takes the fastest form, from one sample to many, on every graph."""
     memory_of: str | None = None
     """Print the peak memory of a form alone, in every mode; used by this script itself."""
 
@@ -96,7 +101,7 @@ CONV = Layer("em", graph="conv", children=14 * 14 * 32, parents=6 * 6 * 32, **MA
 def make_graph(layer: Layer) -> dgl.DGLGraph:
     """The complete graph, or so many of its edges, each with a matrix of its own; or windows."""
     if layer.graph == "conv":
-        return _windows(size=14, maps=32, kernel=3, stride=2)
+        return gc.conv_graph(14, 14, 32, 32, kernel_size=3, stride=2)
     if layer.kept == 1:
         return gc.complete_graph(layer.children, layer.parents)
     every = layer.children * layer.parents
@@ -107,23 +112,6 @@ def make_graph(layer: Layer) -> dgl.DGLGraph:
         edges % layer.parents,
         children=layer.children,
         parents=layer.parents,
-    )
-
-
-def _windows(size: int, maps: int, kernel: int, stride: int) -> dgl.DGLGraph:
-    across = (size - kernel) // stride + 1
-    sizes = (across, across, kernel, kernel, maps, maps)
-    y, x, dy, dx, i, j = (
-        n.flatten() for n in torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
-    )
-    child = (i * size + y * stride + dy) * size + x * stride + dx
-    parent = (j * across + y) * across + x
-    return gc.routing_graph(
-        child,
-        parent,
-        children=maps * size * size,
-        weight_index=((dy * kernel + dx) * maps + i) * maps + j,
-        parent_type=torch.arange(maps).repeat_interleave(across * across),
     )
 
 
@@ -247,6 +235,20 @@ def measure_alone(layer: Layer, options: Options) -> dict[str, Any]:
     }
 
 
+def measure_in_a_row(options: Options) -> dict[str, list[float]]:
+    """Engine fused call after call, where all else is timed after a pause; beside a product."""
+    capsules = make_capsules(options.layer, make_graph(options.layer), options.device)
+    given = make_input(options.layer, capsules)
+    matrix = torch.randn(2048, 2048, device=options.device)
+    calls = {
+        "fused, forward + backward": _call(
+            make_form("fused", capsules), capsules, given, MODES[-1]
+        ),
+        "a product of matrices, 2048 x 2048": lambda: matrix @ matrix,
+    }
+    return {name: in_a_row(call, options.rounds) for name, call in calls.items()}
+
+
 def measure_kept(form: str, mode: str, options: Options) -> dict[str, list[float]]:
     """One form on graphs with ever fewer edges, one after the other in every round."""
     calls = {}
@@ -297,6 +299,117 @@ def peaks_apart(form: str, layer: Layer, options: Options) -> dict[str, float]:
         f"--memory-of={form}",
     )
     return dict(zip(MODES, map(float, printed.split()[-len(MODES) :]), strict=True))
+
+
+def ragged(sizes: Sequence[int], kinds: int = 4, parents: int = 10) -> dgl.DGLGraph:
+    """Graphs whose nodes are of so many kinds, and vote for all parents of their graph."""
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for size in sizes:
+        kind = torch.randint(kinds, (size, 1), generator=generator)
+        kind[0] = kinds - 1
+        graphs.append(
+            gc.routing_graph(
+                torch.arange(size).repeat_interleave(parents),
+                torch.arange(parents).repeat(size),
+                weight_index=(kind * parents + torch.arange(parents)).flatten(),
+            )
+        )
+    return dgl.batch(graphs)
+
+
+def route_padded(capsules: gc.CapsuleLayer, graph: dgl.DGLGraph, u: Tensor) -> Tensor:
+    """A ragged batch by hand, by dynamic routing: every graph padded to the largest."""
+    sizes = graph.batch_num_nodes("child")
+    parents = int(graph.batch_num_nodes("parent")[0])
+    there = torch.arange(int(sizes.max())) < sizes[:, None]
+    kind = graph.edata["weight_index"].view(-1, parents)[:, 0] // parents
+    kinds = len(capsules.weight) // parents
+    # a pose stands at the place of its kind, between zeros: one product gives all votes
+    u = (F.one_hot(kind, kinds).to(u)[..., None] * u[:, None]).flatten(1)
+    padded = u.new_zeros(*there.shape, u.shape[1]).index_put(there.nonzero(as_tuple=True), u)
+    matrices = capsules.weight.unflatten(0, (kinds, parents)).transpose(1, 2).flatten(0, 1)
+    u_hat = (padded @ matrices.flatten(1)).unflatten(-1, (parents, -1))
+    b, mask = u_hat.new_zeros(u_hat.shape[:3]), there[..., None].to(u)
+    for iteration in range(3):
+        s = torch.einsum("bij,bijd->bjd", b.softmax(dim=2) * mask, u_hat)
+        v = gc.squash(s)
+        if iteration < 2:
+            b = b + torch.einsum("bijd,bjd->bij", u_hat, v)
+    return v.flatten(0, 1)
+
+
+def with_lanes_of(which: Literal["samples", "poses"], call: Callable[[], Tensor]) -> Callable:
+    """A call of the kernel on the CPU with samples or poses in lanes, whatever it would choose."""
+
+    def run() -> Tensor:
+        chosen = lay_out.COST_OF_A_POSE
+        lay_out.COST_OF_A_POSE = float("inf") if which == "samples" else 0
+        try:
+            return call()
+        finally:
+            lay_out.COST_OF_A_POSE = chosen
+
+    return run
+
+
+def choice_cases() -> Iterable[tuple[str, gc.CapsuleLayer, Tensor, dgl.DGLGraph | None]]:
+    """Name, layer, poses, and a graph of their own where they are a ragged batch."""
+    for batch in (1, 2, 4, 7, 8, 16, 32, 64, 128, 256):
+        layer = Layer(batch=batch)
+        capsules = make_capsules(layer, make_graph(layer), "cpu")
+        yield f"1152 to 10, batch {batch}", capsules, make_input(layer, capsules)[0], None
+    for batch in (1, 8, 64):
+        layer = Layer(batch=batch, kept=0.1)
+        capsules = make_capsules(layer, make_graph(layer), "cpu")
+        yield f"a tenth of it, batch {batch}", capsules, make_input(layer, capsules)[0], None
+    graph = gc.conv_graph(12, 12, 8, 8, kernel_size=3)
+    for batch in (1, 4, 8, 16, 32):
+        capsules = make_capsules(Layer(), graph, "cpu")
+        u = make_input(Layer(batch=batch, children=1152), capsules)[0]
+        yield f"3x3 windows, batch {batch}", capsules, u, None
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(20, 61, (64,), generator=generator).tolist()
+    # from 20 to 620 nodes, most of them small, as the graphs of PROTEINS
+    many = (20 + 600 * torch.rand(64, generator=generator) ** 8).int().tolist()
+    for name, sizes in (("20 to 60 nodes", few), ("20 to 620 nodes", many)):
+        batch = ragged(sizes)
+        capsules = make_capsules(Layer(), ragged([4]), "cpu")
+        u = make_input(Layer(batch=1, children=sum(sizes)), capsules)[0]
+        yield f"64 graphs of {name}", capsules, u[0].detach().requires_grad_(), batch
+
+
+def measure_choices(options: Options) -> dict[str, Any]:
+    """Forward and backward of `auto`, and of all it could have taken; seconds of each round."""
+    found = {}
+    for name, capsules, u, graph in choice_cases():
+
+        def by(
+            engine: str, capsules: Any = capsules, u: Any = u, graph: Any = graph
+        ) -> Callable[[], Tensor]:
+            def route(u: Tensor) -> Tensor:
+                capsules.engine = engine
+                return capsules(u, graph=graph).square().sum()
+
+            return _call(route, capsules, (u,), "forward+backward")
+
+        calls: dict[str, Callable[[], Tensor]] = {
+            "auto": by("auto"),
+            "samples": with_lanes_of("samples", by("fused")),
+            "poses": with_lanes_of("poses", by("fused")),
+            "builtin": by("builtin"),
+        }
+        if graph is not None:
+            padded = lambda u, c=capsules, g=graph: route_padded(c, g, u).square().sum()  # noqa: E731
+            calls["padded"] = _call(padded, capsules, (u,), "forward+backward")
+        elif capsules.structure.complete:
+            calls["dense"] = _call(make_form("dense", capsules), capsules, (u,), "forward+backward")
+        found[name] = alternating(calls, options.rounds)
+        middle = {form: 1e3 * quartiles(x)[1] for form, x in found[name].items()}
+        best = min(middle.values())
+        times = ", ".join(f"{form} {x:.2f}" for form, x in middle.items())
+        print(f"{name}: {times} ms; auto / best {middle['auto'] / best:.2f}", flush=True)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -359,6 +472,11 @@ def main() -> None:
         for mode in MODES:
             print(peak_memory(options.memory_of, mode, capsules, given))
         return
+    if options.choices:
+        found = measure_choices(options)
+        if options.output is not None:
+            write(options.output, {"machine": machine(options.threads), "choices": found})
+        return
     if options.short:
         options = replace(options, rounds=max(2, options.rounds // 3))
     results: dict[str, Any] = {"machine": machine(options.threads), "rounds": options.rounds}
@@ -366,6 +484,9 @@ def main() -> None:
     right = results["seconds"]["inference"]
     results["peak_mib"] = {form: peaks_apart(form, options.layer, options) for form in right}
     print(describe(results["layer"]), results["machine"], "\n", table(results), sep="\n")
+    results["in_a_row"] = measure_in_a_row(options)
+    for name, seconds in results["in_a_row"].items():
+        print(f"{name}, call after call: {1e3 * quartiles(seconds)[1]:.1f} ms")
     if not options.short:
         results["sweeps"] = {
             name: [

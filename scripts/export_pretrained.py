@@ -45,7 +45,8 @@ pixels; no other augmentation |
 {minutes:.0f} minutes of training |
 
 **Limits.** One digit, centred and scaled as MNIST has it; `graphcaps predict` brings a photo there.
-It was never shown anything but digits, and a class capsule may be long for an image that is none.
+It was never shown anything but digits, and a class capsule may be long for an image that is none:
+`graphcaps predict` and `graphcaps.nets.judge` say so where what it draws is unlike the image.
 Digits that overlap were not trained on. The best of its {best_epoch} epochs was selected on the
 validation set, not on the test set.
 """

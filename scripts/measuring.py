@@ -43,6 +43,19 @@ def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     return seconds
 
 
+def in_a_row(function: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each of so many calls without a pause, after some that are not timed."""
+    seconds = []
+    for timed in [False] * 3 + [True] * rounds:
+        _synchronize()
+        started = time.perf_counter()
+        function()
+        _synchronize()
+        if timed:
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
 def _synchronize() -> None:
     for device in range(torch.cuda.device_count()):
         torch.cuda.synchronize(device)

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import hashlib
+import math
 import os
 import shutil
 import warnings
@@ -9,6 +10,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+from graphcaps.kernels.cpu import lay_out
+from graphcaps.kernels.cpu.by_pose import PosesInLanes
+from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="dgl")
 hypothesis.settings.register_profile("here", deadline=None, max_examples=40, derandomize=True)
@@ -56,3 +61,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["samples", "poses"])
+def in_lanes(request, monkeypatch):
+    """What stands side by side on the CPU, whatever is faster."""
+    cost = math.inf if request.param == "samples" else 0
+    monkeypatch.setattr(lay_out, "COST_OF_A_POSE", cost)
+    return SamplesInLanes if request.param == "samples" else PosesInLanes

@@ -19,12 +19,18 @@ def each_term(which: str) -> str:
     return f'test_couple.py -k "test_each_term_equals_the_dense_form and dtype1 and ({which})"'
 
 
+def unfolded(which: str) -> str:
+    """Convolutions against the dense form that unfolds windows."""
+    return f'test_convolution.py -k "unfolds and ({which})"'
+
+
 ALONE = "test_a_sample_is_routed_alike_alone_and_in_a_batch"
 DYNAMIC = "routing/dynamic.py"
 EDGES = "routing/edges.py"
 GRADIENTS = 'test_couple.py -k "test_a_gradient_that_alone_is_wanted_is_the_same"'
 OPS = "kernels/ops.py"
 PASSES = "kernels/cpu/couple_passes.py"
+POSE_PASSES = "kernels/cpu/pose_passes.py"
 TERMS = "kernels/triton/terms.py"
 INTERPRETED = 'triton_numbers.py -k "test_a_pass_equals_the_dense_form_whatever_its_terms"'
 COMPILED = 'test_triton.py -k "real_size and 90 and float32"'
@@ -241,11 +247,82 @@ MUTANTS = [
         reference("dynamic and udf"),
     ),
     (
-        "a degree is one too high",
+        "equal coupling counts a rival too many",
         "structure.py",
         "return sizes[self.competition].to(device)",
-        "return sizes[self.competition].add(1).to(device)",
+        "return (sizes[self.competition] + 1).to(device)",
         reference("uniform and scatter"),
+    ),
+    (
+        "a degree is one too high",
+        "structure.py",
+        'self._most_rivals("amax").to(device)',
+        'self._most_rivals("amax").add(1).to(device)',
+        reference("self_attention and scatter"),
+    ),
+    # convolutions and who competes
+    (
+        "competition is ignored by scatter",
+        "passing/scatter.py",
+        "competing = self.by_competition",
+        "competing = self.by_child",
+        unfolded("window and scatter"),
+    ),
+    (
+        "competition is ignored by DGL",
+        "passing/many_edges.py",
+        "self.competing = graph if structure.by_child else",
+        "self.competing = graph if True else",
+        unfolded("window and builtin"),
+    ),
+    (
+        "competition is ignored by fused",
+        "kernels/cpu/parts.py",
+        "    if competition is not None:\n        edges, cuts",
+        "    if False:\n        edges, cuts",
+        unfolded("window and fused and dynamic"),
+    ),
+    (
+        "matrices are numbered by the column first",
+        "convolution.py",
+        "(dy * kernel_size + dx)",
+        "(dx * kernel_size + dy)",
+        unfolded("strided and image and scatter and dynamic"),
+    ),
+    (
+        "padding moves the grid of the parents the wrong way",
+        "convolution.py",
+        "top, left = y + padding - dy, x + padding - dx",
+        "top, left = y - padding - dy, x - padding - dx",
+        unfolded("padded and image and scatter and dynamic"),
+    ),
+    (
+        "a window competes with that of the next row",
+        "convolution.py",
+        "competing = child * (rows * columns) + window",
+        "competing = child * rows + window // columns",
+        unfolded("strided and window and scatter and dynamic"),
+    ),
+    (
+        "graphs of a batch compete",
+        "graph.py",
+        "graph_of_child[child.long()] * most + index",
+        "0 * graph_of_child[child.long()] * most + index",
+        'test_convolution.py -k "of_a_batch_do_not_compete"',
+    ),
+    (
+        "the column of a coordinate is its row",
+        "convolution.py",
+        "torch.cartesian_prod(y, x)",
+        "torch.cartesian_prod(x, y)",
+        'test_convolution.py -k "coordinates"',
+    ),
+    (
+        "a coordinate is added to the first number of a row",
+        "votes.py",
+        "torch.eye(1, dim).flip(1)",
+        "torch.eye(1, dim)",
+        'test_convolution.py -k "coordinates"',
     ),
     # Gaussians
     (
@@ -470,6 +547,44 @@ MUTANTS = [
         "add_slopes(dy, FIRST, g, e, inputs.q, j * pose, y, e * pose, pose, lanes)",
         "pass",
         each_term("q"),
+    ),
+    # the same with poses in lanes
+    (
+        "poses in lanes: a gradient of a logit without the child's activation",
+        POSE_PASSES,
+        "put(g, e, get(g, e) * get(a, e))",
+        "put(g, e, get(g, e))",
+        each_term("poses and (EM or everything)"),
+    ),
+    (
+        "poses in lanes: the pose of the child before",
+        POSE_PASSES,
+        "                        lay_pose(u, (nodes + i) * K, sizes, scratch.x, width)\n"
+        "                    vote(",
+        "                        pass\n                    vote(",
+        unfolded("fused and dynamic and map"),
+    ),
+    (
+        "poses in lanes: an odd number of a pose is left out",
+        "kernels/cpu/pose_steps.py",
+        "        if K % 2:",
+        "        if False:",
+        each_term("poses and p"),
+    ),
+    (
+        "poses in lanes: what was not added yet is lost",
+        POSE_PASSES,
+        "        add_rest(totals, sums, sample * J, samples, J, width)\n\n\n@entry\n"
+        "def couple_gradient_pass",
+        "\n\n@entry\ndef couple_gradient_pass",
+        each_term("poses and p"),
+    ),
+    (
+        "poses in lanes: a leak is ignored",
+        "kernels/cpu/pose_steps.py",
+        "        total += get(rows, PART * LANE)",
+        "        total += 0 * get(rows, PART * LANE)",
+        each_term("poses and leak"),
     ),
     # Triton
     (

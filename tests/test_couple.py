@@ -1,5 +1,7 @@
 """The pass over the edges on the CPU: values, gradients and laws, for each term and for all."""
 
+import itertools
+
 import pytest
 import torch
 from couplings import (
@@ -20,7 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from graphcaps.kernels.cpu import parts
+import graphcaps as gc
+from graphcaps import kernels
+from graphcaps.kernels.cpu import lay_out, parts
+from graphcaps.kernels.cpu.by_pose import PosesInLanes
+from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 
 EVERYTHING = (FEATURES, FLAGS)
 # Each term alone, what published routings ask for, and all at once.
@@ -79,7 +85,7 @@ def test_sums_and_all_gradients_equal_the_dense_form(graph, size, names, flags):
 
 @every_use
 @every_dtype
-def test_each_term_equals_the_dense_form(names, flags, dtype):
+def test_each_term_equals_the_dense_form(in_lanes, names, flags, dtype):
     size = Sizes(batch=5, rows=2)
     features = make_features(IRREGULAR, size, names, dtype=dtype, scale=0.5)
     got = with_gradients(couple, IRREGULAR, size, features, flags)
@@ -105,7 +111,7 @@ def test_gradients_are_those_of_finite_differences(names, flags):
 
 
 @pytest.mark.parametrize("wanted", ["u", "weight", *FEATURES])
-def test_a_gradient_that_alone_is_wanted_is_the_same(wanted):
+def test_a_gradient_that_alone_is_wanted_is_the_same(in_lanes, wanted):
     size = Sizes(batch=3, rows=2)
     features = make_features(IRREGULAR, size, FEATURES, scale=0.5)
     expected = with_gradients(couple, IRREGULAR, size, features, FLAGS)[f"gradient of {wanted}"]
@@ -350,3 +356,35 @@ def test_what_does_not_fit_is_refused(changes, said):
     size = Sizes(rows=asked.pop("rows"))
     with pytest.raises(ValueError, match=said):
         couple(complete(9, 3), size, asked)
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim", "competition", "expected"),
+    [
+        (1, 16, None, PosesInLanes),
+        (7, 16, None, PosesInLanes),
+        (12, 16, None, SamplesInLanes),
+        (64, 16, None, SamplesInLanes),
+        (3, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
+        (64, 16, [0, 1, 0], PosesInLanes),  # the other knows no competition but a child's
+    ],
+)
+def test_what_fills_more_lanes_stands_in_them(batch, dim, competition, expected):
+    graph = gc.routing_graph([0, 0, 1], [0, 1, 1], competition=competition)
+    edges = kernels.prepare(graph, 3, torch.device("cpu"))
+    u, weight = torch.zeros(batch, 2, 8), torch.zeros(3, 8, dim)
+    assert type(lay_out.make_parts(u, weight, edges.tensors, 2, 1)) is expected
+
+
+def test_threads_have_whole_children_and_whole_competitions():
+    """Children 0 and 1 share a competition, and so do 1 and 2, but not 3 and those before."""
+    graph = gc.routing_graph(
+        [3, 0, 1, 1, 2, 3, 4], [0, 0, 0, 1, 1, 1, 0], competition=[5, 0, 0, 1, 1, 6, 7]
+    )
+    edges = kernels.prepare(graph, 7, torch.device("cpu"))
+    start, cuts = edges.by_competition.start, edges.cuts.tolist()
+    children = [
+        set(edges.by_competition.child[start[a] : start[b]].tolist())
+        for a, b in itertools.pairwise(cuts)
+    ]
+    assert children == [{0, 1, 2}, {3}, {4}]

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 import graphcaps as gc
 from graphcaps import reference
 from graphcaps._dgl import why_not_on
-from graphcaps.kernels.triton import TritonEdges, routed
+from graphcaps.kernels import routed
+from graphcaps.kernels.triton import TritonEdges
 from graphcaps.kernels.triton.couple import couple, couple_backward
 from graphcaps.training.capture import Captured
 from graphcaps.training.loop import train
@@ -122,7 +123,7 @@ def test_triton_errs_little_more_than_the_dense_form(
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     edges, u, weight, gradient = triton_layer(children, parents, batch)
     edges = replace(edges, complete=complete)
-    v = routed(u, weight, edges)
+    v = routed(u, weight, edges, iterations=3)
     got = (v.detach(), *torch.autograd.grad(v, (u, weight), gradient))
     truth = dense_layer(u, weight, gradient, parents, torch.float64)
     rival = dense_layer(u, weight, gradient, parents, torch.float32)
@@ -130,6 +131,25 @@ def test_triton_errs_little_more_than_the_dense_form(
         unit = torch.finfo(torch.float32).eps * right.abs().max()
         error, allowed = (actual - right).abs().max(), 2 * (other - right).abs().max() + 16 * unit
         assert error <= allowed, f"{name}: {error / unit:.1f} units, allowed {allowed / unit:.1f}"
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_training_step_gives_the_gradients_of_eager_mode(mode, routing):
+    graph = gc.complete_graph(32, 10)
+    layer = gc.CapsuleLayer(graph, 16, 16, rows=4, routing=routing, engine="fused", device="cuda")
+
+    def loss_of(u):
+        found = layer(u)
+        return (found if routing == "dynamic" else found.poses).square().sum()
+
+    compiled = torch.compile(loss_of, fullgraph=True, mode=mode)
+    for _ in range(3):  # recorded at the second call, replayed at the third
+        u = torch.randn(64, 32, 16, device="cuda")
+        layer.zero_grad()
+        compiled(u).backward()
+        (expected,) = torch.autograd.grad(loss_of(u), layer.weight)
+        assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,7 +160,7 @@ def test_triton_gives_equal_bits_and_never_stores_the_votes(dtype):
     before = torch.cuda.memory_allocated()
     results = []
     for _ in range(2):
-        v = routed(u, weight, edges)
+        v = routed(u, weight, edges, iterations=3)
         results.append((v.detach(), *torch.autograd.grad(v, (u, weight), gradient)))
     assert all(map(torch.equal, *results))
     votes = batch * children * parents * 16 * dtype.itemsize
@@ -265,7 +285,7 @@ def test_triton_counts_beyond_31_bits():
     assert u.numel() > 2**31
     weight = torch.randn(1, dim, 16, device=device, dtype=torch.bfloat16)
     alone, last = u[-1:].clone().requires_grad_(), u.requires_grad_()
-    v_alone, v_last = routed(alone, weight, edges), routed(last, weight, edges)
+    v_alone, v_last = (routed(u, weight, edges, iterations=3) for u in (alone, last))
     assert_close(v_last[-1:], v_alone)
     (du_alone,) = torch.autograd.grad(v_alone.sum(), alone)
     (du_last,) = torch.autograd.grad(v_last.sum(), last)

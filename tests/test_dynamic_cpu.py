@@ -1,5 +1,6 @@
 """Dynamic routing compiled for the CPU: lanes, threads, memory; its laws are in test_laws.py."""
 
+import math
 import multiprocessing
 import os
 import subprocess
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import graphcaps as gc
 from graphcaps import engines, kernels
 from graphcaps.kernels import cpu
-from graphcaps.kernels.cpu import dynamic, parts
+from graphcaps.kernels.cpu import lay_out, parts
 
 CPU = torch.device("cpu")
 MATRICES = 3  # where edges share them
@@ -175,14 +176,16 @@ def test_the_exponential_is_that_of_torch():
 
 
 @pytest.mark.parametrize("kinds_of", [shared, own])
-def test_a_gradient_that_is_not_needed_is_not_computed(kinds_of, monkeypatch):
+def test_a_gradient_that_is_not_needed_is_not_computed(kinds_of, in_lanes, monkeypatch):
     case = complete(5, 3)
     kinds = kinds_of(case)
     u, weight = make_input(case, kinds)
     _, *expected = with_gradients(route_by_kernel, case, kinds, u, weight)
-    computed, right = [], dynamic._last_pass
+    computed, right = [], in_lanes.dynamic_gradient_pass
     monkeypatch.setattr(
-        dynamic, "_last_pass", lambda *args: computed.append(right(*args)) or computed[-1]
+        in_lanes,
+        "dynamic_gradient_pass",
+        lambda *args: computed.append(right(*args)) or computed[-1],
     )
     for wanted in (0, 1):
         pair = [u, weight]
@@ -249,6 +252,8 @@ def test_a_layer_may_be_checkpointed(engine):
 
 
 def test_shared_matrices_have_no_more_private_gradients_than_poses_take_memory(monkeypatch):
+    monkeypatch.setattr(parts, "FEW_THREADS", 1)
+    monkeypatch.setattr(lay_out, "COST_OF_A_POSE", math.inf)  # the sizes below are of such matrices
     calls, right = [], parts.Parts.private_matrices
     monkeypatch.setattr(
         parts.Parts,
@@ -302,10 +307,11 @@ def test_auto_takes_the_kernel_where_it_applies(monkeypatch):
     layer(torch.randn(64, 6, 4))
     assert len(called) == 1
     layer(torch.randn(64, 6, 4), return_trace=True)
-    layer(torch.randn(1, 6, 4))
     assert len(called) == 1
-    layer.bfloat16()(torch.randn(64, 6, 4, dtype=torch.bfloat16))  # in float32
+    layer(torch.randn(1, 6, 4))
     assert len(called) == 2
+    layer.bfloat16()(torch.randn(64, 6, 4, dtype=torch.bfloat16))  # in float32
+    assert len(called) == 3
 
 
 def test_without_numba_fused_says_so_and_auto_falls_back(monkeypatch):

@@ -75,9 +75,9 @@ def test_a_score_counts_errors_and_what_was_taken_for_what():
 @pytest.mark.parametrize(
     ("images", "classes", "said"),
     [
-        ((5, 1, 28, 27), 10, r"shape \[1, 28, 28\], mine has images of shape \[1, 28, 27\]"),
-        ((5, 3, 28, 28), 10, r"mine has images of shape \[3, 28, 28\]"),
-        ((5, 1, 28, 28), 11, "the net tells 10 classes and mine has 11"),
+        ((5, 1, 28, 27), 10, r"shape \[1, 28, 28\], but those of mine have \[1, 28, 27\]"),
+        ((5, 3, 28, 28), 10, r"those of mine have \[3, 28, 28\]"),
+        ((5, 1, 28, 28), 11, "the net has 10 classes, but mine has 11"),
     ],
 )
 def test_data_that_a_net_cannot_tell_are_named(split, images, classes, said):

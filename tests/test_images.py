@@ -338,5 +338,5 @@ EMPTY = {
 @pytest.mark.parametrize("sheet", EMPTY.values(), ids=EMPTY.keys())
 def test_a_sheet_without_a_digit_is_refused(tmp_path, sheet):
     sheet.save(tmp_path / "empty.png")
-    with pytest.raises(ValueError, match=r"empty\.png: found no digit"):
+    with pytest.raises(ValueError, match=r"empty\.png: expected one digit on plain paper"):
         read_digit(tmp_path / "empty.png")

@@ -64,7 +64,7 @@ def test_a_tweaked_pose_moves_one_dimension_of_one_capsule(net):
 
 def test_a_net_without_a_decoder_cannot_draw():
     net = gc.CapsNet.from_preset("small", conv_channels=4, capsule_maps=1, decoder_hidden=None)
-    with pytest.raises(ValueError, match="no decoder"):
+    with pytest.raises(ValueError, match="expected a model with a decoder"):
         tweak_pose(net, torch.zeros(10, 16), 0)
 
 

@@ -347,7 +347,7 @@ def test_every_kind_of_net_has_a_report(changes, tmp_path):
 def test_a_data_set_with_other_classes_or_images_is_refused(model, tmp_path):
     run = write_run(tmp_path / "run", model)
     other = random_data(lively_model(classes=3))
-    with pytest.raises(ValueError, match=r"tells 10 classes and random has 3.*--dataset"):
+    with pytest.raises(ValueError, match=r"has 10 classes, but random has 3.*--dataset"):
         report.collect(run, model, other)
     with pytest.raises(ValueError, match=r"expects images of shape \[1, 20, 20\]"):
         report.collect(run, lively_model(image_size=20), load_dataset(str(DIGITS)))

@@ -107,7 +107,7 @@ def test_a_routing_that_learns_belongs_to_one_layer():
 
 def test_a_routing_without_steps_says_what_is_missing():
     layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 4, routing=gc.Routing())
-    with pytest.raises(NotImplementedError, match="Routing has to say how it routes, in steps"):
+    with pytest.raises(NotImplementedError, match="Routing must implement steps"):
         layer(torch.zeros(2, 6, 4))
 
 

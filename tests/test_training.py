@@ -14,7 +14,6 @@ import torch
 from run_records import step_metrics
 from torch.testing import assert_close
 
-import graphcaps as gc
 from graphcaps import cli
 from graphcaps.data.datasets import load_dataset
 from graphcaps.nets.model import PRESETS, CapsNet
@@ -318,8 +317,8 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(loop, "_check_capture", lambda *_: None)
     monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)
-    for module in (gc.losses, gc.model):
-        monkeypatch.setattr(module, "multi_hot", multi_hot)
+    for module in ("losses", "model"):
+        monkeypatch.setattr(f"graphcaps.nets.{module}.multi_hot", multi_hot)
     return fake_cuda_graph.install(monkeypatch)
 
 
@@ -519,8 +518,8 @@ def test_settings_that_cannot_be_met_are_refused_and_leave_nothing(changes, said
         (dict(run_dir=Path("/".join(["r" * 200] * 20), "r" * 50)), "File name too long"),
         (dict(run_dir=Path(__file__) / "run"), "Not a directory"),
         (dict(run_dir=Path("/proc/run")), "could not be written"),
-        (dict(run_dir=Path("caf\udce9")), r"name in UTF-8 as run_dir.* got b'caf\\xe9'"),
-        (dict(data_dir=Path("caf\udce9")), "name in UTF-8 as data_dir"),
+        (dict(run_dir=Path("caf\udce9")), r"path in UTF-8 as run_dir.* got b'caf\\xe9'"),
+        (dict(data_dir=Path("caf\udce9")), "path in UTF-8 as data_dir"),
     ],
 )
 def test_settings_that_no_data_allow_are_refused_in_a_sentence_before_any_work(
@@ -740,7 +739,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     resume(stopped)
     said = capsys.readouterr().out
     assert f"A damaged checkpoint is skipped: {damaged.parent}" in said
-    assert "Going on with the small net after 3 steps" in said
+    assert "Resuming the small net after 3 steps" in said
     assert weights(stopped.path) == weights(tmp_path / "unbroken")
 
 

@@ -6,15 +6,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import graphcaps as gc
-from graphcaps.kernels.triton import TritonEdges, device, routed, why_not
+from graphcaps.kernels.triton import TritonEdges, device, why_not
 from graphcaps.kernels.triton.couple import couple, couple_backward
+from graphcaps.kernels.triton.dynamic import dynamic_routing, dynamic_routing_backward
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -87,10 +87,12 @@ def compiled(monkeypatch):
 def route(graph, batch, child_dim, parent_dim, dtype=torch.float32, *, tiles=True, iterations=3):
     """Dynamic routing, forward and backward."""
     edges = TritonEdges.of(graph, graph.num_edges(), CPU)
-    edges = replace(edges, complete=edges.complete and tiles)
-    u = torch.zeros(batch, edges.children, child_dim, dtype=dtype, requires_grad=True)
-    weight = torch.zeros(edges.kinds, child_dim, parent_dim, dtype=dtype, requires_grad=True)
-    routed(u, weight, edges, iterations).sum().backward()
+    u = torch.zeros(batch, edges.children, child_dim, dtype=dtype)
+    weight = torch.zeros(edges.kinds, child_dim, parent_dim, dtype=dtype)
+    how = (edges.tensors, edges.parents, edges.complete and tiles)
+    v, *kept = dynamic_routing(u, weight, *how, iterations, True)
+    needed = [True, True]
+    dynamic_routing_backward(torch.zeros_like(v), *kept, u, weight, *how, True, needed)
 
 
 EVERY_TERM = ("a", "r", "k", "p", "q", "beta", "prior", "leak", "squares")

@@ -86,6 +86,57 @@ def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
         assert got["correct"] == one["correct"]
 
 
+SHARDED_AND_REPLICATED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+import graphcaps as gc
+
+def gradients(wrap, rank, size):
+    torch.manual_seed(0)
+    sizes = dict(conv_channels=4, capsule_maps=2, decoder_hidden=(8,))
+    model = gc.CapsNet.from_preset("small", engine="fused", **sizes)
+    images, labels = torch.rand(16, 1, 28, 28), torch.arange(16) % 10
+    share = slice(rank * 16 // size, (rank + 1) * 16 // size)
+    wrapped = wrap(model)  # which averages gradients as long as it lives
+    output = wrapped(images[share], labels[share])
+    gc.capsnet_loss(output, images[share], labels[share]).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in found.items()}
+
+def fsdp(model):
+    fully_shard(model.capsules)
+    return fully_shard(model)
+
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+torch.save(
+    {
+        "alone": gradients(lambda model: model, 0, 1),
+        "ddp": gradients(DistributedDataParallel, rank, size),
+        "fsdp": gradients(fsdp, rank, size),
+    },
+    f"{sys.argv[1]}-{rank}.pt",
+)
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_and_fsdp_give_the_gradients_of_one_process(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED_AND_REPLICATED)
+    processes(2, script, tmp_path / "gradients")
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True)
+        for name, expected in found["alone"].items():
+            scale = float(expected.abs().max())
+            for how in ("ddp", "fsdp"):
+                assert_close(found[how][name], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
 def test_sums_are_taken_on_the_device_that_trains(monkeypatch):
     """NCCL takes no tensor of the CPU."""
     summed = []

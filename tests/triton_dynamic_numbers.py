@@ -10,11 +10,23 @@ from typing import NamedTuple
 import pytest
 import torch
 from interpreted import DEVICE, assert_near
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps import reference
-from graphcaps.kernels.triton import TritonEdges, device, gradients, parents, routed, tiles
+from graphcaps import kernels, reference
+from graphcaps.kernels import ops
+from graphcaps.kernels.triton import TritonEdges, device, dynamic, gradients, parents, tiles
+
+
+@pytest.fixture(autouse=True)
+def interpreted_on_the_cpu(monkeypatch):
+    """Without a GPU, the operation of torch is Triton's kernels in their interpreter."""
+    monkeypatch.setattr(ops, "dynamic_cpu", dynamic)
+
+
+def routed(u, weight, edges, iterations=3, gradients="all"):
+    return kernels.routed(u, weight, edges, iterations, gradients)
 
 
 def votes_along_edges(u, weight, child, weight_index):
@@ -240,13 +252,27 @@ def test_poses_and_matrices_need_not_be_contiguous():
     assert all(map(torch.equal, *found))
 
 
+def test_the_operation_gives_what_its_fake_says():
+    layer = LAYERS["few"]
+    u, weight, _ = layer.numbers()
+    edges = layer.edges
+    found = dynamic.dynamic_routing(u, weight, edges.tensors, edges.parents, True, 3, True)
+    with FakeTensorMode():
+        fakes = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (u, weight))
+        said = ops.dynamic_routing(*fakes, [], edges.parents, True, 3, True)
+    for got, expected in zip(found, said, strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert got.is_contiguous()
+
+
 def test_differentiating_twice_is_refused():
     layer = Layer(gc.complete_graph(2, 2), 1)
     u, weight, _ = layer.numbers()
     u.requires_grad_()
     loss = routed(u, weight, layer.edges).square().sum()
+    (gradient,) = torch.autograd.grad(loss, u, create_graph=True)
     with pytest.raises(RuntimeError, match="has first derivatives alone"):
-        torch.autograd.grad(loss, u, create_graph=True)
+        gradient.sum().backward()
 
 
 def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
@@ -256,7 +282,7 @@ def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
         "launch",
         lambda *args, **how: launched.append(args[0]) or right(*args, **how),
     )
-    kernels = gradients.gradient_of_poses_kernel, gradients.gradients_of_kinds_kernel
+    both_kernels = gradients.gradient_of_poses_kernel, gradients.gradients_of_kinds_kernel
     u, weight, gradient = LAYERS["few"].numbers()
     both = [x.clone().requires_grad_() for x in (u, weight)]
     expected = torch.autograd.grad(routed(*both, LAYERS["few"].edges), both, gradient)
@@ -267,8 +293,8 @@ def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
         v = routed(*pair, LAYERS["few"].edges)
         (got,) = torch.autograd.grad(v, pair[wanted], gradient)
         assert torch.equal(got, expected[wanted])
-        assert kernels[wanted] in launched
-        assert kernels[1 - wanted] not in launched
+        assert both_kernels[wanted] in launched
+        assert both_kernels[1 - wanted] not in launched
 
 
 def test_the_kernels_that_are_meant_run(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from graphcaps.data.datasets import Dataset
+from graphcaps.data.datasets import Dataset, shift
 from graphcaps.explorer import (
     base64_of,
     check_writable,
@@ -26,10 +26,12 @@ from graphcaps.nets.model import PRETRAINED, CapsNet
 from graphcaps.training.evaluation import as_input, check_fits, evaluate
 
 ROUTED = ("dynamic", "uniform")  # the routings that the page's script knows
-MOST_ITERATIONS = 10
+MOST_ITERATIONS = 10  # that the page shows
 IMAGES = 1000  # of the test set that the page holds
 MISTAKES = 40  # at most, from anywhere in the test set
 PARTS = ("weight", "bias")
+APART = ((-4, -1), (4, 1))  # where two digits lie at first, pixels right and down
+TRIED = 10  # images, of which the two are chosen that the net sees best together
 IN_A_ROW = 25  # images of the sheet in which they are packed
 
 
@@ -105,7 +107,17 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
         name=escape(name),
         children=f"{model.config.capsule_maps * model.config.grid_size() ** 2:,}",
         classes=str(len(classes)),
+        trained=_trained(model),
+        rounds=str(MOST_ITERATIONS),
     )
+
+
+def _trained(model: CapsNet) -> str:
+    config = model.config
+    if config.routing == "uniform":
+        return "uniform routing, whose coupling stays equal"
+    times = "iteration" if config.iterations == 1 else "iterations"
+    return f"{config.iterations} {times} of {config.routing} routing"
 
 
 def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dict[str, Any]:
@@ -135,6 +147,8 @@ def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dic
             "labels": gallery.labels.tolist(),
             "mistakes": mistakes.tolist(),
             "longest": _longest(model, gallery.images[mistakes]),
+            "pair": _pair(model, gallery),
+            "apart": APART,
         },
     }
 
@@ -175,6 +189,22 @@ def _longest(model: CapsNet, images: Tensor) -> list[int]:
     if not len(images):
         return []
     return model(as_input(images, model)).lengths.argmax(dim=1).tolist()
+
+
+@torch.no_grad()
+def _pair(model: CapsNet, gallery: Gallery) -> tuple[int, int]:
+    """Two images of different classes, the ones that the net sees best when they overlap."""
+    few = [n for n in range(len(gallery.labels)) if not gallery.mistakes[n]][:TRIED]
+    pairs = [(a, b) for a in few for b in few if gallery.labels[a] != gallery.labels[b]]
+    if not pairs:
+        return 0, 0
+    shifts = [torch.tensor([(down, right)]) for right, down in APART]
+    moved = [{n: shift(gallery.images[n][None], by) for n in few} for by in shifts]
+    over = torch.cat([torch.maximum(moved[0][a], moved[1][b]) for a, b in pairs])
+    lengths = model(as_input(over, model)).lengths
+    both = gallery.labels[torch.tensor(pairs)]
+    shorter = lengths.gather(1, both).amin(dim=1)
+    return pairs[int(shorter.argmax())]
 
 
 def _sheet(images: Tensor) -> bytes:

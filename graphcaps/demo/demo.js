@@ -8,7 +8,7 @@ const PIXEL = SHEET / size; // units of the sheet
 const LARGEST_SHIFT = 12; // pixels
 const PEN_STEP = 6; // units that an arrow key moves the pen
 const REMEMBERED_AFTER = 300; // milliseconds without a change
-const SHOWN_RIGHT = 30; // test images in the gallery
+const SHOWN_RIGHT = 22; // test images in the gallery
 
 const state = {
   mode: "one",
@@ -22,7 +22,7 @@ const state = {
 
 const explorer = new Explorer(
   { ...data, decoder: net.decoder, amountIsShare: true, routing: () => state.routing },
-  { changed: remember },
+  { changed },
 );
 
 // the gallery
@@ -66,7 +66,7 @@ function buildGallery() {
     const [truth, taken] = [data.classes[labels[n]], data.classes[longest[which]]];
     buildPick(byId("wrong"), n, `✗ ${truth} → ${taken}`);
   });
-  byId("wrong-picks").hidden = !mistakes.length;
+  byId("errors").hidden = !mistakes.length;
   set(byId("number"), { max: numbers.at(-1), value: numbers[0] });
   byId("take").addEventListener("click", takeNumber);
   byId("number").addEventListener("keydown", ({ key }) => key === "Enter" && takeNumber());
@@ -127,8 +127,9 @@ function shifted(pixels, right, down) {
 function seen() {
   const whole = { left: 0, top: 0, side: SHEET, truth: null };
   if (state.mode === "two") {
-    const pixels = union(state.layers.map((layer) => shifted(layerPixels(layer), layer.x, layer.y)));
-    return { ...whole, pixels, title: state.layers.map(nameOfLayer).join(" and ") };
+    const moved = state.layers.map((layer) => shifted(layerPixels(layer), layer.x, layer.y));
+    const title = `Two images: ${state.layers.map(nameOfLayer).join(" and ")}`;
+    return { ...whole, pixels: union(moved), title };
   }
   if (state.image === null) return { ...whole, ...drawnPixels(), title: "Your drawing" };
   const [pixels, truth] = [pixelsOf(state.image), gallery.labels[state.image]];
@@ -136,7 +137,9 @@ function seen() {
 }
 
 function nameOfLayer({ image }) {
-  return image === null ? "your drawing" : describe(image);
+  return image === null
+    ? "your drawing"
+    : `test image ${gallery.numbers[image]} (${data.classes[gallery.labels[image]]})`;
 }
 
 function lookAt(image) {
@@ -150,6 +153,10 @@ function lookAt(image) {
       ...round,
       pose: (parent) => round.v.subarray(parent * dim, (parent + 1) * dim),
       amounts: (parent) => sharesOf(votes, round, parent, dim),
+      agreement: (child, parent) => {
+        const edge = child * data.classes.length + parent;
+        return dot(votes, edge * dim, round.v, parent * dim, dim);
+      },
     })),
   };
 }
@@ -183,29 +190,23 @@ function refresh({ keep = false } = {}) {
 // the sheet
 
 const sheet = byId("sheet");
-let ink; // of the sheet, which is light on dark pages
-
-function takeInk() {
-  ink = getComputedStyle(sheet).color;
-}
-
 function showSheet() {
   const context = sheet.getContext("2d");
   const scale = sheet.width / SHEET;
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, SHEET, SHEET);
-  Object.assign(context, { imageSmoothingEnabled: false, strokeStyle: ink });
+  Object.assign(context, { imageSmoothingEnabled: false, strokeStyle: `rgb(${colours.ink})` });
   const drawing = state.mode === "one" && state.image === null;
   if (state.mode === "two") {
     state.layers.forEach((layer, which) => {
       const place = [layer.x * PIXEL, layer.y * PIXEL, SHEET];
-      lay(context, layerPixels(layer), which ? AGAINST : FOR, place);
+      lay(context, layerPixels(layer), which ? colours.against : colours.for, place);
     });
   } else if (drawing) state.drawing.paintOn(context);
-  else lay(context, state.seen.pixels, ink.match(/\d+/g).slice(0, 3).map(Number), [0, 0, SHEET]);
+  else lay(context, state.seen.pixels, colours.ink, [0, 0, SHEET]);
   if (byId("overlay").checked && net.decoder.length && state.mode === "one") {
     const { left, top, side } = state.seen;
-    lay(context, explorer.drawnOf(explorer.parent), FOR, [left, top, side]);
+    lay(context, explorer.drawnOf(explorer.parent), colours.for, [left, top, side]);
   }
   const { pen } = state;
   if (pen.shown && drawing) {
@@ -215,7 +216,7 @@ function showSheet() {
     context.stroke();
   }
   byId("hint").hidden = !drawing || !state.drawing.empty;
-  const what = drawing ? "Your drawing, empty".slice(0, state.drawing.empty ? 19 : 12) : state.seen.title;
+  const what = drawing && state.drawing.empty ? "Nothing is drawn" : state.seen.title;
   const keys = state.mode === "two"
     ? "Arrow keys move the chosen digit."
     : "Arrow keys move the pen, space puts it down or lifts it, backspace takes back a stroke.";
@@ -362,10 +363,13 @@ function setMode(mode) {
 function chooseMode(mode) {
   setMode(mode);
   if (mode === "two" && !state.layers.length) {
-    const first = state.image === null && state.drawing.empty ? 0 : state.image;
-    const label = first === null ? explorer.longest : gallery.labels[first];
-    const other = gallery.labels.findIndex((another) => another !== label);
-    state.layers = [{ image: first, x: -4, y: -1 }, { image: other, x: 4, y: 1 }];
+    const [[x, y], [otherX, otherY]] = gallery.apart;
+    const [first, other] = gallery.pair;
+    const drawn = state.image === null && !state.drawing.empty;
+    state.layers = [
+      { image: drawn ? null : first, x, y },
+      { image: other, x: otherX, y: otherY },
+    ];
   }
   refresh();
 }
@@ -378,10 +382,13 @@ function showLayers() {
   const { lengths } = explorer.round;
   const two = range(lengths.length).sort((a, b) => lengths[b] - lengths[a]).slice(0, 2);
   const drawn = two.map((parent) => grey(explorer.drawnUnmoved(parent), size));
-  const colours = [FOR, AGAINST];
+  // the colours of the digits on the sheet, where the capsules are of their classes
+  const labels = state.layers.map(({ image }) => (image === null ? null : gallery.labels[image]));
+  const swapped = labels[0] === two[1] || labels[1] === two[0];
+  const tints = swapped ? [colours.against, colours.for] : [colours.for, colours.against];
   document.querySelectorAll("#halves button").forEach((button, which) => {
     const parent = two[which];
-    paint(button.firstChild, drawn[which], size, colours[which]);
+    paint(button.firstChild, drawn[which], size, tints[which]);
     const text = `${data.classes[parent]}, |v| = ${lengths[parent].toFixed(2)}`;
     button.lastChild.textContent = text;
     set(button, { "aria-label": `Choose ${text}`, "aria-pressed": parent === explorer.parent });
@@ -391,7 +398,7 @@ function showLayers() {
   set(both, { "aria-label": `${data.classes[two[0]]} and ${data.classes[two[1]]}, as drawn` });
   fill(both, size, (at) => {
     const [a, b] = [drawn[0][at], drawn[1][at]];
-    const mixed = range(3).map((k) => (a * FOR[k] + b * AGAINST[k]) / (a + b || 1));
+    const mixed = range(3).map((k) => (a * tints[0][k] + b * tints[1][k]) / (a + b || 1));
     return [...mixed, 255 * Math.max(a, b)];
   });
 }
@@ -399,6 +406,13 @@ function showLayers() {
 // the address of the page
 
 let toRemember;
+
+/** What the explorer shows was changed: the class, its pose, the iteration, the colours. */
+function changed() {
+  if (state.mode === "two") showLayers();
+  showSheet();
+  remember();
+}
 
 function remember() {
   clearTimeout(toRemember);
@@ -421,7 +435,8 @@ function address() {
   words.set("iteration", explorer.iteration + 1);
   if (explorer.pinned) words.set("class", explorer.parent);
   if (explorer.child !== null) words.set("child", explorer.child);
-  if (explorer.offsets.some((offset) => offset !== 0)) words.set("pose", explorer.offsets.join(","));
+  const { offsets } = explorer;
+  if (offsets.some((offset) => offset !== 0)) words.set("pose", offsets.join(","));
   return words.toString();
 }
 
@@ -458,7 +473,6 @@ function restore(text) {
 
 // start
 
-takeInk();
 buildGallery();
 byId("clear").addEventListener("click", clear);
 byId("undo").addEventListener("click", undo);
@@ -475,10 +489,6 @@ for (const input of document.getElementsByName("routing")) {
     update({ keep: true });
   });
 }
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  takeInk();
-  showSheet();
-});
 addEventListener("hashchange", () => restore(location.hash.slice(1)));
 restore(location.hash.slice(1));
 globalThis.graphcaps = { net, state, explorer, update, judge, told }; // for who opens the console

@@ -17,7 +17,7 @@ from graphcaps.files import named_in_errors, remove_unfinished, write_whole
 from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
 from graphcaps.nets.verdict import LARGEST_ERROR, LENGTH_OF_PRESENT
 
-SCRIPTS = ("numbers.js", "net.js", "verdict.js", "explorer.js")
+SCRIPTS = ("numbers.js", "net.js", "verdict.js", "canvas.js", "explorer.js")
 SHARED = files("graphcaps.explorer")
 
 

@@ -5,69 +5,24 @@
 // A round is an iteration of the routing: { c [I, J], lengths [J], pose(j), amounts(j) [I] }, and
 // of a live net b, s, agreement(i, j), too. `amounts` says how much each child gives to a class.
 
-const byId = (id) => document.getElementById(id);
-
-function set(element, attributes) {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  return element;
-}
-
-function make(parent, name, attributes = {}, text = "") {
-  const element = parent instanceof SVGElement
-    ? document.createElementNS("http://www.w3.org/2000/svg", name)
-    : document.createElement(name);
-  element.textContent = text;
-  return parent.appendChild(set(element, attributes));
-}
-
-const INK = [0, 0, 0]; // style.css turns it to white on dark pages
-const FOR = [213, 94, 0];
-const AGAINST = [94, 60, 153];
-
-/** Draw numbers from 0 to 1 as ink of one colour, or three channels of them as they are. */
-function paint(canvas, pixels, size, colour = INK) {
-  const area = size * size;
-  const channels = pixels.length / area;
-  fill(canvas, size, (at) => channels === 3
-    ? [pixels[at], pixels[area + at], pixels[2 * area + at]].map((x) => 255 * x).concat(255)
-    : [...colour, 255 * pixels[at]]);
-}
-
-/** Draw what is above zero in one colour and what is below in another. */
-function paintSigned(canvas, pixels, size) {
-  fill(canvas, size, (at) => [...(pixels[at] > 0 ? FOR : AGAINST), 255 * Math.abs(pixels[at])]);
-}
-
-function fill(canvas, size, pixel) {
-  if (canvas.width !== size) canvas.width = canvas.height = size;
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  const image = context.createImageData(size, size);
-  for (let at = 0; at < size * size; at++) {
-    image.data.set(pixel(at).map(Math.round), 4 * at);
-  }
-  context.putImageData(image, 0, 0);
-}
-
-/** The mean over the channels, [H, W]. */
-function grey(pixels, size) {
-  const area = size * size;
-  const channels = pixels.length / area;
-  return Float32Array.from({ length: area }, (_, at) => {
-    return sum(range(channels).map((channel) => pixels[channel * area + at])) / channels;
-  });
-}
-
 const LARGEST_OFFSET = 0.25; // figure 4 of the paper
 const LARGEST_CIRCLE = 0.95; // pixels of the image; neighbours stand two apart
 const SAID_AFTER = 400; // milliseconds without a change
 const STEP_OF_PLAY = 800; // milliseconds
-const MOST = { share: 0.85 }; // of |s_j|: how many children carry so much of it is said
+// symbols of the equations
+const [B, C, S, V, VOTE] = ["b ij", "c ij", "s j", "v j", "û ij"].map((symbol) => {
+  const [letter, places] = symbol.split(" ");
+  return `<i>${letter}<sub>${places}</sub></i>`;
+});
+
+const CARRIED = 0.85; // of |s_j|: how few children carry so much of it is said
 
 class Explorer {
   /**
    * Of a page that knows classes, names of them; image: { channels, size }; children: { maps,
-   * grid }; field: { side, step } in pixels; decoder, its layers; amountIsShare, whether amounts
-   * are shares of |s_j|; rounds, how many iterations there are.
+   * grid }; field: { side, step } in pixels; decoder, its layers; rounds, how many iterations there
+   * are; routing(), the name of the one that is shown; amountIsShare, whether amounts are shares of
+   * |s_j|; thresholds, of verdicts. `changed` is called when something else is chosen.
    */
   constructor(page, { changed = () => {} } = {}) {
     this.page = page;
@@ -82,9 +37,10 @@ class Explorer {
     this.offsets = [];
     this.tone = page.image.channels === 1 ? "grey" : ""; // grey images are light on dark pages
     if (!this.tone) {
-      for (const canvas of document.querySelectorAll("canvas.grey")) canvas.classList.remove("grey");
+      document.querySelectorAll("canvas.grey").forEach((canvas) => canvas.classList.remove("grey"));
     }
     this.shortNames = page.classes.every((name) => name.length < 4);
+    takeColours();
     this.buildLengths();
     this.buildCarriers();
     this.buildCoupling();
@@ -92,6 +48,13 @@ class Explorer {
     this.buildControls();
     byId("drawn").hidden = byId("decoding").hidden = !page.decoder.length;
     byId("no-decoder").hidden = page.decoder.length > 0;
+    for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) {
+      matchMedia(query).addEventListener("change", () => {
+        takeColours();
+        this.draw();
+        this.changed();
+      });
+    }
     addEventListener("resize", () => {
       this.buildCoupling();
       this.buildCourses();
@@ -156,11 +119,20 @@ class Explorer {
 
   /** The image that the decoder draws of a class, its pose moved where it is the chosen one. */
   drawnOf(parent) {
-    const moved = parent === this.parent;
-    const pose = Float32Array.from(this.round.pose(parent), (x, dimension) => {
-      return moved ? x + this.offsets[dimension] : x;
+    if (parent !== this.parent || this.offsets.every((offset) => offset === 0)) {
+      return this.drawnUnmoved(parent);
+    }
+    const moved = Float32Array.from(this.round.pose(parent), (x, dimension) => {
+      return x + this.offsets[dimension];
     });
-    return decode(this.page.decoder, pose, parent);
+    return decode(this.page.decoder, moved, parent);
+  }
+
+  /** The same without what the sliders add; kept, since an update asks for it more than once. */
+  drawnUnmoved(parent) {
+    const drawn = (this.round.drawn ??= []);
+    drawn[parent] ??= decode(this.page.decoder, Float32Array.from(this.round.pose(parent)), parent);
+    return drawn[parent];
   }
 
   nameOf(parent) {
@@ -211,7 +183,6 @@ class Explorer {
     set(byId("child"), { max: this.childCount - 1 });
     byId("child").addEventListener("input", ({ target }) => this.chooseChild(+target.value));
     const share = this.page.amountIsShare;
-    byId("carriers-title").textContent = share ? "Who carries the class" : "Where votes come from";
     byId("amount-name").innerHTML = share
       ? "its share of |<i>s<sub>j</sub></i>|"
       : "coupling × activation";
@@ -261,10 +232,6 @@ class Explorer {
     else say();
   }
 
-  drawnUnmoved(parent) {
-    return decode(this.page.decoder, Float32Array.from(this.round.pose(parent)), parent);
-  }
-
   // lengths
 
   buildLengths() {
@@ -287,8 +254,8 @@ class Explorer {
       row.classList.toggle("true", truly);
       row.classList.toggle("long", length >= this.page.thresholds.lengthOfPresent);
       input.checked = j === this.parent;
-      const name = `${this.nameOf(j)}, length ${length.toFixed(3)}${truly ? ", the true class" : ""}`;
-      set(input, { "aria-label": name });
+      const name = `${this.nameOf(j)}, length ${length.toFixed(3)}`;
+      set(input, { "aria-label": truly ? `${name}, the true class` : name });
       bar.style.transform = `scaleX(${length})`;
       number.textContent = length.toFixed(3);
     });
@@ -348,6 +315,8 @@ class Explorer {
     const text = page.amountIsShare ? this.shareInWords(name) :
       `Circles: coupling × activation for ${name}, summed over the ${page.children.maps} maps ` +
       `at a position, up to ${most.toFixed(2)}.`;
+    byId("carriers-title").textContent =
+      page.amountIsShare ? `Who carries the ${name}` : `Where votes for ${name} come from`;
     set(byId("carriers"), { "aria-label": text });
     byId("carriers-caption").textContent = text;
   }
@@ -356,11 +325,12 @@ class Explorer {
     const { amounts, total } = this;
     const falling = amounts.toSorted().reverse();
     let [carried, count] = [0, 0];
-    while (count < falling.length && carried < MOST.share * total) carried += falling[count++];
+    while (count < falling.length && carried < CARRIED * total) carried += falling[count++];
     const against = amounts.filter((x) => x < 0);
     const few = `${count} of ${amounts.length} children carry ${percent(carried / total)} of ` +
       `|s| = ${total.toFixed(2)} for ${name}`;
-    return `${few}; ${against.length} vote against it, ${percent(sum(against) / total)} together. ` +
+    const others = `${against.length} vote against it, ${percent(sum(against) / total)} together`;
+    return `${few}; ${others}. ` +
       "Circles: c û·v/|v| at the middle of what the children see; hollow: against.";
   }
 
@@ -427,12 +397,20 @@ class Explorer {
     const nodes = this.page.classes.map((name, parent) => {
       const node = make(svg, "g", { class: "node", "data-parent": parent });
       const circle = make(node, "circle", { cx: at.classX(parent), cy: at.classY });
-      const text = make(node, "text", { x: at.classX(parent), y: 22 }, this.shortNames ? name : parent);
+      const short = this.shortNames ? name : parent;
+      const text = make(node, "text", { x: at.classX(parent), y: 22 }, short);
       node.addEventListener("click", () => this.chooseParent(parent));
       return { node, circle, text };
     });
     const what = `${maps} maps of ${grid} × ${grid} children`;
     make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 4 }, what);
+    lines.addEventListener("pointerover", ({ target }) => {
+      const { map, parent } = target.dataset;
+      const mean = this.meanCoupling(+map, +parent).toFixed(4);
+      const text = `Map ${map} to ${this.nameOf(+parent)}: mean coupling ${mean}`;
+      (target.firstChild ?? make(target, "title")).textContent = text;
+    });
+    lines.addEventListener("click", ({ target }) => this.chooseParent(+target.dataset.parent));
     blocks.forEach((block, map) => {
       const childAt = ({ clientX, clientY }) => {
         const { left, top, width } = block.getBoundingClientRect();
@@ -491,11 +469,11 @@ class Explorer {
     set(byId("coupling"), {
       "aria-label": `Mean coupling of the capsule maps to ${name}: ${means.join(", ")}.`,
     });
+    const what = showCoupling ? "c" : page.amountIsShare ? "c û·v/|v|" : "c × activation";
     byId("coupling-caption").textContent =
       "Lines are as thick as the mean coupling of a map to a class; equal coupling is " +
       `${(1 / parents).toFixed(2)}. Circles are classes, their area is |v|. The area of a square ` +
-      `is ${showCoupling ? "c" : page.amountIsShare ? "c û·v/|v|" : "c × activation"}; a full one ` +
-      `is ${scale.toFixed(2)}${showCoupling ? "" : ", a hollow one is below zero"}. ` +
+      `is ${what}; a full one is ${scale.toFixed(2)}${showCoupling ? "" : ", a hollow one is below zero"}. ` +
       this.entropyInWords();
   }
 
@@ -537,7 +515,8 @@ class Explorer {
     if (this.lefts !== lefts) {
       this.lefts = lefts;
       list.innerHTML = formulas
-        .map(([left]) => `<div><dt>${left}</dt><dd class="number"></dd><dd class="note"></dd></div>`)
+        .map(([left]) => `<dt>${left}</dt><dd class="number"></dd><dd class="note"></dd>`)
+        .map((row) => `<div>${row}</div>`)
         .join("");
     }
     formulas.forEach(([, number, note], row) => {
@@ -553,38 +532,32 @@ class Explorer {
 
   /** Left side in HTML, number and note of each equation of the step. */
   formulas(child) {
-    const { round, parent, iteration, total, amounts, page } = this;
+    const { round, parent, iteration, total, page } = this;
     const parents = page.classes.length;
     const edge = child * parents + parent;
-    const c = round.c[edge];
-    const v = round.lengths[parent];
-    const lines = [];
-    if (round.b) {
-      lines.push(["<i>b<sub>ij</sub></i>", fixed(round.b[edge], 3),
-        page.routing() === "uniform" ? "uniform routing leaves it at 0"
-          : iteration === 0 ? "all logits start at 0" : "the sum of û·v of the earlier iterations"]);
-    }
-    lines.push([
-      "<i>c<sub>ij</sub></i> = e<sup><i>b<sub>ij</sub></i></sup> / Σ<sub><i>k</i></sub> e<sup><i>b<sub>ik</sub></i></sup>",
-      c.toFixed(4), `equal coupling: ${(1 / parents).toFixed(4)}`]);
-    if (!page.amountIsShare) {
-      lines[0][0] = "<i>c<sub>ij</sub></i>";
-      return lines;
-    }
-    lines.push(
-      ["|<i>s<sub>j</sub></i>| = |Σ<sub><i>i</i></sub> <i>c<sub>ij</sub> û<sub>ij</sub></i>|",
-        total.toFixed(3), "over all children"],
-      ["|<i>v<sub>j</sub></i>| = |<i>s<sub>j</sub></i>|² / (1 + |<i>s<sub>j</sub></i>|²)",
-        v.toFixed(3), "squash"],
-      ["<i>c<sub>ij</sub> û<sub>ij</sub></i>·<i>v<sub>j</sub></i> / |<i>v<sub>j</sub></i>|",
-        signed(amounts[child], 3), `this child's share: ${percent(amounts[child] / total)}`],
-    );
-    if (round.b && page.routing() === "dynamic") {
-      const agreed = (amounts[child] * v) / c;
-      lines.push(["<i>b<sub>ij</sub></i> + <i>û<sub>ij</sub></i>·<i>v<sub>j</sub></i>",
-        fixed(round.b[edge] + agreed, 3), `the next logit: û·v is ${signed(agreed, 3)}`]);
-    }
-    return lines;
+    const [c, v, amount] = [round.c[edge], round.lengths[parent], this.amounts[child]];
+    const equal = `equal coupling: ${(1 / parents).toFixed(4)}`;
+    if (!page.amountIsShare) return [[C, c.toFixed(4), equal]];
+    const ofAll = "Σ<sub><i>k</i></sub> e<sup><i>b<sub>ik</sub></i></sup>";
+    const softmax = `${C} = e<sup>${B}</sup> / ${ofAll}`;
+    const share = `this child's share: ${percent(amount / total)}`;
+    const lines = [
+      [softmax, c.toFixed(4), equal],
+      [`|${S}| = |Σ<sub><i>i</i></sub> ${C} ${VOTE}|`, total.toFixed(3), "over all children"],
+      [`|${V}| = |${S}|² / (1 + |${S}|²)`, v.toFixed(3), "squash"],
+      [`${C} ${VOTE}·${V} / |${V}|`, signed(amount, 3), share],
+    ];
+    if (!round.b) return lines;
+    const b = round.b[edge];
+    if (page.routing() === "uniform") return [[B, fixed(b, 3), "uniform: always 0"], ...lines];
+    const agreement = round.agreement(child, parent);
+    const from = iteration ? "the sum of û·v of the earlier iterations" : "all logits start at 0";
+    const next = `the next logit: û·v is ${signed(agreement, 3)}`;
+    return [
+      [B, fixed(b, 3), from],
+      ...lines,
+      [`${B} + ${VOTE}·${V}`, fixed(b + agreement, 3), next],
+    ];
   }
 
   // lengths by iteration
@@ -599,8 +572,10 @@ class Explorer {
     svg.replaceChildren();
     set(svg, { viewBox: `0 0 ${width} ${height}`, height });
     for (const length of [0, 0.5, 1]) {
-      make(svg, "line", { class: "rule", x1: left, x2: width - right, y1: y(length), y2: y(length) });
-      make(svg, "text", { class: "quiet", x: left - 6, y: y(length) + 4, "text-anchor": "end" }, length);
+      const [y1, y2] = [y(length), y(length)];
+      make(svg, "line", { class: "rule", x1: left, x2: width - right, y1, y2 });
+      const place = { x: left - 6, y: y1 + 4, "text-anchor": "end" };
+      make(svg, "text", { class: "quiet", ...place }, length);
     }
     range(rounds).forEach((r) => {
       make(svg, "text", { class: "quiet", x: x(r), y: height - 6, "text-anchor": "middle" }, r + 1);
@@ -662,18 +637,21 @@ class Explorer {
     byId("reconstruction").classList.toggle("grey", !over && this.tone === "grey");
     byId("over").hidden = !over;
     if (over) paint(byId("over"), look.image.map((x) => 0.35 * x), size);
-    paint(byId("reconstruction"), over ? grey(drawn, size) : drawn, size, over ? FOR : INK);
+    paint(byId("reconstruction"), over ? grey(drawn, size) : drawn, size, over ? colours.for : INK);
     paint(byId("pose-input"), look.image, size);
     paint(byId("pose-drawn"), drawn, size);
     paintSigned(byId("pose-difference"), grey(difference, size), size);
     const changed = offsets.filter((offset) => offset !== 0).length;
     const moved = changed ? `, ${changed} ${changed === 1 ? "dimension" : "dimensions"} moved` : "";
     const error = relativeError(look.image, drawn);
-    const apart = Number.isFinite(error) ? `; squared error ${percent(error)} of the input's squares` : "";
+    const apart = Number.isFinite(error)
+      ? `; squared error ${percent(error)} of the input's squares`
+      : "";
     const text = `${this.nameOf(parent)} after iteration ${this.iteration + 1}${moved}${apart}.`;
     byId("drawn-class").textContent = this.nameOf(parent);
     byId("reconstruction-caption").textContent = text;
-    for (const id of ["reconstruction", "pose-drawn"]) set(byId(id), { "aria-label": `Drawn: ${text}` });
+    set(byId("reconstruction"), { "aria-label": `Drawn: ${text}` });
+    set(byId("pose-drawn"), { "aria-label": `Drawn: ${text}` });
     set(byId("pose-input"), { "aria-label": look.title });
     set(byId("pose-difference"), { "aria-label": `Reconstruction minus input; ${text}` });
     const pose = this.round.pose(parent);

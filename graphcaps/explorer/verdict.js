@@ -1,4 +1,4 @@
-// What a net says of an image, by the rule of graphcaps/nets/verdict.py, which gives the thresholds.
+// What a net says of an image, by the rule and thresholds of graphcaps/nets/verdict.py.
 
 /** The classes of the one or two longest capsules that are long enough, the longest first. */
 function presentClasses(lengths, { lengthOfPresent }) {

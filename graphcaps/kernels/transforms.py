@@ -82,6 +82,7 @@ def transformable(
         return Transformed.apply(*inputs) if under_torch_func() else operation(*inputs)
 
     operation.register_autograd(backward, setup_context=setup_context)
+    operation.register_vmap(rule)
     return call
 
 

@@ -144,7 +144,7 @@ def check_votes(u: Tensor, weight: Tensor, edges: Edges | TritonEdges, rows: int
             f"expected u and weight both in {names(kernel.DTYPES, ' or both in ')}; "
             f"got {u.dtype} and {weight.dtype}"
         )
-    device = edges.by_child.start.device
+    device = edges.tensors[0].device
     if not u.device == weight.device == device:
         raise ValueError(
             f"u is on {u.device}, weight on {weight.device}, edges on {device}; "

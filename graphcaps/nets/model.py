@@ -303,7 +303,7 @@ class CapsNet(nn.Module):
         found = read_shapes(folder / WEIGHTS)
         different = first_difference(expected, {name: found.get(name) for name in expected})
         if different is not None:
-            raise ValueError(f"{folder / WEIGHTS} does not match {CONFIG} beside it: {different}")
+            raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {different}")
         model = cls(config, engine=engine)
         load_weights(folder / WEIGHTS, model)
         return model
@@ -398,7 +398,7 @@ class CapsNet(nn.Module):
         different = first_difference(self.config.parameter_shapes(), here)
         told, found = map(_options, (self.config.make_routing(), self.capsules.routing))
         if different is None and told != found:
-            different = f"the configuration says {told}, the model has {found}"
+            different = f"the configuration has {told}, the model {found}"
         if different is None and not self.capsules.structure.complete:
             different = "the class capsules are not fully connected"
         if different is not None:

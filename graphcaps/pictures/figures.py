@@ -27,7 +27,7 @@ from graphcaps.pictures.inspection import VoteMap
 
 AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
-AGAINST = "#b2410e"  # of what counts against, hollow besides
+AGAINST = "#5e3c99"  # of what counts against, hollow besides
 FRAMES_PER_SECOND = 1
 MOST_LABELLED_CHILDREN = 40
 IMAGES_IN_A_ROW = 10

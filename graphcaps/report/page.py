@@ -249,7 +249,14 @@ def _epochs_table(records: Records) -> str:
         return "<p>The run's metrics.jsonl holds no epoch.</p>"
     best = _best_epoch(records)
     return _table(
-        ("epoch", "training loss", "training accuracy", "hold-out loss", "hold-out accuracy", ""),
+        (
+            "epoch",
+            "training loss",
+            "training accuracy",
+            "hold-out loss",
+            "hold-out accuracy",
+            "best",
+        ),
         (
             (
                 str(record["epoch"]),

@@ -200,8 +200,7 @@ class Trainer:
     def describe(self) -> str:
         """A description of the run in two lines."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        samples = self.batch_size // self.workers.size
-        engine = choose_engine(self.settings.engine, self.workers.device, samples=samples)
+        engine = choose_engine(self.settings.engine, self.workers.device)
         return (
             f"{parameters:,} parameters, engine {engine} on {self.workers.device}, "
             f"{len(self._labels):,} images of {self.data.name}, "

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import pickle
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
@@ -26,10 +27,17 @@ ANY_ORDER = {"contract", "reassoc"}
 IN_ORDER = {"contract"}
 
 
+@functools.cache
+def _say_once_that_it_compiles() -> None:
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # somebody waits and wonders
+        print("graphcaps: compiling kernels for this processor, some seconds", file=sys.stderr)
+
+
 class _Apart(CompilerBase):
     """Tells LLVM that arguments do not overlap; else each loop over lanes asks that first."""
 
     def define_pipelines(self) -> list:
+        _say_once_that_it_compiles()
         self.state.flags.noalias = True
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
 

@@ -1,8 +1,9 @@
-"""Samples side by side in lanes, and children parted among threads."""
+"""What a call on the CPU works on: edges in order, in ranges for threads, and sums apart."""
 
 import itertools
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
@@ -13,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphcaps._dgl import dgl
+from graphcaps.graph import competition_of_edges
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 Array = NDArray[Any]
-LANES = (16, 32, 48, 64)  # each is compiled apart, when it is first wanted
 WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; less is not worth one
-FEW_THREADS = 4  # may have sums of their own for the parents, however many parents there are
+FEW_THREADS = 4  # may have sums of their own, however many parents and matrices there are
 TERMS = 32  # of a sum, at least, that are added apart; the square root of all, if that is more
 LINE = 64  # bytes, of a cache
 
@@ -26,10 +27,11 @@ LINE = 64  # bytes, of a cache
 class Edges(NamedTuple):
     """What routing on the CPU needs of a graph, whatever the batch."""
 
-    by_child: SortedEdges
+    by_competition: SortedEdges  # the edges that compete stand together, those of a child in order
+    cuts: Tensor  # where competitions may be parted so that each child is in one part; int32
     of_parent: Tensor  # [J], how many edges each parent has; int32
     of_kind: Tensor  # [M], how many edges have each matrix; int32
-    facts: Tensor  # [2], the most edges of a child, and whether no matrix serves two; int32
+    facts: Tensor  # [3], see `Facts`; int32
     children: int
     parents: int
     kinds: int
@@ -37,34 +39,73 @@ class Edges(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """As the operations of torch take them."""
-        edges = self.by_child
-        return [edges.start, edges.parent, edges.kind, self.of_parent, self.of_kind, self.facts]
+        return [*self.by_competition, self.cuts, self.of_parent, self.of_kind, self.facts]
+
+
+class Facts(NamedTuple):
+    """What there is to know of the edges."""
+
+    most: int  # edges that compete with each other
+    apart: int  # whether no matrix serves two children
+    by_child: int  # whether it is the edges of each child that compete
 
 
 def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> Edges:
-    """Sort the edges of a graph by child, on the CPU or for the meta device.
+    """Sort the edges of a graph by who competes, on the CPU or for the meta device.
 
     Args:
         graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
         kinds: number of matrices, M.
         device: where the numbers are to be.
     """
+    competition, count = competition_of_edges(graph)
+    by_child = competition is None
     edges = sort_edges(graph, "child", kinds, torch.device("cpu"))
-    parents = graph.num_nodes("parent")
+    cuts = torch.arange(len(edges.start), dtype=torch.int32)
+    if competition is not None:
+        edges, cuts = _sort_by_competition(graph, competition, count)
     kind = edges.kind.long()
     owner = torch.zeros(kinds, dtype=torch.int32)
     owner[kind] = edges.child
-    most = max([0, *edges.start.diff().tolist()])
-    apart = bool((owner[kind] == edges.child).all())
+    facts = Facts(
+        most=int(edges.start.diff().max()) if len(edges.start) > 1 else 0,
+        apart=bool((owner[kind] == edges.child).all()),
+        by_child=by_child,
+    )
     return Edges(
-        by_child=SortedEdges(*(x.to(device) for x in edges)),
-        of_parent=torch.bincount(edges.parent, minlength=parents).int().to(device),
+        by_competition=SortedEdges(*(x.to(device) for x in edges)),
+        cuts=cuts.to(device),
+        of_parent=torch.bincount(edges.parent, minlength=graph.num_nodes("parent"))
+        .int()
+        .to(device),
         of_kind=torch.bincount(kind, minlength=kinds).int().to(device),
-        facts=torch.tensor([most, apart], dtype=torch.int32, device=device),
+        facts=torch.tensor(facts, dtype=torch.int32, device=device),
         children=graph.num_nodes("child"),
-        parents=parents,
+        parents=graph.num_nodes("parent"),
         kinds=kinds,
     )
+
+
+def _sort_by_competition(
+    graph: dgl.DGLGraph, competition: Tensor, count: int
+) -> tuple[SortedEdges, Tensor]:
+    """Competitions in the order of their first child, the edges of each by child; and the cuts."""
+    child, parent = (ends.long() for ends in graph.edges())
+    first = torch.zeros(count, dtype=torch.int64)
+    first = first.scatter_reduce(0, competition, child, "amin", include_self=False)
+    order = first.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(count)
+    competition, first = place[competition], first[order]
+    by_place = (competition * graph.num_nodes("child") + child).argsort(stable=True)
+    start = torch.zeros(count + 1, dtype=torch.int64)
+    start[1:] = torch.bincount(competition, minlength=count).cumsum(0)
+    last = torch.zeros_like(first).scatter_reduce(0, competition, child, "amax", include_self=False)
+    whole = last.cummax(0).values[:-1] < first[1:]  # no child before it stands behind it, too
+    inner = whole.nonzero().flatten() + 1
+    cuts = torch.cat([torch.tensor([0]), inner, torch.tensor([count])])
+    numbers = (start, *(x[by_place] for x in (child, parent, graph.edata["weight_index"])))
+    return SortedEdges(*(x.int() for x in numbers)), cuts.int()
 
 
 class Sizes(NamedTuple):
@@ -79,17 +120,53 @@ class Sizes(NamedTuple):
 
 
 class EdgeArrays(NamedTuple):
-    """Edges sorted by child, and how many terms of the sums of a parent or a matrix stand apart."""
+    """Edges in order, and how many terms of the sums of a parent or a matrix stand apart."""
 
     start: Array
+    child: Array
     parent: Array
     kind: Array
     terms_of_parent: Array
     terms_of_kind: Array
 
 
+class Inputs(NamedTuple):
+    """As the passes take them, parents' features in lanes; what is absent is empty."""
+
+    a: Array
+    r: Array
+    k: Array
+    p: Array
+    q: Array
+    beta: Array
+    prior: Array
+
+
+class Needed(NamedTuple):
+    """Whether the gradient of each input is needed."""
+
+    u: bool
+    weight: bool
+    a: bool
+    k: bool
+    p: bool
+    q: bool
+    beta: bool
+    prior: bool
+
+
+class Outputs(NamedTuple):
+    """Gradients of all but the features of parents; what is not needed is empty."""
+
+    u: Array
+    weight: Array
+    a: Array
+    beta: Array  # float64, as is the next: long sums
+    prior: Array
+
+
 class Sums(NamedTuple):
-    """N, S and Q of a block of samples, or the gradients of k, p and q, as far as wanted."""
+    """N, S and Q of a few samples, or the gradients of k, p and q, as far as wanted."""
 
     N: Array
     S: Array
@@ -98,7 +175,7 @@ class Sums(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The same, of all blocks."""
+    """The same, of all samples."""
 
     N: Array
     S: Array
@@ -112,8 +189,12 @@ class MatrixSums(NamedTuple):
     terms: Array  # how many each matrix has
 
 
-class Parts:
-    """The samples of a call side by side in lanes, its children in ranges, a thread for each.
+class Parts(ABC):
+    """Poses, matrices and edges of a call; its competitions in ranges, a thread for each.
+
+    What stands side by side in lanes is said by those derived from it: samples, or the numbers of a
+    pose. Features of parents are `[B, J, d]` or `[B, J]` here, and in lanes in `Inputs`, in `Sums`
+    and in `Totals`.
 
     Args:
         u: poses, `[B, I, P·K]`.
@@ -121,40 +202,87 @@ class Parts:
         edges: as `Edges.tensors` gives them.
         parents: J.
         rows: P.
+        terms_of_an_edge: how many terms it gives to the gradient of its matrix.
+        vote: numbers that a vote takes, for all samples.
+        cost: of a multiplication, relative to those of samples in lanes.
     """
 
     def __init__(
-        self, u: Tensor, weight: Tensor, edges: Sequence[Tensor], parents: int, rows: int
+        self,
+        u: Tensor,
+        weight: Tensor,
+        edges: Sequence[Tensor],
+        parents: int,
+        rows: int,
+        *,
+        terms_of_an_edge: int,
+        vote: int,
+        cost: int,
     ) -> None:
-        start, parent, kind, of_parent, of_kind, facts = (x.numpy() for x in edges)
+        start, child, parent, kind, cuts, of_parent, of_kind, facts = (x.numpy() for x in edges)
         self.u, self.weight = array(u), array(weight)
         self.dtype = self.u.dtype
         _, child_dim, parent_dim = weight.shape
         self.sizes = Sizes(len(u), u.shape[1], parents, rows, child_dim, parent_dim)
         self.pose = rows * parent_dim
-        self.blocks = math.ceil(len(u) / LANES[-1])
-        self.lanes = next(n for n in LANES if n * max(1, self.blocks) >= len(u))
-        self.lanes_as_type = (0,) * (self.lanes // 16)
         self.edges = EdgeArrays(
             start.astype(np.int64),
+            child,
             parent,
             kind,
             _terms_of_a_sum(of_parent),
-            _terms_of_a_sum(of_kind * max(1, self.blocks)),
+            _terms_of_a_sum(of_kind * terms_of_an_edge),
         )
-        self.most, self.apart = max(1, int(facts[0])), bool(facts[1])
-        work = self.blocks * self.lanes * len(kind) * rows * child_dim * parent_dim
+        self.cuts = cuts
+        self.facts = Facts(*facts.tolist())
+        work = cost * vote * len(kind) * child_dim
         # private sums of parents take no more memory than poses, or are those of a few threads
-        of_parents = self.blocks * self.lanes * parents * (2 * self.pose + 1)
-        fitting = max(FEW_THREADS, self.u.size // max(1, of_parents))
+        fitting = max(FEW_THREADS, self.u.size // max(1, 2 * vote * parents))
         worth = min(torch.get_num_threads(), work // WORK_OF_A_THREAD, fitting)
-        self.children = self.ranges(worth)
+        self.groups = self.ranges(worth)
         self._threads: Executor | None = None
+
+    @abstractmethod
+    def in_lanes(self, x: Array) -> Array:
+        """Features of parents, `[B, J, d]` or `[B, J]`, as the passes take them."""
+
+    @abstractmethod
+    def couple_pass(self, inputs: Inputs, leak: bool, wanted: Sequence[bool]) -> list[Array]:
+        """N `[B, J, 1]`, S and Q `[B, J, P·D]`, those that are wanted; else empty."""
+
+    @abstractmethod
+    def couple_gradient_pass(
+        self, inputs: Inputs, leak: bool, of_sums: Totals, needed: Needed
+    ) -> tuple[Array, ...]:
+        """The gradients of all inputs, those that are needed; from those of N, S and Q in lanes."""
+
+    @abstractmethod
+    def dynamic_gradient_pass(
+        self, V: Sequence[Array], q: Sequence[Array], iterations: int, needed: Sequence[bool]
+    ) -> tuple[Array, Array]:
+        """The gradients of u and weight, empty where not needed; see `dynamic.py`."""
+
+    def inputs(
+        self,
+        a: Array | None = None,
+        r: Array | None = None,
+        k: Array | None = None,
+        p: Array | None = None,
+        q: Array | None = None,
+        beta: Array | None = None,
+        prior: Array | None = None,
+    ) -> Inputs:
+        """From activations `[B, I]`, features of parents, and numbers of matrices, `[M]`."""
+        return Inputs(
+            self.empty(0) if a is None else a.reshape(-1),
+            *(self.empty(0) if x is None else self.in_lanes(x) for x in (r, k, p, q)),
+            *(self.empty(0) if x is None else x for x in (beta, prior)),
+        )
 
     def __enter__(self) -> Self:
         # threads of this call alone: kept ones would be missing in a forked process
-        if len(self.children) > 1 and threading.main_thread().is_alive():  # none start after it
-            self._threads = ThreadPoolExecutor(len(self.children) - 1)
+        if len(self.groups) > 1 and threading.main_thread().is_alive():  # none start after it
+            self._threads = ThreadPoolExecutor(len(self.groups) - 1)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -162,7 +290,7 @@ class Parts:
             self._threads.shutdown()
 
     def run(self, one_pass: Callable, calls: Sequence[Sequence[Any]]) -> None:
-        """Call a compiled function once for each range of children, all at the same time."""
+        """Call a compiled function once for each range, all at the same time."""
         if self._threads is None:
             for call in calls:
                 one_pass(*call)
@@ -173,10 +301,10 @@ class Parts:
             other.result()  # raises what its thread raised
 
     def ranges(self, count: int) -> list[tuple[int, int]]:
-        """At most so many ranges of children, at least one, with equally many edges."""
-        start, children = self.edges.start, self.sizes.children
-        shares = np.linspace(0, start[-1], max(1, min(count, children)) + 1)[1:-1]
-        bounds = [0, *np.searchsorted(start, shares).tolist(), children]
+        """At most so many ranges of competitions, at least one, with about equally many edges."""
+        start, cuts = self.edges.start, self.cuts
+        shares = np.linspace(0, start[-1], max(1, min(count, len(cuts) - 1)) + 1)[1:-1]
+        bounds = [0, *cuts[np.searchsorted(start[cuts], shares)].tolist(), int(cuts[-1])]
         return list(itertools.pairwise(bounds))
 
     def empty(self, *size: int) -> Array:
@@ -187,67 +315,36 @@ class Parts:
         """The same, of zeros."""
         return _aligned(np.zeros, size, self.dtype)
 
-    def in_lanes(self, x: Array) -> Array:
-        """`[B, J, d]` or `[B, J]` to `[blocks, J, d, lanes]`, flat; 0 where there is no sample."""
-        from graphcaps.kernels.cpu.lanes import lay_in_lanes
+    def zeros_of_kinds(self, needed: Needed) -> tuple[Array, Array]:
+        """Of a thread, for the gradients of beta and prior."""
+        kinds = len(self.weight)
+        return np.zeros(kinds * needed.beta), np.zeros(kinds * needed.prior)
 
-        samples, nodes, d = *x.shape[:2], math.prod(x.shape[2:])
-        lanes = self.empty(self.blocks * nodes * d * self.lanes)
-        lay_in_lanes(x.reshape(-1), samples, nodes, d, lanes, self.lanes_as_type)
-        return lanes
+    def zero_matrix_sums(self, wanted: bool, size: int) -> MatrixSums:
+        """Of a thread, for all matrices of so many numbers."""
+        wanted = wanted and not self.facts.apart
+        return MatrixSums(self.zeros(size * wanted), np.zeros(len(self.weight) * wanted, np.int32))
 
-    def in_samples(self, x: Array, d: int) -> Array:
-        """`[blocks, J, d, lanes]`, flat, to `[B, J, d]`."""
-        from graphcaps.kernels.cpu.lanes import lay_in_samples
-
-        samples, nodes = self.sizes.samples, self.sizes.parents
-        out = self.empty(samples, nodes, d)
-        lay_in_samples(x, samples, nodes, d, out.reshape(-1), self.lanes_as_type)
-        return out
-
-    def zero_totals(self, wanted: Sequence[bool], blocks: int) -> Totals:
-        """Of a thread, for so many blocks; those that are not wanted are empty."""
-        count = blocks * self.sizes.parents * self.lanes
-        dims = (1, self.pose, self.pose)
-        return Totals(*(self.zeros(count * d * w) for d, w in zip(dims, wanted, strict=True)))
-
-    def zero_sums(self, wanted: Sequence[bool]) -> Sums:
-        """Of a thread, for one block."""
-        return Sums(*self.zero_totals(wanted, 1), np.zeros(self.sizes.parents, np.int32))
-
-    def zero_matrix_sums(self, wanted: bool) -> MatrixSums:
-        """Of a thread."""
-        wanted = wanted and not self.apart
-        return MatrixSums(
-            self.zeros(self.weight.size * wanted), np.zeros(len(self.weight) * wanted, np.int32)
-        )
-
-    def private_matrices(self, wanted: bool) -> tuple[list[tuple[int, int]], list[Array]]:
-        """Ranges of children, and the gradient of all matrices that each of them adds to.
+    def private_matrices(
+        self, wanted: bool, size: int
+    ) -> tuple[list[tuple[int, int]], list[Array]]:
+        """Ranges of competitions, and the gradient of all matrices that each of them adds to.
 
         Where children share matrices, each range has its own, of which there are no more than take
-        the memory of the poses: there are fewer ranges then.
+        the memory of the poses, or those of a few threads: there are fewer ranges then.
         """
-        if not wanted or self.apart:
-            shared = self.zeros(self.weight.size * wanted)
-            return self.children, [shared] * len(self.children)
-        fitting = max(1, self.u.size // max(1, self.weight.size))
-        ranges = self.ranges(min(len(self.children), fitting))
-        return ranges, [self.zeros(self.weight.size) for _ in ranges]
+        if not wanted or self.facts.apart:
+            shared = self.zeros(size * wanted)
+            return self.groups, [shared] * len(self.groups)
+        fitting = max(FEW_THREADS, self.u.size // max(1, size))
+        ranges = self.ranges(min(len(self.groups), fitting))
+        return ranges, [self.zeros(size) for _ in ranges]
 
     def add_matrices(self, private: Sequence[Array]) -> Array:
         """The gradients of all ranges added up."""
-        if self.apart or len(private) == 1:
+        if self.facts.apart or len(private) == 1:
             return private[0]
         return sum(private[1:], start=private[0])
-
-    def add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
-        """The totals of all threads, as `[B, J, d]`; empty where not wanted."""
-        dims = (1, self.pose, self.pose)
-        return [
-            self.in_samples(sum(threads[1:], start=threads[0]), d) if w else self.empty(0)
-            for threads, d, w in zip(zip(*totals, strict=True), dims, wanted, strict=True)
-        ]
 
 
 def array(x: Tensor) -> Array:

@@ -1,0 +1,24 @@
+"""What stands side by side in lanes, for a call: its samples, or the numbers of a pose."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from graphcaps.kernels.cpu.by_pose import PosesInLanes
+from graphcaps.kernels.cpu.by_sample import SamplesInLanes
+from graphcaps.kernels.cpu.parts import Facts, Parts
+
+COST_OF_A_POSE = 1.5  # in lanes, relative to samples in lanes: dot products are sums across these
+
+
+def make_parts(
+    u: Tensor, weight: Tensor, edges: Sequence[Tensor], parents: int, rows: int
+) -> Parts:
+    """The one with less work, empty lanes included; arguments as of `Parts`."""
+    facts = Facts(*edges[-1].tolist())
+    samples, pose = len(u), rows * weight.shape[2]
+    by_sample = SamplesInLanes.lanes_of(samples) * pose
+    by_pose = COST_OF_A_POSE * samples * PosesInLanes.lanes_of(pose)
+    if facts.by_child and by_sample <= by_pose:
+        return SamplesInLanes(u, weight, edges, parents, rows)
+    return PosesInLanes(u, weight, edges, parents, rows)

@@ -1,0 +1,145 @@
+"""Vectors of 16 numbers for compiled code.
+
+LLVM makes vectors of long loops of its own accord, but unrolls one of 16 rounds into as many single
+instructions. So such rows are said to be vectors here.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import models, register_model
+
+from graphcaps.kernels.cpu.compiled import intrinsic
+
+LANE = 16
+FLAGS = ("contract", "reassoc")
+
+
+class Vector(types.Type):
+    """Of 16 numbers of one dtype."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        number = dmm.lookup(fe_type.dtype).get_value_type()
+        super().__init__(dmm, fe_type, ir.VectorType(number, LANE))
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    place = builder.gep(data, [i], inbounds=True)
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), LANE)
+    return builder.bitcast(place, vector.as_pointer())
+
+
+@intrinsic
+def row(typingctx, x, i):
+    """The 16 numbers of an array from number i on."""
+
+    def build(context, builder, signature, args):
+        place = _pointer(context, builder, signature.args[0], *args)
+        return builder.load(place, align=x.dtype.bitwidth // 8)
+
+    return Vector(x.dtype)(x, i), build
+
+
+@intrinsic
+def put_row(typingctx, x, i, vector):
+    """Write 16 numbers of an array, from number i on."""
+
+    def build(context, builder, signature, args):
+        place = _pointer(context, builder, signature.args[0], *args[:2])
+        builder.store(args[2], place, align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(x, i, Vector(x.dtype)), build
+
+
+@intrinsic
+def spread(typingctx, x):
+    """A number, 16 times."""
+
+    def build(context, builder, signature, args):
+        vector = ir.VectorType(args[0].type, LANE)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[0], ir.IntType(32)(0))
+        every = ir.Constant(ir.VectorType(ir.IntType(32), LANE), [0] * LANE)
+        return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), every)
+
+    return Vector(x)(x), build
+
+
+@intrinsic
+def plus(typingctx, x, y):
+    """`x + y`."""
+
+    def build(context, builder, signature, args):
+        return builder.fadd(*args, flags=FLAGS)
+
+    return x(x, y), build
+
+
+@intrinsic
+def times(typingctx, x, y):
+    """`x y`."""
+
+    def build(context, builder, signature, args):
+        return builder.fmul(*args, flags=FLAGS)
+
+    return x(x, y), build
+
+
+@intrinsic
+def larger(typingctx, x, y):
+    """The larger of x and y, lane by lane; NaN in y is passed over."""
+
+    def build(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
+
+    return x(x, y), build
+
+
+def _folded(builder: Any, vector: Any, combine: Any) -> Any:
+    """What `combine` makes of both halves, and of both halves of that, until one number is left."""
+    size = LANE
+    while size > 1:
+        size //= 2
+        none = ir.Constant(vector.type, ir.Undefined)
+        low, high = (
+            builder.shuffle_vector(
+                vector,
+                none,
+                ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(first, first + size))),
+            )
+            for first in (0, size)
+        )
+        vector = combine(low, high)
+    return builder.extract_element(vector, ir.IntType(32)(0))
+
+
+@intrinsic
+def sum_of(typingctx, x):
+    """The sum of 16 numbers."""
+
+    def build(context, builder, signature, args):
+        return _folded(builder, args[0], lambda a, b: builder.fadd(a, b, flags=FLAGS))
+
+    return x.dtype(x), build
+
+
+@intrinsic
+def largest_of(typingctx, x):
+    """The largest of 16 numbers."""
+
+    def build(context, builder, signature, args):
+        def larger_half(a, b):
+            return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+        return _folded(builder, args[0], larger_half)
+
+    return x.dtype(x), build

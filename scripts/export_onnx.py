@@ -1,0 +1,102 @@
+"""Write a trained net as one ONNX file, and read test images with it and with torch.
+
+python scripts/export_onnx.py mnist-small.onnx --half
+python scripts/export_onnx.py digits.onnx --net runs/NAME/best
+
+The file needs nothing but an ONNX runtime: on engine scatter, routing is torch's own operations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import tyro
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from tyro.conf import Positional
+
+from graphcaps import CapsNet, CapsNetOutput
+from graphcaps.data import load_dataset
+
+BATCH = 500
+FEWEST_HALVED = 1000  # numbers of a tensor; smaller ones take no room
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export a net to ONNX, and compare what it reads in onnxruntime with what torch reads."""
+
+    output: Positional[Path]
+    """The file to be written."""
+    net: Path | None = None
+    """A folder that CapsNet.load takes; the net that ships, if not given."""
+    half: bool = False
+    """Store the weights in half precision; they are computed with in single precision."""
+    dataset: str = "mnist"
+    """Whose test images are read: a name, or a folder with IDX files."""
+
+
+def export(model: CapsNet, path: Path) -> None:
+    """Write a net on engine scatter, for any number of images."""
+    sizes = model.config
+    images = torch.rand(2, sizes.image_channels, sizes.image_size, sizes.image_size)
+    torch.onnx.export(
+        model.eval(),
+        (images,),
+        path,
+        dynamo=True,
+        external_data=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"],
+        output_names=[*CapsNetOutput._fields],
+    )
+
+
+def halve(path: Path) -> None:
+    """Store the large tensors of a file in half precision; a node casts each to single."""
+    model = onnx.load(path)
+    graph = model.graph
+    for tensor in graph.initializer:
+        numbers = numpy_helper.to_array(tensor)
+        if tensor.data_type == TensorProto.FLOAT and numbers.size >= FEWEST_HALVED:
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(numbers.astype(np.float16), f"{name}.half"))
+            cast = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
+            graph.node.insert(0, cast)
+    onnx.save(model, path)
+
+
+def read(path: Path, images: Tensor) -> CapsNetOutput:
+    """What the file gives for images, in onnxruntime."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    batches = (session.run(None, {"images": x.numpy()}) for x in images.split(BATCH))
+    return CapsNetOutput(*(torch.from_numpy(np.concatenate(x)) for x in zip(*batches, strict=True)))
+
+
+def main() -> None:
+    """Write the file, read the test images, and print how they agree."""
+    options = tyro.cli(Options)
+    if options.net is None:
+        model = CapsNet.from_pretrained("mnist-small", engine="scatter")
+    else:
+        model = CapsNet.load(options.net, engine="scatter")
+    export(model, options.output)
+    if options.half:
+        halve(options.output)
+    images = load_dataset(options.dataset).test.images / 255
+    found = read(options.output, images)
+    with torch.inference_mode():
+        lengths = torch.cat([model(x).lengths for x in images.split(BATCH)])
+    alike = int((found.lengths.argmax(dim=1) == lengths.argmax(dim=1)).sum())
+    print(
+        f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB; {alike:,} of "
+        f"{len(images):,} test images are read alike, and lengths differ by at most "
+        f"{float((found.lengths - lengths).abs().max()):.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
