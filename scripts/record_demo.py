@@ -31,7 +31,9 @@ ITERATIONS = 3  # of the net that ships
 STEPS = 7  # positions of the pen between two points
 
 # of the page, the part that is recorded: without what lies between drawing and routing
-LEFT_OUT = ".gallery, #routing-title, header, #said, .panels figcaption, .coupling .choice"
+LEFT_OUT = (
+    ".gallery, #routing-title, #trained, header, #said, .panels figcaption, .coupling .choice"
+)
 # strokes on a sheet of 280 × 280 units
 FOUR = (
     ((168, 38), (138, 82), (104, 126), (76, 164), (118, 167), (170, 165), (224, 162)),
