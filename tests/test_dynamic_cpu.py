@@ -252,14 +252,16 @@ def test_a_layer_may_be_checkpointed(engine):
 
 
 def test_shared_matrices_have_no_more_private_gradients_than_poses_take_memory(monkeypatch):
-    monkeypatch.setattr(parts, "FEW_THREADS", 1)
     monkeypatch.setattr(lay_out, "COST_OF_A_POSE", math.inf)  # the sizes below are of such matrices
     calls, right = [], parts.Parts.private_matrices
-    monkeypatch.setattr(
-        parts.Parts,
-        "private_matrices",
-        lambda *args: calls.append(right(*args)) or calls[-1],
-    )
+
+    def private_matrices(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "FEW_THREADS", 1)  # else so many always have their own
+            calls.append(right(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(parts.Parts, "private_matrices", private_matrices)
     case = complete(6, 4, batch=6)
     for kinds, threads in ((shared(case), 3), ([*own(case)[:-1], 0], 1)):
         u, weight = make_input(case, kinds, child_dim=40 if threads == 1 else 3)

@@ -70,7 +70,7 @@ def test_what_is_kept_of_a_graph_is_kept_for_each_device_apart():
         assert structure.degree(device).device == device
         u, weight = torch.zeros(2, 4, 4, device=device), torch.zeros(3, 4, 5, device=device)
         edges = EdgesWithoutVotes(structure, u, weight, rows=1)
-        assert edges.sorted.by_competition.start.device == device
+        assert edges.sorted.tensors[0].device == device
 
 
 def test_engines_differ_in_no_checkpoint_and_may_be_changed():

@@ -19,7 +19,7 @@ from graphcaps.kernels.cpu.parts import (
 )
 
 LANE = 16  # numbers of a vector
-SAMPLES = 8  # that the passes take at a time
+SAMPLES = 8  # that pass through a group one after the other
 
 
 class Scratch(NamedTuple):

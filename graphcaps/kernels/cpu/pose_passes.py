@@ -17,6 +17,7 @@ last.
 
 import numpy as np
 
+from graphcaps.kernels.cpu.by_pose import LANE, SAMPLES
 from graphcaps.kernels.cpu.compiled import compiled, entry, inlined
 from graphcaps.kernels.cpu.lanes import get, put
 from graphcaps.kernels.cpu.pose_steps import (
@@ -38,9 +39,7 @@ from graphcaps.kernels.cpu.pose_steps import (
     vote,
 )
 from graphcaps.kernels.cpu.steps import terms_of_a_sum
-from graphcaps.kernels.cpu.vectors import LANE, plus, put_row, row, spread, times
-
-SAMPLES = 8  # passed through for a group, one after the other
+from graphcaps.kernels.cpu.vectors import plus, put_row, row, spread, times
 
 
 @entry

@@ -8,11 +8,11 @@ of a pose: `weight[m, k, p·D + d] = W_m[k, d]`. Logits and coupling are one num
 
 import numpy as np
 
+from graphcaps.kernels.cpu.by_pose import LANE
 from graphcaps.kernels.cpu.compiled import compiled, inlined
 from graphcaps.kernels.cpu.lanes import exponential, get, put
 from graphcaps.kernels.cpu.steps import LARGEST, PART, TOTAL, terms_of_a_sum
 from graphcaps.kernels.cpu.vectors import (
-    LANE,
     larger,
     largest_of,
     plus,

@@ -10,9 +10,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
+from graphcaps.kernels.cpu.by_pose import LANE
 from graphcaps.kernels.cpu.compiled import intrinsic
 
-LANE = 16
 FLAGS = ("contract", "reassoc")
 
 
