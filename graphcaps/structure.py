@@ -136,8 +136,8 @@ class Structure:
         """Make what calls on a device need, so that one that is traced has nothing to make."""
         for by in ("child", "parent", "kind"):
             self.groups(by, device)
-        for name in ("parent_type", "graph_of_parent"):
-            self.numbers(name, device)
+        self.numbers("parent_type", device)
+        self.numbers("graph_of_parent", device)
         self.degree(device)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ def couple(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """N, S, Q, and nothing kept: the backward computes the coupling anew."""
     with Parts(u, weight, edges, parents, rows) as parts:
@@ -53,6 +54,7 @@ def couple_backward(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior that are needed."""
@@ -63,7 +65,7 @@ def couple_backward(
             S=parts.in_lanes(array(dS)),
             Q=parts.in_lanes(array(dQ)) if squares else parts.empty(0),
         )
-        found = couple_gradient_pass(parts, inputs, leak, of_sums, Needed(*needed))
+        found = couple_gradient_pass(parts, inputs, leak, of_sums, Needed(*needed), detach_coupling)
     kinds = weight.shape[:1]
     shapes = (u.shape, weight.shape, u.shape[:2], dN.shape, dS.shape, dS.shape, kinds, kinds)
     du, dweight, da, dk, dp, dq, dbeta, dprior = (
@@ -193,7 +195,12 @@ def couple_pass(parts: Parts, inputs: Inputs, leak: bool, wanted: Sequence[bool]
 
 
 def couple_gradient_pass(
-    parts: Parts, inputs: Inputs, leak: bool, of_sums: Totals, needed: Needed
+    parts: Parts,
+    inputs: Inputs,
+    leak: bool,
+    of_sums: Totals,
+    needed: Needed,
+    detach_coupling: bool = False,
 ) -> tuple[Array, ...]:
     """The gradients of all inputs, those that are needed; from those of N, S and Q in lanes."""
     from graphcaps.kernels.cpu import couple_passes
@@ -217,6 +224,7 @@ def couple_gradient_pass(
             children[t],
             parts.sizes,
             leak,
+            detach_coupling,
             of_sums,
             parts.lanes_as_type,
             make_gradient_scratch(parts, edges_at_once=1),
