@@ -155,7 +155,8 @@ class CapsuleLayer(nn.Module):
             rows, poses are 4×4 matrices as in Hinton et al. 2018. One row is a vector.
         engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
-            the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
+            the faster one. `"fused"` and `"scatter"` can be compiled, exported and transformed by
+            `torch.func`; second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
         coordinates: where each child stands, `[I, n]`, added to its votes: to the first n numbers
             of a vote that is one row, and to the last number of the first n rows of one that has
@@ -307,7 +308,8 @@ class CapsuleLayer(nn.Module):
             a: activations of the children, `[B, I]` or `[I]`, for a routing that has them,
                 likewise; 1 for all, if not given.
             graph: another graph for this one call, whose `weight_index` points into `weight`:
-                for ragged batches, made by `dgl.batch` from graphs of any sizes.
+                for ragged batches, made by `dgl.batch` from graphs of any sizes. Under
+                `torch.compile` the trace breaks where it is looked at.
             return_trace: give what every iteration computed, too.
 
         Returns:

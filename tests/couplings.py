@@ -123,6 +123,8 @@ def couple_densely(
         if "leak" in flags:
             logits = torch.cat([logits, torch.zeros_like(b[:, :1])], dim=1)
         c = c.index_copy(1, own, logits.softmax(dim=1)[:, : len(own)])
+    if "detach_coupling" in flags:
+        c = c.detach()
     w = c if get("beta") is None else c + get("beta")[kind]
     if get("a") is not None:
         w = w * get("a")[:, child]

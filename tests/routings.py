@@ -110,6 +110,9 @@ VARIANTS = {
     "dynamic": Variant("dynamic", {}),
     "dynamic, last": Variant("dynamic", {"gradients": "last"}),
     "dynamic, options": Variant("dynamic", {"bias": True, "leak": True}),
+    "dynamic, last, options": Variant(
+        "dynamic", {"gradients": "last", "bias": True, "leak": True, "temperature": 2.0}
+    ),
     "k-means": Variant("dynamic", {"accumulate": False, "temperature": 0.5}),
     "uniform": Variant("uniform", {}),
     "em": Variant("em", {}),

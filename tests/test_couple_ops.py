@@ -13,7 +13,7 @@ GRAPH, SIZE = complete(4, 3, kinds=5), Sizes(batch=2, rows=2)
 ORDER = ("a", "r", "k", "p", "q", "beta", "prior")
 
 
-def arguments(features, leak=True, squares=True):
+def arguments(features, leak=True, squares=True, detach_coupling=False):
     """As `graphcaps::couple` takes them."""
     optional = (features.get(name) for name in ORDER)
     edges = GRAPH.prepared()
@@ -26,6 +26,7 @@ def arguments(features, leak=True, squares=True):
         SIZE.rows,
         leak,
         squares,
+        detach_coupling,
     )
 
 
@@ -141,7 +142,7 @@ def test_fakes_have_the_dtypes_of_the_device(device, dtype, of_sums, kept):
     with FakeTensorMode():
         u, weight = (torch.empty(x, device=device, dtype=dtype) for x in ((2, 4, 6), (5, 3, 4)))
         p = torch.empty(2, 3, 8, device=device, dtype=of_sums)
-        inputs = (u, weight, None, None, None, p, None, None, None, [], 3, 2, False, True)
+        inputs = (u, weight, *[None] * 3, p, *[None] * 3, [], 3, 2, False, True, False)
         sums = ops.couple(*inputs)
         assert [x.dtype for x in sums[:3]] == [of_sums] * 3
         assert sums[3].numel() == kept

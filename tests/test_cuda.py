@@ -186,7 +186,7 @@ def general_pass(children, parents, batch, rows, child_dim, parent_dim, terms, d
     }
     inputs = {n: x.to(device) if n in ("u", "weight", *terms) else None for n, x in inputs.items()}
     sums = (torch.randn(of_parents[:2]), torch.randn(of_parents), torch.randn(of_parents))
-    how = (edges.tensors, parents, rows, False, "squares" in terms)
+    how = (edges.tensors, parents, rows, False, "squares" in terms, False)
     return inputs, how, tuple(x.to(device) for x in sums)
 
 

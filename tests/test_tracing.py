@@ -143,7 +143,7 @@ def test_a_training_step_runs_by_inductor_in_mode_reduce_overhead():
     [
         copy.deepcopy,
         lambda layer: pickle.loads(pickle.dumps(layer)),
-        lambda layer: layer.to("meta").to_empty(device="cpu"),
+        lambda _: layer_of("auto", device="meta").to_empty(device="cpu"),
         lambda layer: layer.double().float(),
     ],
 )

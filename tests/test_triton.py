@@ -120,9 +120,13 @@ def pass_over(
         torch.zeros(shape, dtype=dtype) if name in ("u", "weight", *terms) else None
         for name, shape in shapes.items()
     ]
-    how = (edges.tensors, edges.parents, rows, "leak" in terms, "squares" in terms)
+    flags = (name in terms for name in ("leak", "squares", "detach_coupling"))
+    how = (edges.tensors, edges.parents, rows, *flags)
     *sums, kept = couple(*inputs, *how)
-    needed = [name in ("u", "weight", *terms) for name in shapes if name != "r"]
+    wanted = {"u", "weight", *terms} - {"r"}
+    if "detach_coupling" in terms:
+        wanted -= {"k", "p", "q", "prior"}
+    needed = [name in wanted for name in shapes if name != "r"]
     couple_backward(*sums, kept, *inputs, *how, needed)
 
 
@@ -193,6 +197,7 @@ def assert_offsets_are_of_64_bits(kernels):
         (90, torch.bfloat16, route, (8, 16), {}),
         (80, torch.float32, pass_over, (8, 16), {}),
         (90, torch.float32, pass_over, (8, 16), {}),
+        (90, torch.float32, pass_over, (8, 16), dict(terms=(*EVERY_TERM, "detach_coupling"))),
         (80, torch.float32, pass_over, (4, 4), dict(rows=4, terms=TERMS_OF_EM)),
         (90, torch.float32, pass_over, (4, 4), dict(rows=4, terms=TERMS_OF_EM)),
     ],
@@ -254,7 +259,7 @@ def grids(monkeypatch, batch):
     edges = [x.to("meta") for x in TritonEdges.of(gc.complete_graph(3, 2), 6, CPU).tensors]
     u, weight = torch.empty(batch, 3, 4, device="meta"), torch.empty(6, 4, 5, device="meta")
     k, absent = torch.empty(batch, 2, device="meta"), [None] * 4
-    couple(u, weight, None, None, k, *absent, edges, 2, 1, False, True)
+    couple(u, weight, None, None, k, *absent, edges, 2, 1, False, True, False)
     return found
 
 

@@ -19,6 +19,7 @@ from graphcaps.kernels.triton.couple import couple, couple_backward
 
 INPUTS = ("u", "weight", "a", "k", "p", "q", "beta", "prior")  # in the order of their gradients
 TERMS = ("a", "r", "k", "p", "q", "beta", "prior", "leak", "squares")
+LOGITS = ("k", "p", "q", "prior")
 
 
 class Pass(NamedTuple):
@@ -40,8 +41,8 @@ class Pass(NamedTuple):
     def how(self):
         """The arguments after the tensors that have gradients."""
         edges = TritonEdges.of(self.graph, self.kinds, DEVICE)
-        leak, squares = ("leak" in self.terms, "squares" in self.terms)
-        return edges.tensors, edges.parents, self.rows, leak, squares
+        flags = (name in self.terms for name in ("leak", "squares", "detach_coupling"))
+        return edges.tensors, edges.parents, self.rows, *flags
 
     def numbers(self, dtype=torch.float32):
         """The inputs, None where absent; and the gradients of N, S and Q."""
@@ -74,15 +75,20 @@ def by_pass(case, inputs, of_sums):
     has = {name: x is not None for name, x in inputs.items()}
     needed = has | dict(k=has["k"] or has["r"], p=has["p"] or has["r"])  # what dr is made of
     del needed["r"]
+    detached = "detach_coupling" in case.terms
+    needed |= dict.fromkeys(LOGITS, False) if detached else {}
     of_all = couple_backward(*of_sums, kept, *values, *how, list(needed.values()))
     found = dict(zip(needed, of_all, strict=True))
     if has["r"]:
         _, dS, dQ = of_sums
         found["r"] = -N[..., None] * dS - (2 * dQ * S if Q.numel() else 0)
-        if has["p"]:
+        if has["p"] and not detached:
             found["r"] -= inputs["p"] * found["k"][..., None]
-        if has["q"]:
+        if has["q"] and not detached:
             found["r"] -= 2 * inputs["q"] * found["p"]
+    if detached:
+        assert not any(found[name].numel() for name in LOGITS)
+        found |= {name: torch.zeros_like(inputs[name]) for name in LOGITS if has[name]}
     wanted = {f"d{name}": found[name] for name in inputs if has[name]}
     return dict(N=N, S=S) | (dict(Q=Q) if Q.numel() else {}) | wanted
 
@@ -109,6 +115,7 @@ def densely(case, inputs, of_sums, dtype=torch.float64):
         mine = child == node
         logits = torch.nn.functional.pad(b[:, mine], (0, int("leak" in case.terms)))
         w = w.masked_scatter(mine, logits.softmax(1)[:, : mine.sum()])
+    w = w.detach() if "detach_coupling" in case.terms else w
     w = w if x["beta"] is None else w + x["beta"][kind]
     w = w if x["a"] is None else w * x["a"][:, child]
     sums = {
@@ -142,7 +149,9 @@ def every_three_of(terms):
             yield tuple(t for t, there in zip(terms, run, strict=False) if there == sign)
 
 
-@pytest.mark.parametrize("terms", list(every_three_of((*TERMS, "rows"))), ids=" ".join)
+@pytest.mark.parametrize(
+    "terms", list(every_three_of((*TERMS, "rows", "detach_coupling"))), ids=" ".join
+)
 def test_a_pass_equals_the_dense_form_whatever_its_terms(terms):
     rows, parent_dim = (3, 2) if "rows" in terms else (1, 5)
     case = Pass(MIXED, terms, rows=rows, parent_dim=parent_dim)
@@ -260,7 +269,7 @@ def coupled_through(graph, weight, of_sums=(), wanted=(), terms=(), **features):
     given = dict(u=torch.ones(1, edges.children, 1), weight=weight.view(-1, 1, 1), **features)
     given = {name: x.to(DEVICE) for name, x in given.items()}
     values = [given.get(name) for name in ("u", "weight", "a", "r", "k", "p", "q", "beta", "prior")]
-    how = (edges.tensors, edges.parents, 1, "leak" in terms, True)
+    how = (edges.tensors, edges.parents, 1, "leak" in terms, True, False)
     N, S, Q, kept = couple(*values, *how)
     found = dict(N=N, S=S, Q=Q)
     if wanted:

@@ -30,14 +30,16 @@ def couple(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One pass over the edges: N, S, Q (of size 0 without `squares`), and what the backward keeps.
 
+    With `detach_coupling`, the backward takes c as a constant.
     What is `kept`, and what `edges` has to be, is the device's own affair; the rest is told at
     `Votes`.
     """
     return couple_cpu.couple(
-        u, weight, a, r, k, p, q, beta, prior, edges, parents, rows, leak, squares
+        u, weight, a, r, k, p, q, beta, prior, edges, parents, rows, leak, squares, detach_coupling
     )
 
 
@@ -64,6 +66,7 @@ def _(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _dtype_of_sums(u)
     N = u.new_empty(u.shape[0], parents, dtype=dtype)
@@ -99,12 +102,13 @@ def couple_backward(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior, of size 0 where not `needed`.
 
     `needed` has eight entries. Those of k and p may be needed without there being a k or p: the
-    gradient of r is made of them.
+    gradient of r is made of them. With `detach_coupling`, k, p, q and prior are not needed.
     """
     return couple_cpu.couple_backward(
         dN,
@@ -125,6 +129,7 @@ def couple_backward(
         rows,
         leak,
         squares,
+        detach_coupling,
         needed,
     )
 
@@ -149,10 +154,10 @@ def _(dN: Tensor, dS: Tensor, dQ: Tensor, kept: Tensor, *inputs: Any) -> tuple[T
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *features, edges, parents, rows, leak, squares = inputs
+    *features, edges, parents, rows, leak, squares, detach_coupling = inputs
     N, S, _, kept = output
     ctx.save_for_backward(N, S, kept, *features, *edges)
-    ctx.sizes = parents, rows, leak, squares
+    ctx.numbers = parents, rows, leak, squares, detach_coupling
 
 
 def _gradients(
@@ -160,22 +165,27 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     N, S, kept, *saved = ctx.saved_tensors
     features, edges = saved[:9], saved[9:]
-    squares = ctx.sizes[-1]
+    *_, squares, detach_coupling = ctx.numbers
     *_, p, q, _, _ = features
     of_u, of_weight, of_a, of_r, of_k, of_p, of_q, of_beta, of_prior = ctx.needs_input_grad[:9]
-    of_k = of_k or (of_r and p is not None)  # the gradient of r is made of these
-    of_p = of_p or (of_r and q is not None)
+    if detach_coupling:
+        of_k = of_p = of_q = of_prior = False
+    else:
+        of_k = of_k or (of_r and p is not None)  # the gradient of r is made of these
+        of_p = of_p or (of_r and q is not None)
     needed = [of_u, of_weight, of_a, of_k, of_p, of_q, of_beta, of_prior]
-    found = differentiate_couple(dN, dS, dQ, kept, *features, edges, *ctx.sizes, needed)
+    found = differentiate_couple(dN, dS, dQ, kept, *features, edges, *ctx.numbers, needed)
     du, dweight, da, dk, dp, dq, dbeta, dprior = found
     dr = None
     if of_r:
         dr = -N.unsqueeze(-1) * dS
         dr = dr - 2 * dQ * S if squares else dr
-        dr = dr - p * dk.unsqueeze(-1) if p is not None else dr
-        dr = dr - 2 * q * dp if q is not None else dr
+        dr = dr - p * dk.unsqueeze(-1) if p is not None and of_k else dr
+        dr = dr - 2 * q * dp if q is not None and of_p else dr
     gradients = (du, dweight, da, dr, dk, dp, dq, dbeta, dprior)
-    return tuple(x if n else None for x, n in zip(gradients, ctx.needs_input_grad, strict=False))
+    computed = (of_u, of_weight, of_a, of_r, of_k, of_p, of_q, of_beta, of_prior)
+    asked = ctx.needs_input_grad[:9]
+    return tuple(x if n and m else None for x, n, m in zip(gradients, computed, asked, strict=True))
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -55,6 +55,7 @@ class Votes:
         prior: Tensor | None = None,
         leak: bool = False,
         squares: bool = False,
+        detach_coupling: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass over the edges: what parents get of their votes, weighted by the coupling.
 
@@ -77,6 +78,7 @@ class Votes:
             prior: a number of each matrix, `[M]`, added to the logit.
             leak: one more term, `exp 0`, in the sum that softmax divides by.
             squares: compute Q.
+            detach_coupling: let no gradient flow through c.
 
         Returns:
             N `[B, J]`, S `[B, J, P·D]` and Q `[B, J, P·D]`, or None for Q without `squares`.
@@ -112,6 +114,7 @@ class Votes:
             self.rows,
             leak,
             squares,
+            detach_coupling,
         )
         return N, S, Q if squares else None
 

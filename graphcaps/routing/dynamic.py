@@ -27,8 +27,7 @@ class DynamicRouting(Routing):
     Args:
         iterations: R.
         gradients: `"all"` lets gradients flow through every iteration, as in the authors' code;
-            `"last"` stops them in all but the last, on engine `"fused"` only for poses that are
-            vectors and without the options below.
+            `"last"` stops them in all but the last.
         bias: learn a vector for each type of parent that is added to s, as the authors' code does.
             It starts at 0.1, as there.
         leak: let each child couple to one more parent, of logit 0, that receives nothing: the
@@ -76,8 +75,6 @@ class DynamicRouting(Routing):
 
     def build(self, sizes: Sizes) -> None:
         """See `Routing.build`."""
-        own_kernel = sizes.rows == 1 and self._as_in_the_paper
-        self.needs_votes = self.gradients == "last" and not own_kernel
         if self.has_bias:
             self.bias = nn.Parameter(torch.empty(sizes.types, sizes.parent_dim))
 

@@ -289,10 +289,6 @@ class EdgesWithoutVotes(Edges):
         detach_coupling: bool = False,
     ) -> Sums:
         """See `Edges.couple`."""
-        if detach_coupling:
-            raise RuntimeError(
-                "engine 'fused' cannot detach the coupling; set needs_votes on the routing"
-            )
         a = None if a is None else a.reshape(self.samples, self.children)
         votes = kernels.Votes(self.u, self.weight, self.sorted, a, self.rows)
         N, S, Q = votes.couple(
@@ -304,6 +300,7 @@ class EdgesWithoutVotes(Edges):
             beta=None if beta is None else beta.to(self.u),
             leak=leak,
             squares=squares,
+            detach_coupling=detach_coupling,
         )
         return Sums(
             N=N.reshape(-1, 1),

@@ -97,7 +97,7 @@ class PosesInLanes(Parts):
         return self._add_up(totals, wanted)
 
     def couple_gradient_pass(
-        self, inputs: Inputs, leak: bool, of_sums: Totals, needed: Needed
+        self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
     ) -> tuple[Array, ...]:
         """See `Parts.couple_gradient_pass`."""
         from graphcaps.kernels.cpu import pose_passes
@@ -118,6 +118,7 @@ class PosesInLanes(Parts):
                 groups[t],
                 self.sizes,
                 leak,
+                detach_coupling,
                 of_sums,
                 self.lanes_as_type,
                 self._scratch(gradients=True),

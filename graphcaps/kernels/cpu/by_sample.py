@@ -97,7 +97,7 @@ class SamplesInLanes(Parts):
         return self._add_up(totals, wanted)
 
     def couple_gradient_pass(
-        self, inputs: Inputs, leak: bool, of_sums: Totals, needed: Needed
+        self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
     ) -> tuple[Array, ...]:
         """See `Parts.couple_gradient_pass`."""
         from graphcaps.kernels.cpu import couple_passes
@@ -118,6 +118,7 @@ class SamplesInLanes(Parts):
                 children[t],
                 self.sizes,
                 leak,
+                detach_coupling,
                 of_sums,
                 self.lanes_as_type,
                 self._gradient_scratch(edges_at_once=1),

@@ -24,6 +24,7 @@ def couple(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """N, S, Q, and nothing kept: the backward computes the coupling anew."""
     with make_parts(u, weight, edges, parents, rows) as parts:
@@ -52,6 +53,7 @@ def couple_backward(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior that are needed."""
@@ -62,7 +64,7 @@ def couple_backward(
             S=parts.in_lanes(array(dS)),
             Q=parts.in_lanes(array(dQ)) if squares else parts.empty(0),
         )
-        found = parts.couple_gradient_pass(inputs, leak, of_sums, Needed(*needed))
+        found = parts.couple_gradient_pass(inputs, leak, detach_coupling, of_sums, Needed(*needed))
     kinds = weight.shape[:1]
     shapes = (u.shape, weight.shape, u.shape[:2], dN.shape, dS.shape, dS.shape, kinds, kinds)
     du, dweight, da, dk, dp, dq, dbeta, dprior = (

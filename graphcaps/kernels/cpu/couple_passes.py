@@ -96,6 +96,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
     children,
     sizes,
     leak,
+    detach_coupling,
     gradients,
     lanes,
     scratch,
@@ -120,20 +121,21 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
         at = block * J
         for i in range(children[0], children[1]):
             first, degree = edges.start[i], edges.start[i + 1] - edges.start[i]
-            of_logits = coupled and degree + leak > 1  # an edge without rival has all there is
+            with_rivals = coupled and degree + leak > 1  # an edge without has all there is
+            of_logits = with_rivals and not detach_coupling
             if not (of_logits or of_votes or of_weights):
                 continue
             with_g = of_logits or of_weights
             lay_node_in_lanes(u, B, sizes.children, block, i, pose_of_child, x, FIRST, lanes)
             for e in range(degree):
                 m, j = np.int64(edges.kind[first + e]), at + edges.parent[first + e]
-                if with_g or gradients.Q.size:
+                if with_g or with_rivals or gradients.Q.size:
                     vote(x, weight, m, sizes, inputs.r, j, lanes, y, e)
-                if of_logits:
+                if with_rivals:
                     _logit(c, y, e, inputs, m, j, pose, lanes)
                 if with_g:
                     _weight_gradient(g, y, e, gradients, j, pose, lanes)
-            if of_logits:
+            if with_rivals:
                 softmax(c, degree, leak, rows, lanes)
             else:
                 fill(c, FIRST, c.dtype.type(1 / max(degree + leak, 1)), degree, lanes)

@@ -252,7 +252,7 @@ class Parts(ABC):
 
     @abstractmethod
     def couple_gradient_pass(
-        self, inputs: Inputs, leak: bool, of_sums: Totals, needed: Needed
+        self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
     ) -> tuple[Array, ...]:
         """The gradients of all inputs, those that are needed; from those of N, S and Q in lanes."""
 

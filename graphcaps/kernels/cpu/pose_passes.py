@@ -108,6 +108,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
     groups,
     sizes,
     leak,
+    detach_coupling,
     gradients,
     lanes,
     scratch,
@@ -134,11 +135,12 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
         samples = min(SAMPLES, B - sample)
         for group in range(groups[0], groups[1]):
             first, degree = edges.start[group], edges.start[group + 1] - edges.start[group]
-            of_logits = coupled and degree + leak > 1  # an edge without rival has all there is
+            with_rivals = coupled and degree + leak > 1  # an edge without has all there is
+            of_logits = with_rivals and not detach_coupling
             if degree == 0 or not (of_logits or of_votes or of_weights):
                 continue
             with_g = of_logits or of_weights
-            with_y = with_g or gradients.Q.size > 0
+            with_y = with_g or with_rivals or gradients.Q.size > 0
             for s in range(samples):
                 at, nodes = (sample + s) * J, (sample + s) * sizes.children
                 last = np.int64(-1)
@@ -151,11 +153,11 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
                     put(a, e, get(inputs.a, nodes + i) if with_a else a.dtype.type(1))
                     if with_y:
                         vote(scratch.x, weight, m, K, width, inputs.r, j, y, e)
-                    if of_logits:
+                    if with_rivals:
                         put(c, e, _logit(y, e, inputs, m, j, width))
                     if with_g:
                         put(g, e, _weight_gradient(y, e, gradients, j, width))
-                if of_logits:
+                if with_rivals:
                     softmax(c, np.int64(0), degree, leak, scratch.rows, lanes[:1])
                 else:
                     _couple_equally(c, np.int64(0), degree, leak)

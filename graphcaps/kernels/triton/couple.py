@@ -27,6 +27,7 @@ def couple(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """N, S and Q in float32, and what the backward keeps.
 
@@ -73,6 +74,7 @@ def couple_backward(
     rows: int,
     leak: bool,
     squares: bool,
+    detach_coupling: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior, of size 0 where not `needed`.
@@ -86,16 +88,17 @@ def couple_backward(
     of_u, of_weight, of_a, *of_parents, of_beta, of_prior = needed
     dQ_or_none = dQ.contiguous() if squares else None
     run = run._replace(gradients=Quadratic(dN.contiguous(), dS.contiguous(), dQ_or_none))
-    if has_logits := _has_logits(run):
-        mean = torch.empty_like(kept[0])
+    of_logits = _has_logits(run) and not detach_coupling
+    if _has_logits(run):
+        mean = torch.empty_like(kept[0]) if of_logits else None
         run = run._replace(softmax=Softmax(kept[0], kept[1], mean))
     da = a.new_empty(a.shape) if of_a and a is not None else None
-    if has_logits or da is not None:
+    if of_logits or da is not None:
         means(run, orders, da)
     sums = Quadratic()
-    if has_logits and any(of_parents):
+    if of_logits and any(of_parents):
         sums = partial_sums(run, orders, of_parents)
-    of_kinds = (of_weight, of_beta, of_prior and has_logits)
+    of_kinds = (of_weight, of_beta, of_prior and of_logits)
     dweight, dbeta, dprior = gradients_of_kinds(run, orders, of_kinds)
     du = gradient_of_poses(run, orders) if of_u else None
     dk, dp, dq = (x if x is None else add_parts(x) for x in sums)
