@@ -11,6 +11,7 @@ import sys
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Annotated
@@ -21,12 +22,13 @@ import tyro
 from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
-from graphcaps.data.images import read_digit
+from graphcaps.data.images import read_image
+from graphcaps.data.splits import Dataset
 from graphcaps.nets.model import CONFIG, CapsNet
 from graphcaps.training.checkpoints import RunFolder
-from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
+from graphcaps.training.evaluation import as_input, check_lengths, evaluate, fitted
 from graphcaps.training.loop import TrainingInterrupt, train
-from graphcaps.training.settings import Engine, TrainSettings, given_fields
+from graphcaps.training.settings import Engine, TrainSettings, given_fields, image_size_of
 from graphcaps.training.workers import joined_workers, leads
 
 
@@ -184,10 +186,8 @@ def _train(settings: TrainSettings) -> None:
 
 def _evaluate(settings: EvaluateSettings) -> None:
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir)
-        check_fits(model, data)
+        data = fitted(_load_data(settings, model), model)
         score = evaluate(model.to(workers.device), data.test)
     _say(
         f"Test accuracy {score.accuracy:.2%} "
@@ -204,11 +204,13 @@ def _predict(settings: PredictSettings) -> None:
     else:
         model = _load(settings.run_dir, settings.engine).eval()
     for path in settings.images:
-        image = read_digit(path, size=model.config.image_size)
+        image = read_image(path, model.config.image_shape, model.config.image_kind)
         (lengths,) = model(as_input(image.unsqueeze(0), model)).lengths
         check_lengths(lengths.unsqueeze(0))
-        _say(f"{path}: {int(lengths.argmax())}")
-        _say("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths.tolist())))
+        names = model.config.names
+        _say(f"{path}: {names[int(lengths.argmax())]}")
+        told = zip(names, lengths.tolist(), strict=True)
+        _say("  " + "  ".join(f"{name}: {x:.2f}" for name, x in told))
 
 
 def _report(settings: ReportSettings) -> None:
@@ -220,9 +222,8 @@ def _report(settings: ReportSettings) -> None:
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
     model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir)
+        data = _load_data(settings, model)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
         _say("The run is not finished: the report shows its best epoch so far, and says so.")
@@ -256,17 +257,23 @@ def _load(run: Path, engine: str) -> CapsNet:
     return CapsNet.load(folder, engine=engine)
 
 
-def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
-    """The data set that is asked for, else the one that the run was trained on; its folder."""
+def _load_data(settings: EvaluateSettings | ReportSettings, model: CapsNet) -> Dataset:
+    """The data set that is asked for, else the one that the run was trained on, for its net."""
     run, data_dir = settings.run_dir, settings.data_dir
-    if settings.dataset is not None:
-        return settings.dataset, data_dir or TrainSettings.data_dir
+    channels, height, width = model.config.image_shape
     try:
         started = RunFolder(run).settings().settings
     except FileNotFoundError:
-        raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
+        started = None
+    scaled = model.config.image_kind == "picture" or (started and image_size_of(started))
+    size = (height, width) if scaled else None
+    load = partial(load_dataset, image_size=size, channels=channels if scaled else None)
+    if settings.dataset is not None:
+        return load(settings.dataset, data_dir or TrainSettings.data_dir)
+    if started is None:
+        raise ValueError(f"{run} does not say what it was trained on: add --dataset")
     dataset, of_run = started.dataset, started.data_dir
-    if dataset not in DATASETS and not os.path.isdir(dataset):
+    if dataset not in DATASETS and not os.path.exists(dataset):
         raise ValueError(
             f"{run} was trained on {short_repr(dataset)}, which is not here: "
             "name the folder where it is with --dataset"
@@ -276,7 +283,7 @@ def _data_of(settings: EvaluateSettings | ReportSettings) -> tuple[str, Path]:
             f"{run} had its data in {of_run}, which is not here: add --data-dir FOLDER, where "
             f"{dataset} is, or is to be kept"
         )
-    return dataset, data_dir or of_run
+    return load(dataset, data_dir or of_run)
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Squashing and lengths of capsule vectors, and labels: plain tensors, no graph."""
+"""Squashing and lengths of capsule vectors, labels and predictions: plain tensors, no graph."""
 
 import torch
 import torch.nn.functional as F
@@ -99,3 +99,25 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
             f"got {int(labels.min())} to {int(labels.max())}"
         )
     return F.one_hot(labels.long(), classes)
+
+
+def predicted_classes(lengths: Tensor, labels_per_image: int = 1) -> Tensor:
+    """The classes that lengths of class capsules tell.
+
+    Args:
+        lengths: how sure a net is of each class, `[B, J]`.
+        labels_per_image: how many classes a sample has. 0: any number, those beyond 0.5.
+
+    Returns:
+        The class of the longest capsule, `[B]`; otherwise 0 and 1 for every class, `[B, J]`.
+
+    >>> lengths = torch.tensor([[0.1, 0.9, 0.6]])
+    >>> predicted_classes(lengths), predicted_classes(lengths, 2), predicted_classes(lengths, 0)
+    (tensor([1]), tensor([[0, 1, 1]]), tensor([[0, 1, 1]]))
+    """
+    if labels_per_image == 1:
+        return lengths.argmax(dim=1)
+    if labels_per_image == 0:
+        return (lengths > 0.5).long()
+    longest = lengths.topk(labels_per_image, dim=1).indices
+    return torch.zeros_like(lengths, dtype=torch.int64).scatter(1, longest, 1)

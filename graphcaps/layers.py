@@ -52,6 +52,7 @@ class PrimaryCapsules(nn.Module):
         capsule_dim: length of a pose, K.
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
+        padding: of the convolution, in pixels.
         activations: give activations, too.
         device, dtype: of the parameters, as in torch.
 
@@ -67,6 +68,7 @@ class PrimaryCapsules(nn.Module):
         kernel_size: int = 9,
         stride: int = 2,
         *,
+        padding: int = 0,
         activations: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,11 +83,13 @@ class PrimaryCapsules(nn.Module):
         self.capsule_maps = capsule_maps
         self.capsule_dim = capsule_dim
         self.activations = activations
+        self.least = max(1, kernel_size - 2 * padding)  # rows and columns of features
         self.conv = nn.Conv2d(
             in_channels,
             capsule_maps * (capsule_dim + activations),
             kernel_size,
             stride,
+            padding,
             device=device,
             dtype=dtype,
         )
@@ -102,16 +106,11 @@ class PrimaryCapsules(nn.Module):
         Raises:
             ValueError: features of another shape, or smaller than the kernel.
         """
-        channels, kernel = self.conv.in_channels, self.conv.kernel_size
-        if (
-            features.dim() != 4
-            or features.shape[1] != channels
-            or features.shape[2] < kernel[0]
-            or features.shape[3] < kernel[1]
-        ):
+        channels, least = self.conv.in_channels, self.least
+        if features.dim() != 4 or features.shape[1] != channels or min(features.shape[2:]) < least:
             raise ValueError(
-                f"expected features of shape [batch, {channels}, at least {kernel[0]}, "
-                f"at least {kernel[1]}]; got {list(features.shape)}"
+                f"expected features of shape [batch, {channels}, at least {least}, "
+                f"at least {least}]; got {list(features.shape)}"
             )
         # under autocast the convolution may be in bfloat16; capsules stay in the weights' dtype
         maps = self.conv(features).to(self.conv.weight.dtype)

@@ -49,12 +49,12 @@ class Shown:
 
     def pixels(self, name):
         """What a canvas shows: red of every pixel, or red, green and blue."""
-        size = self.model.config.image_size
+        _, height, width = self.model.config.image_shape
         values = self.run(
             f"Array.from(document.getElementById('{name}').getContext('2d')"
-            f".getImageData(0, 0, {size}, {size}).data)"
+            f".getImageData(0, 0, {width}, {height}).data)"
         )
-        return np.array(values).reshape(size, size, 4)[:, :, :3]
+        return np.array(values).reshape(height, width, 4)[:, :, :3]
 
     def greys(self, name):
         """Grey levels of the image that a canvas shows dark on white."""
@@ -326,7 +326,7 @@ def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path
 
 def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_path):
     names = ("T-shirt/top", "</script><i>", "Ankle boot", "&amp;")
-    model = lively_model(image_channels=3, image_size=20, classes=4)
+    model = lively_model(image_channels=3, image_size=(20, 26), classes=4)
     shown = Shown(browser, tmp_path, model, classes=names)
     first = shown.records.examples[0]
     assert np.array_equal(shown.pixels("input"), first.image.permute(1, 2, 0))

@@ -318,7 +318,7 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(loop, "_check_capture", lambda *_: None)
     monkeypatch.setattr("graphcaps.layers._check_finite", lambda *_: None)
-    for module in (gc.losses, gc.model):
+    for module in (gc.nets.losses, gc.nets.model):
         monkeypatch.setattr(module, "multi_hot", multi_hot)
     return fake_cuda_graph.install(monkeypatch)
 

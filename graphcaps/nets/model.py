@@ -2,18 +2,32 @@
 
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graphcaps.files import json_bytes, named_in_errors, read_record, record, write_whole
-from graphcaps.functional import length, multi_hot
+from graphcaps.files import (
+    json_bytes,
+    named_in_errors,
+    parse_record,
+    read_record,
+    record,
+    write_whole,
+)
+from graphcaps.functional import length, multi_hot, predicted_classes
 from graphcaps.graph import complete_graph
 from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
 from graphcaps.nets.decoder import Decoder
-from graphcaps.nets.weights import first_difference, load_weights, read_shapes, save_weights
+from graphcaps.nets.weights import (
+    check_weights,
+    first_difference,
+    load_weights,
+    read_shapes,
+    save_weights,
+)
 from graphcaps.routing import (
     ROUTINGS,
     DynamicRouting,
@@ -27,9 +41,22 @@ from graphcaps.routing import (
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
 PRETRAINED = Path(__file__).parent / "pretrained"
 
-PRIMARY_STRIDE = 2  # pixels from one primary capsule to the next (Sabour et al. 2017, section 4)
-
 MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the program for days
+
+
+@record
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of the encoder, with ReLU and then, if asked for, batch normalisation."""
+
+    channels: int  # that leave it
+    kernel_size: int  # pixels, height and width
+    stride: int = 1
+    padding: int = 0  # zeros on every side
+    batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, may_be_0=("padding",))
 
 
 @record
@@ -38,7 +65,7 @@ class CapsNetConfig:
     """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
 
     image_channels: int = 1
-    image_size: int = 28  # pixels, height and width
+    image_size: int | tuple[int, int] = 28  # pixels, of a square; or height and width
     classes: int = 10
     conv_channels: int = 256
     kernel_size: int = 9  # pixels, of both convolutions
@@ -49,19 +76,34 @@ class CapsNetConfig:
     iterations: int = 3  # of a routing that has them
     decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
     rows: int = 1  # of a pose, whose numbers are child_dim and parent_dim
+    convolutions: tuple[Convolution, ...] = ()  # none: one of conv_channels and kernel_size
+    primary_kernel: int | None = None  # pixels, of the primary capsules; None: kernel_size
+    primary_stride: int = 2
+    primary_padding: int = 0
+    class_names: tuple[str, ...] | None = None  # None: their numbers
+    image_kind: Literal["digit", "picture"] = "digit"  # how an image file is read
+    labels_per_image: int = 1  # how many longest capsules are the answer; 0: those beyond 0.5
 
     def __post_init__(self) -> None:
         options_of(self.routing)
-        sizes = [(name, size) for name, size in vars(self).items() if type(size) is int]
-        for name, size in [*sizes, *(("decoder_hidden", s) for s in self.decoder_hidden or ())]:
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}")
+        _check_sizes(self, may_be_0=("primary_padding", "labels_per_image"))
+        if isinstance(self.image_size, tuple) and self.image_size[0] == self.image_size[1]:
+            object.__setattr__(self, "image_size", self.image_size[0])
         if self.iterations > MOST_ITERATIONS:
             raise ValueError(f"iterations must be at most {MOST_ITERATIONS}; got {self.iterations}")
         if self.child_dim % self.rows or self.parent_dim % self.rows:
             raise ValueError(
                 f"poses of {self.rows} rows need child_dim and parent_dim to be multiples of "
                 f"{self.rows}; got {self.child_dim} and {self.parent_dim}"
+            )
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"expected names of {self.classes} classes; got {len(self.class_names)}"
+            )
+        if self.labels_per_image > self.classes:
+            raise ValueError(
+                f"labels_per_image must be at most the {self.classes} classes; "
+                f"got {self.labels_per_image}"
             )
 
     def make_routing(self) -> Routing:
@@ -71,67 +113,200 @@ class CapsNetConfig:
             self.routing, **({"iterations": self.iterations} if has_iterations else {})
         )
 
-    def grid_size(self) -> int:
-        """Height and width, in capsules, of each capsule map."""
-        after_conv = self.image_size - self.kernel_size + 1
-        after_primary = (after_conv - self.kernel_size) // PRIMARY_STRIDE + 1
-        if after_primary < 1:
-            raise ValueError(
-                f"images of {self.image_size} pixels are too small for two convolutions of "
-                f"{self.kernel_size}: they need at least {2 * self.kernel_size - 1}"
-            )
-        return after_primary
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers."""
+        return self.class_names or tuple(map(str, range(self.classes)))
 
-    def receptive_field(self) -> int:
-        """Height and width, in pixels, of what a primary capsule sees of the image."""
-        return 2 * self.kernel_size - 1
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.image_channels, height, width
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter of a net of these sizes, by its name in the state dict.
+    @property
+    def encoder(self) -> tuple[Convolution, ...]:
+        """The convolutions before the primary capsules."""
+        return self.convolutions or (Convolution(self.conv_channels, self.kernel_size),)
+
+    @property
+    def primary(self) -> Convolution:
+        """The convolution of the primary capsules."""
+        return Convolution(
+            self.capsule_maps * (self.child_dim + self.make_routing().activations),
+            self.primary_kernel or self.kernel_size,
+            self.primary_stride,
+            self.primary_padding,
+        )
+
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns, in capsules, of each capsule map.
 
         Raises:
             ValueError: images too small for the convolutions.
         """
-        routing, k = self.make_routing(), self.kernel_size
-        channels = self.capsule_maps * (self.child_dim + routing.activations)
-        edges = self.capsule_maps * self.grid_size() ** 2 * self.classes
+        layers, (_, *size) = (*self.encoder, self.primary), self.image_shape
+        grid = [_positions(number, layers) for number in size]
+        if min(grid) < 1:
+            least = 1
+            for layer in reversed(layers):
+                least = max(1, (least - 1) * layer.stride + layer.kernel_size - 2 * layer.padding)
+            pixels = " × ".join(map(str, size if size[0] != size[1] else size[:1]))
+            raise ValueError(
+                f"images of {pixels} pixels are too small for the convolutions of this net: they "
+                f"need at least {least}"
+            )
+        return grid[0], grid[1]
+
+    def receptive_field(self) -> int:
+        """Height and width, in pixels, of what a primary capsule sees of the image."""
+        side, step = 1, 1
+        for layer in (*self.encoder, self.primary):
+            side += (layer.kernel_size - 1) * step
+            step *= layer.stride
+        return side
+
+    def field_stride(self) -> int:
+        """Pixels from what one primary capsule sees to what the next one sees."""
+        return prod(layer.stride for layer in (*self.encoder, self.primary))
+
+    def field_start(self) -> int:
+        """The first row and column, in pixels, that the first primary capsule sees.
+
+        Negative where there is padding.
+        """
+        start, step = 0, 1
+        for layer in (*self.encoder, self.primary):
+            start -= layer.padding * step
+            step *= layer.stride
+        return start
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in the state dict of a net of these sizes, by its name.
+
+        Raises:
+            ValueError: images too small for the convolutions.
+        """
+        routing = self.make_routing()
+        rows, columns = self.grid_size()
+        edges = self.capsule_maps * rows * columns * self.classes
         with torch.device("meta"):
             routing.build(Sizes(edges, self.classes, self.rows, self.parent_dim))
-        shapes: dict[str, tuple[int, ...]] = {
-            "conv.0.weight": (self.conv_channels, self.image_channels, k, k),
-            "conv.0.bias": (self.conv_channels,),
-            "primary.conv.weight": (channels, self.conv_channels, k, k),
-            "primary.conv.bias": (channels,),
-            "capsules.weight": (
-                edges,
-                self.child_dim // self.rows,
-                self.parent_dim // self.rows + routing.vote_columns,
-            ),
-            **{
-                f"capsules.routing.{name}": tuple(parameter.shape)
-                for name, parameter in routing.named_parameters()
-            },
-        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        entering, number = self.image_channels, 0
+        for layer in self.encoder:
+            shapes |= _shapes_of(layer, entering, f"conv.{number}")
+            if layer.batch_norm:
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    shapes[f"conv.{number + 2}.{name}"] = (layer.channels,)
+                shapes[f"conv.{number + 2}.num_batches_tracked"] = ()
+            entering, number = layer.channels, number + 2 + layer.batch_norm
+        shapes |= _shapes_of(self.primary, entering, "primary.conv")
+        shapes["capsules.weight"] = (
+            edges,
+            self.child_dim // self.rows,
+            self.parent_dim // self.rows + routing.vote_columns,
+        )
+        for name, parameter in routing.named_parameters():
+            shapes[f"capsules.routing.{name}"] = tuple(parameter.shape)
         if _needs_score(routing):
             shapes |= {"score.weight": (1, self.parent_dim), "score.bias": (1,)}
         if self.decoder_hidden is not None:
-            pixels = self.image_channels * self.image_size**2
-            sizes = (self.classes * self.parent_dim, *self.decoder_hidden, pixels)
+            sizes = (self.classes * self.parent_dim, *self.decoder_hidden, prod(self.image_shape))
             for number, (entering, leaving) in enumerate(pairwise(sizes)):
                 shapes[f"decoder.layers.{2 * number}.weight"] = (leaving, entering)
                 shapes[f"decoder.layers.{2 * number}.bias"] = (leaving,)
         return shapes
 
 
+def _check_sizes(config: Any, may_be_0: tuple[str, ...]) -> None:
+    for name, value in vars(config).items():
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and size < (name not in may_be_0):
+                raise ValueError(f"{name} must be at least {int(name not in may_be_0)}; got {size}")
+
+
+def _positions(size: int, layers: tuple[Convolution, ...]) -> int:
+    for layer in layers:
+        size = (size + 2 * layer.padding - layer.kernel_size) // layer.stride + 1
+        if size < 1:
+            return 0
+    return size
+
+
+def _shapes_of(layer: Convolution, entering: int, name: str) -> dict[str, tuple[int, ...]]:
+    size = layer.kernel_size
+    return {
+        f"{name}.weight": (layer.channels, entering, size, size),
+        f"{name}.bias": (layer.channels,),
+    }
+
+
 PRESETS = {
     "paper": CapsNetConfig(),
     "small": CapsNetConfig(conv_channels=64, capsule_maps=8),
 }
+OF_A_CLASS = ("capsules.", "decoder.layers.0.")  # weights that belong to classes
 MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as the papers have them
+
+
+def pretrained_names() -> list[str]:
+    """The trained nets that come with the library."""
+    return sorted(folder.name for folder in PRETRAINED.iterdir() if folder.is_dir())
 
 
 def _needs_score(routing: Routing) -> bool:
     return not routing.activations and not routing.length_is_activation
+
+
+def _make_encoder(config: CapsNetConfig) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    entering = config.image_channels
+    for layer in config.encoder:
+        layers += [
+            nn.Conv2d(entering, layer.channels, layer.kernel_size, layer.stride, layer.padding),
+            nn.ReLU(),
+        ]
+        if layer.batch_norm:
+            layers.append(nn.BatchNorm2d(layer.channels))
+        entering = layer.channels
+    return nn.Sequential(*layers)
+
+
+def _make_primary(config: CapsNetConfig, channels: int) -> PrimaryCapsules:
+    convolution = config.primary
+    return PrimaryCapsules(
+        channels,
+        config.capsule_maps,
+        config.child_dim,
+        convolution.kernel_size,
+        convolution.stride,
+        padding=convolution.padding,
+        activations=config.make_routing().activations,
+    )
+
+
+def _make_decoder(config: CapsNetConfig) -> Decoder | None:
+    if config.decoder_hidden is None:
+        return None
+    return Decoder(config.classes, config.parent_dim, config.image_shape, config.decoder_hidden)
+
+
+def _features_of(encoder: nn.Module, config: CapsNetConfig) -> tuple[int, ...]:
+    """Channels, rows and columns of what an encoder computes from an image."""
+    weight = next(encoder.parameters(), torch.empty(0))
+    was_training = encoder.training
+    with torch.no_grad():
+        features = encoder.eval()(weight.new_zeros(1, *config.image_shape))
+    encoder.train(was_training)
+    if not isinstance(features, Tensor) or features.dim() != 4 or len(features) != 1:
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"expected an encoder that gives feature maps [batch, channels, rows, columns] for "
+            f"images [batch, {', '.join(map(str, config.image_shape))}]; got {got} for one image"
+        )
+    return tuple(features.shape[1:])
 
 
 def _options(routing: Routing) -> str:
@@ -156,33 +331,45 @@ class CapsNet(nn.Module):
     Args:
         config: the sizes.
         engine: how messages are passed, see `CapsuleLayer`; not part of a checkpoint.
+        encoder: what computes feature maps, `[B, channels, rows, columns]`, from images, in the
+            place of the configuration's convolutions; its output for one image is looked at once.
+            A net with an encoder of one's own cannot be saved by `save`.
+
+    Raises:
+        ValueError: sizes that do not fit; an encoder whose output is no feature map.
 
     >>> import torch
     >>> model = CapsNet.from_preset("small")
     >>> output = model(torch.rand(2, 1, 28, 28))
     >>> output.lengths.shape, output.reconstruction.shape
     (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))
+    >>> encoder = nn.Sequential(nn.Conv2d(3, 32, 3, stride=4), nn.ReLU())
+    >>> config = CapsNetConfig(3, image_size=(64, 96), classes=2, capsule_maps=4)
+    >>> CapsNet(config, encoder=encoder)(torch.rand(2, 3, 64, 96)).lengths.shape
+    torch.Size([2, 2])
     """
 
-    def __init__(self, config: CapsNetConfig, *, engine: str = "auto") -> None:
+    def __init__(
+        self, config: CapsNetConfig, *, engine: str = "auto", encoder: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        children = config.capsule_maps * config.grid_size() ** 2
         routing = config.make_routing()
-        self.conv = nn.Sequential(
-            nn.Conv2d(config.image_channels, config.conv_channels, config.kernel_size),
-            nn.ReLU(),
-        )
-        self.primary = PrimaryCapsules(
-            config.conv_channels,
-            config.capsule_maps,
-            config.child_dim,
-            config.kernel_size,
-            PRIMARY_STRIDE,
-            activations=routing.activations,
-        )
+        self.conv: nn.Module = _make_encoder(config) if encoder is None else encoder
+        if encoder is None:
+            channels = config.encoder[-1].channels
+            rows, columns = config.grid_size()
+        else:
+            channels, *size = _features_of(encoder, config)
+            rows, columns = (_positions(number, (config.primary,)) for number in size)
+            if min(rows, columns) < 1:
+                raise ValueError(
+                    f"the encoder's feature maps of {size[0]} × {size[1]} are too small for "
+                    f"primary capsules of {config.primary.kernel_size} pixels"
+                )
+        self.primary = _make_primary(config, channels)
         self.capsules = CapsuleLayer(
-            complete_graph(children, config.classes),
+            complete_graph(config.capsule_maps * rows * columns, config.classes),
             config.child_dim,
             config.parent_dim,
             routing=routing,
@@ -190,21 +377,23 @@ class CapsNet(nn.Module):
             engine=engine,
         )
         self.score = nn.Linear(config.parent_dim, 1) if _needs_score(routing) else None
-        self.decoder = (
-            None
-            if config.decoder_hidden is None
-            else Decoder(
-                config.classes, config.parent_dim, self._image_shape, config.decoder_hidden
-            )
-        )
+        self.decoder = _make_decoder(config)
 
     @classmethod
-    def from_preset(cls, preset: str, *, engine: str = "auto", **changes: Any) -> "CapsNet":
+    def from_preset(
+        cls,
+        preset: str,
+        *,
+        engine: str = "auto",
+        encoder: nn.Module | None = None,
+        **changes: Any,
+    ) -> "CapsNet":
         """A net of known sizes with fresh weights.
 
         Args:
             preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
             engine: see `CapsuleLayer`.
+            encoder: in the place of the preset's convolutions, see `CapsNet`.
             changes: fields of `CapsNetConfig` to set otherwise. With a `routing` whose paper has
                 pose matrices (em, variational_bayes), poses are 4×4 unless said otherwise.
 
@@ -219,44 +408,55 @@ class CapsNet(nn.Module):
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
         if ROUTINGS.get(changes.get("routing", "dynamic"), DynamicRouting).matrix_poses:
             changes = MATRIX_POSES | changes
-        return cls(replace(PRESETS[preset], **changes), engine=engine)
+        return cls(replace(PRESETS[preset], **changes), engine=engine, encoder=encoder)
 
     @classmethod
-    def from_pretrained(cls, name: str = "mnist-small", *, engine: str = "auto") -> "CapsNet":
+    def from_pretrained(
+        cls, name: str = "mnist-small", *, engine: str = "auto", **changes: Any
+    ) -> "CapsNet":
         """A trained net that comes with the library; its folder holds a model card, README.md.
 
         Args:
             name: `"mnist-small"`, the small preset trained on MNIST.
             engine: see `CapsuleLayer`.
+            changes: fields of the configuration to set otherwise, such as `classes`, to train
+                further on other images; see `load`.
 
         Returns:
             The net on the CPU, in evaluation mode.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, sizes that do not fit.
 
         >>> CapsNet.from_pretrained("mnist-small").config.capsule_maps
         8
+        >>> CapsNet.from_pretrained("mnist-small", classes=3).capsules.graph.num_nodes("parent")
+        3
         """
-        names = sorted(folder.name for folder in PRETRAINED.iterdir() if folder.is_dir())
+        names = pretrained_names()
         if name not in names:
             raise ValueError(f"unknown trained net {name!r}; choose one of {', '.join(names)}")
-        return cls.load(PRETRAINED / name, engine=engine).eval()
+        return cls.load(PRETRAINED / name, engine=engine, **changes).eval()
 
     @classmethod
-    def load(cls, folder: Path | str, *, engine: str = "auto") -> "CapsNet":
+    def load(cls, folder: Path | str, *, engine: str = "auto", **changes: Any) -> "CapsNet":
         """The net that `save` wrote, on the CPU.
 
         Args:
             folder: where `model.safetensors` and `model.json` are.
             engine: see `CapsuleLayer`.
+            changes: fields of the configuration to set otherwise, for a net that is to be trained
+                further. Weights whose shape this changes are drawn anew; with `classes`, or other
+                `class_names`, also all that belongs to a class: the class capsules' matrices, what
+                their routing learns, and the decoder's first layer.
 
         Returns:
             The net, in training mode as every new module.
 
         Raises:
             FileNotFoundError: one of the files is not there.
-            ValueError: one of them is broken, or the weights are those of another model.
+            ValueError: one of them is broken, or the weights are those of another model; changes
+                that do not fit.
         """
         folder = Path(folder)
         config = read_record(folder / CONFIG, CapsNetConfig)
@@ -271,7 +471,7 @@ class CapsNet(nn.Module):
             raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it: {different}")
         model = cls(config, engine=engine)
         load_weights(folder / WEIGHTS, model)
-        return model
+        return model._changed(changes) if changes else model
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write `model.safetensors` and, beside it, the configuration as `model.json`.
@@ -281,15 +481,33 @@ class CapsNet(nn.Module):
             dtype: what the weights are rounded to; as they are, if not given.
 
         Raises:
-            ValueError: a layer was replaced by one that the configuration does not tell.
+            ValueError: what `load` could not give back: a layer or an encoder that the
+                configuration does not tell, weights that are not finite, or a dtype other than
+                of floating point.
             OSError: a full disk, no permission.
         """
         self._check_told_by_config()
+        check_weights(self, dtype)
         folder = Path(folder)
         with named_in_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIG, json_bytes(asdict(self.config)))
         save_weights(folder / WEIGHTS, self, dtype)
+
+    def _changed(self, changes: dict[str, Any]) -> "CapsNet":
+        """A net of another configuration, with those weights that it can take."""
+        if "classes" in changes:  # which have other names then, or none
+            changes = {"class_names": None, "labels_per_image": 1} | changes
+        config = replace(self.config, **changes)
+        other = "classes" in changes or config.names != self.config.names
+        changed = type(self)(config, engine=self.capsules.engine)
+        weights = changed.state_dict()
+        for name, tensor in self.state_dict().items():
+            of_class = other and name.startswith(OF_A_CLASS)
+            if name in weights and weights[name].shape == tensor.shape and not of_class:
+                weights[name] = tensor
+        changed.load_state_dict(weights)
+        return changed
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, *, return_trace: bool = False
@@ -299,7 +517,7 @@ class CapsNet(nn.Module):
         Args:
             images: in 0…1, `[B, C, H, W]`.
             labels: which capsules are drawn: in training the true classes, `[B]` or 0 and 1 in
-                `[B, J]`; without labels, in evaluation, the longest capsule.
+                `[B, J]`; without labels, in evaluation, those of `classify`: the longest one.
             return_trace: give what every iteration of the routing computed, too.
 
         Returns:
@@ -318,7 +536,7 @@ class CapsNet(nn.Module):
         lengths = self.confidence(poses, activations)
         reconstruction = None
         if self.decoder is not None:
-            chosen = lengths.argmax(dim=1) if labels is None else labels
+            chosen = self.classify(lengths) if labels is None else labels
             reconstruction = self.decoder(
                 poses, multi_hot(chosen, len(images), self.config.classes)
             )
@@ -352,6 +570,10 @@ class CapsNet(nn.Module):
             return self.score(poses).squeeze(-1).sigmoid()
         return length(poses) if activations is None else activations
 
+    def classify(self, lengths: Tensor) -> Tensor:
+        """The classes that lengths `[B, J]` tell, see `predicted_classes`: `[B]`, or `[B, J]`."""
+        return predicted_classes(lengths, self.config.labels_per_image)
+
     @property
     def loss(self) -> Literal["margin", "spread"]:
         """Which loss of its classes suits the routing, see `capsnet_loss`."""
@@ -359,29 +581,47 @@ class CapsNet(nn.Module):
 
     def _check_told_by_config(self) -> None:
         """Refuse to save what `load` would not give back."""
-        here = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        different = first_difference(self.config.parameter_shapes(), here)
-        told, found = map(_options, (self.config.make_routing(), self.capsules.routing))
-        if different is None and told != found:
-            different = f"the configuration has {told}, the model {found}"
-        if different is None and not self.capsules.structure.complete:
-            different = "the class capsules are not completely connected"
+        try:
+            expected = self.config.parameter_shapes()
+            again = parse_record(json_bytes(asdict(self.config)), CapsNetConfig, CONFIG)
+            different = None if again == self.config else f"{CONFIG} would say {again}"
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the model's config could not be read again: {error}") from None
+        if different is None:
+            here = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+            different = first_difference(expected, here)
+        if different is None:
+            different = self._first_other_part()
         if different is not None:
             raise ValueError(
                 f"the model is not the one that its config tells, and could not be loaded: "
                 f"{different}; save its state_dict(), or give the model a config that fits"
             )
 
-    @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        size = self.config.image_size
-        return self.config.image_channels, size, size
+    def _first_other_part(self) -> str | None:
+        config = self.config
+        with torch.device("meta"):
+            parts = {
+                "conv": (_make_encoder(config), self.conv),
+                "primary": (_make_primary(config, config.encoder[-1].channels), self.primary),
+                "decoder": (_make_decoder(config), self.decoder),
+            }
+        told, found = map(_options, (config.make_routing(), self.capsules.routing))
+        if told != found:
+            return f"the configuration has {told}, the model {found}"
+        for name, (expected, here) in parts.items():
+            if repr(expected) != repr(here):
+                return f"for {name} the configuration has {expected}, the model {here}"
+        if not self.capsules.structure.complete:
+            return "the class capsules are not completely connected"
+        return None
 
     def _check_images(self, images: Tensor) -> None:
         weight = self.capsules.weight
-        if images.dim() != 4 or images.shape[1:] != self._image_shape:
+        shape = self.config.image_shape
+        if images.dim() != 4 or images.shape[1:] != shape:
             raise ValueError(
-                f"expected images of shape [batch, {', '.join(map(str, self._image_shape))}]; "
+                f"expected images of shape [batch, {', '.join(map(str, shape))}]; "
                 f"got {list(images.shape)}"
             )
         if images.dtype != weight.dtype or images.device != weight.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
-from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
+from graphcaps.nets.model import CapsNet, CapsNetConfig
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -24,16 +24,19 @@ class VoteMap:
         amount: coupling × length of the children, summed over the maps, `[H, W]`.
         stride: distance of neighbouring positions in the image, in pixels.
         field: height and width of a position's receptive field, in pixels.
+        start: row and column where the first receptive field starts; negative with padding.
     """
 
     amount: Tensor
     stride: int
     field: int
+    start: int = 0
 
     def centres(self) -> tuple[Tensor, Tensor]:
         """Row and column of every position's receptive field's centre, in pixels, `[H·W]`."""
         rows, columns = (
-            self.stride * torch.arange(count) + (self.field - 1) / 2 for count in self.amount.shape
+            self.start + self.stride * torch.arange(count) + (self.field - 1) / 2
+            for count in self.amount.shape
         )
         row, column = torch.meshgrid(rows, columns, indexing="ij")
         return row.flatten(), column.flatten()
@@ -57,10 +60,11 @@ def votes_by_position(
     >>> votes_by_position(torch.ones(7, 72, 8), torch.ones(3, 7, 720), config).shape
     torch.Size([3, 7, 10, 6, 6])
     """
-    grid = config.grid_size()
     strength = length(u) if a is None else a
     voted = c.unflatten(-1, (-1, config.classes)) * strength.unsqueeze(-1)
-    return voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, grid, grid)).sum(dim=-3)
+    return (
+        voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, *config.grid_size())).sum(dim=-3)
+    )
 
 
 def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
@@ -80,8 +84,14 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     >>> amounts.shape, round(float(amounts[0, 0]), 3)
     (torch.Size([6, 6]), 0.566)
     """
-    amount = votes_by_position(u, c, config)[parent]
-    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+    return map_of(votes_by_position(u, c, config)[parent], config)
+
+
+def map_of(amount: Tensor, config: CapsNetConfig) -> VoteMap:
+    """Votes by position, `[H, W]`, with where the positions of a net's capsule maps look."""
+    return VoteMap(
+        amount, config.field_stride(), config.receptive_field(), start=config.field_start()
+    )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from graphcaps.data.datasets import Dataset
+from graphcaps.data.splits import Dataset
 from graphcaps.files import named_in_errors, remove_unfinished, write_whole
 from graphcaps.nets.model import CapsNet
 from graphcaps.report.page import render

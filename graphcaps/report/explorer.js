@@ -2,7 +2,7 @@
 
 const records = JSON.parse(document.getElementById("records").textContent);
 const { classes, children, field } = records;
-const { channels, size } = records.image;
+const { channels, height, width } = records.image;
 const byId = (id) => document.getElementById(id);
 
 // numbers
@@ -70,7 +70,8 @@ const examples = records.examples.map((example) => ({
 }));
 const rounds = examples[0].lengths.length;
 const poseLength = examples[0].poses[0][0].length;
-const childCount = children.maps * children.grid ** 2;
+const positions = children.rows * children.columns;
+const childCount = children.maps * positions;
 const state = { example: examples[0], iteration: rounds - 1, parent: 0, offsets: [] };
 
 const coupling = (child) =>
@@ -129,10 +130,11 @@ function set(element, attributes) {
 
 /** Draw pixels from 0 to 255: grey ones dark on white, colours as they are. */
 function paint(canvas, pixels) {
-  canvas.width = canvas.height = size;
+  canvas.width = width;
+  canvas.height = height;
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  const image = context.createImageData(size, size);
-  const area = size * size;
+  const image = context.createImageData(width, height);
+  const area = height * width;
   for (let at = 0; at < area; at++) {
     for (let colour = 0; colour < 3; colour++) {
       const value = channels === 3 ? pixels[colour * area + at] : 255 - pixels[at];
@@ -198,6 +200,12 @@ function showPicks() {
 
 const LARGEST_CIRCLE = 0.95; // pixels of the image; neighbours stand `field.step` apart
 
+/** Row and column, in pixels, where the receptive field of a position starts. */
+function fieldOf(position) {
+  const [row, column] = [Math.floor(position / children.columns), position % children.columns];
+  return [row * field.step + field.start, column * field.step + field.start];
+}
+
 function showInput() {
   const { example, iteration, parent } = state;
   paint(byId("input"), example.image);
@@ -205,29 +213,28 @@ function showInput() {
   const votes = example.votes[iteration][parent];
   const scale = example.scales.votes;
   const svg = byId("votes");
-  set(svg, { viewBox: `0 0 ${size} ${size}` });
+  set(svg, { viewBox: `0 0 ${width} ${height}` });
   svg.replaceChildren();
   const strongest = votes.indexOf(largest(votes));
-  const [row, column] = [Math.floor(strongest / children.grid), strongest % children.grid];
+  const [row, column] = fieldOf(strongest);
   votes.forEach((vote, position) => {
-    const [r, c] = [Math.floor(position / children.grid), position % children.grid];
+    const [r, c] = fieldOf(position);
     make(svg, "circle", {
-      cx: c * field.step + field.side / 2,
-      cy: r * field.step + field.side / 2,
+      cx: c + field.side / 2,
+      cy: r + field.side / 2,
       r: LARGEST_CIRCLE * Math.sqrt(0.03 + 0.97 * scale(vote)), // the area grows with the vote
       "data-vote": vote,
     });
   });
   make(svg, "rect", {
     class: "field",
-    x: column * field.step,
-    y: row * field.step,
+    x: column,
+    y: row,
     width: field.side,
     height: field.side,
   });
   const sees =
-    `rows ${row * field.step} to ${row * field.step + field.side - 1}, ` +
-    `columns ${column * field.step} to ${column * field.step + field.side - 1}`;
+    `rows ${row} to ${row + field.side - 1}, columns ${column} to ${column + field.side - 1}`;
   set(svg, {
     "aria-label":
       `Votes for ${classes[parent]} by position, from ${smallest(votes).toFixed(2)} to ` +
@@ -254,7 +261,7 @@ function layOut(width) {
   return {
     width,
     block,
-    cell: block / children.grid,
+    cell: block / Math.max(children.rows, children.columns),
     height: GRAPH.top + rows * (block + GRAPH.gap) + 24,
     blockX: (map) => ((map % inRow) + 0.5) * step - block / 2,
     blockY: (map) => GRAPH.top + Math.floor(map / inRow) * (block + GRAPH.gap),
@@ -304,14 +311,14 @@ function buildCoupling() {
     circle: make(svg, "circle", { cx: at.classX(parent), cy: GRAPH.classes }),
     name: make(svg, "text", { x: at.classX(parent), y: 24 }, short ? name : parent),
   }));
-  const maps = `${children.maps} capsule maps of ${children.grid} × ${children.grid} children`;
+  const maps = `${children.maps} capsule maps of ${children.rows} × ${children.columns} children`;
   make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 6 }, maps);
   graph = { at, lines, edges, cells, strong, nodes };
 }
 
 function cellCorner(at, child) {
-  const [map, position] = [Math.floor(child / children.grid ** 2), child % children.grid ** 2];
-  const [row, column] = [Math.floor(position / children.grid), position % children.grid];
+  const [map, position] = [Math.floor(child / positions), child % positions];
+  const [row, column] = [Math.floor(position / children.columns), position % children.columns];
   return [at.blockX(map) + column * at.cell, at.blockY(map) + row * at.cell];
 }
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphcaps.nets.model import PRIMARY_STRIDE
 from graphcaps.report.records import Example, Records
 from graphcaps.report.sections import Section
 from graphcaps.routing import ROUTINGS, options_of
@@ -64,11 +63,16 @@ def explorer_data(records: Records) -> dict[str, Any]:
         Values that JSON has. Coupling and the decoder's weights are float16, images bytes.
     """
     config = records.config
+    rows, columns = config.grid_size()
     return {
         "classes": list(records.classes),
-        "image": {"channels": config.image_channels, "size": config.image_size},
-        "children": {"maps": config.capsule_maps, "grid": config.grid_size()},
-        "field": {"side": config.receptive_field(), "step": PRIMARY_STRIDE},
+        "image": dict(zip(("channels", "height", "width"), config.image_shape, strict=True)),
+        "children": {"maps": config.capsule_maps, "rows": rows, "columns": columns},
+        "field": {
+            "side": config.receptive_field(),
+            "step": config.field_stride(),
+            "start": config.field_start(),
+        },
         "largestEntropy": math.log(config.classes),
         "decoder": [
             {"rows": len(bias), "weight": _halves(weight), "bias": _halves(bias)}

@@ -7,12 +7,12 @@ import networkx
 import torch
 from torch import Tensor, nn
 
-from graphcaps.data.datasets import Dataset, Split
+from graphcaps.data.splits import Dataset, Split
 from graphcaps.functional import length
 from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.pictures.inspection import differences_from_dense, tweak_pose, votes_by_position
 from graphcaps.training.checkpoints import RunFolder
-from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.training.evaluation import Score, as_input, evaluate, fitted
 from graphcaps.training.settings import as_json
 
 EXAMPLES = 20
@@ -116,7 +116,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         ValueError: images or classes that are not those of the net.
     """
     settings = as_json(run.settings())
-    check_fits(model, data)
+    data = fitted(data, model)
     if len(data.classes) != model.config.classes:
         raise ValueError(
             f"the net tells {model.config.classes} classes and {data.name} has "

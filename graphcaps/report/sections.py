@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from graphcaps.nets.model import PRIMARY_STRIDE
 from graphcaps.pictures import figures
-from graphcaps.pictures.inspection import TWEAKS, VoteMap
+from graphcaps.pictures.inspection import TWEAKS, map_of
 from graphcaps.report.records import Example, Records
 
 
@@ -98,12 +97,7 @@ def _of_routing(records: Records) -> list[Section]:
             f"Maps of votes over {_named(shown, records)}.",
             figures.vote_maps(
                 shown.image / 255,
-                [
-                    VoteMap(
-                        votes[shown.predicted], PRIMARY_STRIDE, records.config.receptive_field()
-                    )
-                    for votes in shown.votes
-                ],
+                [map_of(votes[shown.predicted], records.config) for votes in shown.votes],
                 [f"iteration {number + 1}" for number in range(len(shown.votes))],
             ),
         ),

@@ -1,11 +1,11 @@
 """Evaluation of a model on labelled images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from graphcaps.data.datasets import Dataset, Split
+from graphcaps.data.splits import Dataset, Split
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.nets.losses import capsnet_loss
 from graphcaps.nets.model import CapsNet
@@ -51,7 +51,7 @@ def as_input(images: Tensor, model: CapsNet) -> Tensor:
     Returns:
         The same from 0 to 1, where the model is.
     """
-    weight = model.capsules.weight
+    weight = next(model.parameters())
     return images.to(weight.device).to(weight.dtype) / 255
 
 
@@ -90,14 +90,17 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
     return Score(found, split.labels.cpu(), loss / len(split.labels))
 
 
-def check_fits(model: CapsNet, data: Dataset) -> None:
-    """See whether a model can be evaluated on a data set.
+def fitted(data: Dataset, model: CapsNet) -> Dataset:
+    """A data set as a model can be evaluated on it: with the model's classes.
+
+    Where the model has names of classes, the labels become the numbers that these names have
+    there, so that data may lack some of them.
 
     Raises:
         ValueError: the test images are of another size, or of classes that the model lacks.
     """
     config = model.config
-    here = [config.image_channels, config.image_size, config.image_size]
+    here = list(config.image_shape)
     there = list(data.test.images.shape[1:])
     if here != there:
         raise ValueError(
@@ -109,6 +112,21 @@ def check_fits(model: CapsNet, data: Dataset) -> None:
             f"the net tells {config.classes} classes and {data.name} has {len(data.classes)}: "
             "name the data set it was trained on with --dataset"
         )
+    names = config.class_names
+    if names is None or names == data.classes or data.test.labels.dim() > 1:
+        return data
+    unknown = [name for name in data.classes if name not in names]
+    if unknown:
+        raise ValueError(
+            f"the net does not know these classes of {data.name}: {', '.join(unknown)}; it knows "
+            f"{', '.join(names)}. Name the data set it was trained on with --dataset"
+        )
+    numbers = torch.tensor([names.index(name) for name in data.classes])
+    train, holdout, test = (
+        split._replace(labels=numbers[split.labels])
+        for split in (data.train, data.holdout, data.test)
+    )
+    return replace(data, classes=names, train=train, holdout=holdout, test=test)
 
 
 def check_lengths(lengths: Tensor) -> None:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl
-from graphcaps.data.datasets import Dataset, draw_shifts, load_dataset, shift
+from graphcaps.data.datasets import load_dataset
+from graphcaps.data.splits import Dataset, draw_shifts, shift
 from graphcaps.engines import choose as choose_engine
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.nets.losses import capsnet_loss
@@ -43,6 +44,7 @@ from graphcaps.training.settings import (
     check_settings,
     choose_preset,
     describe_data,
+    image_size_of,
     make_recipe,
     make_schedule,
     resume_settings,
@@ -165,8 +167,10 @@ class Trainer:
             recipe.preset,
             engine=settings.engine,
             image_channels=data.train.images.shape[1],
-            image_size=data.train.images.shape[2],
+            image_size=tuple(data.train.images.shape[2:]),
             classes=len(data.classes),
+            class_names=data.classes,
+            image_kind=data.image_kind,
             routing=settings.routing,
             iterations=settings.iterations,
         ).to(workers.device)
@@ -534,7 +538,7 @@ def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
     """A folder that is free."""
     path = settings.run_dir
     if path is None:
-        name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{Path(settings.dataset).stem}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = Path("runs") / name
     run = RunFolder(path)
     run.check_free()
@@ -553,16 +557,17 @@ def _versions() -> dict[str, str]:
 
 def _load_data(settings: TrainSettings, workers: Workers) -> Dataset:
     """The leader fetches what is missing, then everybody reads it."""
+    size = image_size_of(settings)
     if workers.leads:
-        data = load_dataset(settings.dataset, settings.data_dir)
+        data = load_dataset(settings.dataset, settings.data_dir, image_size=size)
     workers.wait()
-    return data if workers.leads else load_dataset(settings.dataset, settings.data_dir)
+    if workers.leads:
+        return data
+    return load_dataset(settings.dataset, settings.data_dir, image_size=size)
 
 
 def _check_data(data: Dataset) -> None:
     shape = data.train.images.shape
-    if shape[2] != shape[3]:
-        raise ValueError(f"expected square images; {data.name} has {shape[2]} × {shape[3]} pixels")
     for name, split in (("hold-out", data.holdout), ("test", data.test)):
         if split.images.shape[1:] != shape[1:]:
             raise ValueError(

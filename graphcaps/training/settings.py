@@ -13,7 +13,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from graphcaps.data.datasets import DATASETS, Dataset
+from graphcaps.data.datasets import DATASETS
+from graphcaps.data.splits import Dataset
 from graphcaps.files import record
 from graphcaps.routing import options_of
 
@@ -29,8 +30,12 @@ class TrainSettings:
     """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
     a CUDA device, small elsewhere."""
     dataset: str = "mnist"
-    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download), or a folder with four
-    IDX files of your own."""
+    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download); or your own: a folder of
+    image files by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with
+    four IDX files."""
+    image_size: tuple[int, ...] | None = None
+    """Height and width in pixels that all images are scaled to, or one number for both. Default:
+    their own, if all have one."""
     data_dir: Path = Path("data")
     """Where data sets are kept."""
     run_dir: Path | None = None
@@ -117,6 +122,7 @@ LIMITS = {
     "seed": (0, 2**32 - 1),
     "checkpoint_every": (1, 1_000_000_000),
 }
+LARGEST_IMAGE = 4096  # pixels, height and width
 LARGEST_RATE = torch.finfo(torch.float32).max  # the weights' dtype
 MAY_CHANGE_ON_RESUME = ("run_dir", "data_dir", "engine", "device", "tensorboard")
 OF_ONE_START = ("resume", "cuda_graph")  # a run does not remember them
@@ -146,6 +152,7 @@ def check_settings(settings: TrainSettings) -> None:
     """
     options_of(settings.routing)
     _check_numbers(settings, LIMITS)
+    image_size_of(settings)
     _check_rate(settings.learning_rate)
     for name in ("dataset", "data_dir", "run_dir"):
         path = str(getattr(settings, name))
@@ -156,6 +163,26 @@ def check_settings(settings: TrainSettings) -> None:
                 f"expected a name in UTF-8 as {name}, for the run's files hold it; "
                 f"got {os.fsencode(path)!r}"
             ) from None
+
+
+def image_size_of(settings: TrainSettings) -> tuple[int, int] | None:
+    """Height and width that images are scaled to, if that is asked for.
+
+    Raises:
+        ValueError: other than one or two numbers, or numbers out of their limits.
+
+    >>> image_size_of(TrainSettings(image_size=(32,)))
+    (32, 32)
+    """
+    size = settings.image_size
+    if size is None:
+        return None
+    if len(size) not in (1, 2) or not all(1 <= pixels <= LARGEST_IMAGE for pixels in size):
+        raise ValueError(
+            f"expected an image_size of one number of pixels or two, height and width, from 1 to "
+            f"{LARGEST_IMAGE}; got {short_repr(size)}"
+        )
+    return size[0], size[-1]
 
 
 def check_started(started: RunSettings) -> None:
@@ -244,10 +271,10 @@ def resume_settings(
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """The same settings, still right when the run is resumed from another folder."""
-    folder = Path(settings.dataset)
+    path = Path(settings.dataset)
     dataset = settings.dataset
-    if dataset not in DATASETS and folder.is_dir():
-        dataset = str(folder.resolve())
+    if dataset not in DATASETS and path.exists():
+        dataset = str(path.resolve())
     return replace(settings, dataset=dataset, data_dir=settings.data_dir.resolve())
 
 
