@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if "graphcaps.install_dgl" not in sys.orig_argv:  # `python -m` of it must work without DGL
     from graphcaps import reference
+    from graphcaps.convolution import ConvCapsules, conv_graph
     from graphcaps.engines import bind
     from graphcaps.functional import length, squash
     from graphcaps.graph import batch_graph, complete_graph, routing_graph
@@ -46,6 +47,7 @@ __all__ = [
     "CapsNetOutput",
     "CapsuleLayer",
     "Capsules",
+    "ConvCapsules",
     "Convolution",
     "Decoder",
     "DynamicRouting",
@@ -63,6 +65,7 @@ __all__ = [
     "bind",
     "capsnet_loss",
     "complete_graph",
+    "conv_graph",
     "dynamic_routing",
     "length",
     "margin_loss",

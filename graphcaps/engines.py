@@ -21,6 +21,7 @@ def why_not(
     dtype: torch.dtype = torch.float32,
     *,
     routing: Routing | None = None,
+    structure: Structure | None = None,
     trace: bool = False,
 ) -> str | None:
     """Why an engine cannot route, or None where it can.
@@ -30,6 +31,7 @@ def why_not(
         device: where the poses are.
         dtype: that is computed in.
         routing: what is to be routed; any, if not given.
+        structure: on which graph; on any, if not given.
         trace: whether a trace is asked for.
 
     Raises:
@@ -45,6 +47,8 @@ def why_not(
         return "it stores no votes, and a trace is made of them"
     if routing is not None and routing.needs_votes:
         return f"{routing.name} routing asks for the votes, and it stores none"
+    if structure is not None and not structure.by_child:
+        return "its kernels know no competition but that of the edges of a child"
     return kernels.why_not(device, dtype)
 
 
@@ -54,6 +58,7 @@ def choose(
     dtype: torch.dtype = torch.float32,
     *,
     routing: Routing | None = None,
+    structure: Structure | None = None,
     samples: int | None = None,
     trace: bool = False,
 ) -> str:
@@ -61,7 +66,7 @@ def choose(
 
     Args:
         engine: `"auto"` or a name in `ENGINES`.
-        device, dtype, routing, trace: as for `why_not`.
+        device, dtype, routing, structure, trace: as for `why_not`.
         samples: how many are routed at once; enough for a kernel, if not given.
 
     Returns:
@@ -76,7 +81,7 @@ def choose(
     """
     check_engine(engine)
     reasons = {
-        name: why_not(name, device, dtype, routing=routing, trace=trace)
+        name: why_not(name, device, dtype, routing=routing, structure=structure, trace=trace)
         for name in (PREFERRED if engine == "auto" else (engine,))
     }
     if engine == "auto":

@@ -25,6 +25,7 @@ def routing_graph(
     parents: int | None = None,
     weight_index: Tensor | Sequence[int] | None = None,
     parent_type: Tensor | Sequence[int] | None = None,
+    competition: Tensor | Sequence[int] | None = None,
 ) -> dgl.DGLGraph:
     """Which child may vote for which parent, and with which matrix.
 
@@ -38,10 +39,13 @@ def routing_graph(
         parent_type: the type of each parent, `[J]`, integers from 0. Parents of one type share
             what a routing learns for its parents, such as the costs β of EM routing. If not
             given, each parent is a type of its own.
+        competition: which edges compete, `[E]`, integers from 0: the coupling of the edges with
+            one number sums to 1. If not given, the edges of each child compete.
 
     Returns:
         A DGL heterograph, int32, with node types `child` and `parent`, edge type `votes`, the
-        edge feature `weight_index`, int64 `[E]`, and the parent feature `type`, int64 `[J]`.
+        edge feature `weight_index`, int64 `[E]`, and the parent feature `type`, int64 `[J]`; and
+        the edge feature `competition`, int64 `[E]`, if it was given.
         Children without parents and parents without children are fine.
 
     Raises:
@@ -61,15 +65,19 @@ def routing_graph(
             )
         if weight_index is None:
             weight_index = torch.arange(len(child))
-        weight_index, _ = _checked_numbers("weight_index", weight_index, None)
-        if len(weight_index) != len(child):
-            raise ValueError(
-                f"weight_index needs one number per edge, {len(child)}; got {len(weight_index)}"
-            )
+        on_edges = {"weight_index": weight_index}
+        if competition is not None:
+            on_edges["competition"] = competition
+        for name, numbers in on_edges.items():
+            on_edges[name], _ = _checked_numbers(name, numbers, None)
+            if len(on_edges[name]) != len(child):
+                raise ValueError(
+                    f"{name} needs one number per edge, {len(child)}; got {len(on_edges[name])}"
+                )
         graph = dgl.heterograph(
             {VOTES: (child, parent)}, {"child": children, "parent": parents}, idtype=torch.int32
         )
-        graph.edata["weight_index"] = weight_index
+        graph.edata.update(on_edges)
         if parent_type is None:
             parent_type = torch.arange(parents)
         parent_type, _ = _checked_numbers("parent_type", parent_type, None)
@@ -181,6 +189,16 @@ def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
             f"weight_index runs from {int(index.min())} to {int(index.max())}, "
             f"but there are {kinds} matrices, numbered from 0"
         )
+
+
+def check_competition(graph: dgl.DGLGraph) -> None:
+    """Raise ValueError for edges with a `competition` that is no number from 0."""
+    index = graph.edata.get("competition")
+    if index is None:
+        return
+    _check_numbers_of("the edges' competition", "E", index)
+    if len(index) and index.min() < 0:
+        raise ValueError(f"the edges' competition runs from {int(index.min())}, and not from 0")
 
 
 def check_parent_type(graph: dgl.DGLGraph) -> None:

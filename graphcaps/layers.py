@@ -22,7 +22,7 @@ from graphcaps.routing import (
 )
 from graphcaps.routing.base import check_at_least_1
 from graphcaps.structure import Structure
-from graphcaps.votes import votes_on_edges
+from graphcaps.votes import votes_on_edges, with_coordinates
 
 
 class NonFinitePosesError(ValueError):
@@ -141,6 +141,9 @@ class CapsuleLayer(nn.Module):
             stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
             the faster one. Second derivatives come from `"scatter"` alone. May be changed at any
             time, holds no parameters.
+        coordinates: where each child stands, `[I, n]`, added to its votes: to the first n numbers
+            of a vote that is one row, and to the last number of the first n rows of one that has
+            several. Matrices that children share do not tell where these stand.
         device, dtype: of the parameters, as in torch.
         options: of the routing that is named, such as `iterations`.
 
@@ -149,16 +152,19 @@ class CapsuleLayer(nn.Module):
             the numbers in a row of a child's and of a parent's pose.
         routing: the `Routing`, with what it learns.
         graph: the layer's copy of the graph.
+        coordinates: as given, or None; saved with the parameters.
 
     Raises:
         ValueError: a graph of another kind, sizes below 1 or not divisible by `rows`, an unknown
-            name, options that the routing does not have.
+            name, options that the routing does not have, coordinates that do not fit.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(1152, 10), child_dim=8, parent_dim=16)
     >>> layer(torch.rand(2, 1152, 8)).shape
     torch.Size([2, 10, 16])
     """
+
+    coordinates: Tensor | None
 
     def __init__(
         self,
@@ -169,6 +175,7 @@ class CapsuleLayer(nn.Module):
         routing: str | Routing = "dynamic",
         rows: int = 1,
         engine: str = "auto",
+        coordinates: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -195,6 +202,9 @@ class CapsuleLayer(nn.Module):
                 dtype=dtype,
             )
         )
+        self.register_buffer("coordinates", None)
+        if coordinates is not None:
+            self.coordinates = self._checked_coordinates(coordinates).to(self.weight)
         sizes = Sizes(self.structure.kinds, self.structure.types, rows, parent_dim)
         self.routing.build_once(sizes, self.weight.device, self.weight.dtype)
         self.reset_parameters()
@@ -264,6 +274,8 @@ class CapsuleLayer(nn.Module):
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         samples = len(u)
         u, weight = u.to(wide), self.weight.to(wide)
+        if self.coordinates is not None:
+            u, weight = with_coordinates(u, weight, self.coordinates.to(wide), self.rows)
         if self.routing.activations and a is None:
             a = u.new_ones(samples, structure.children)
         if a is not None:
@@ -273,6 +285,7 @@ class CapsuleLayer(nn.Module):
             u.device,
             wide,
             routing=self.routing,
+            structure=structure,
             samples=samples,
             trace=return_trace,
         )
@@ -308,6 +321,11 @@ class CapsuleLayer(nn.Module):
                 f"the graph has {children} children with poses of length {child_dim}: "
                 f"expected u of shape [{batch}{children}, {child_dim}], got {list(u.shape)}"
             )
+        if self.coordinates is not None and len(self.coordinates) != children:
+            raise ValueError(
+                f"the graph has {children} children, but coordinates are those of "
+                f"{len(self.coordinates)}"
+            )
         if a is not None and not self.routing.activations:
             raise ValueError(
                 f"{self.routing.name} routing has no activations: call layer(u), or choose one "
@@ -324,6 +342,16 @@ class CapsuleLayer(nn.Module):
                     f"{x.dtype} on {x.device} and weight in {self.weight.dtype} on "
                     f"{self.weight.device}; use {name}.to(layer.weight)"
                 )
+
+    def _checked_coordinates(self, coordinates: Tensor) -> Tensor:
+        children, dim = self.structure.children, self.weight.shape[2]
+        most = self.rows if self.rows > 1 else dim - self.routing.vote_columns
+        if coordinates.dim() != 2 or len(coordinates) != children or coordinates.shape[1] > most:
+            raise ValueError(
+                f"expected coordinates as [{children}, at most {most}]; "
+                f"got {list(coordinates.shape)}"
+            )
+        return coordinates
 
     def extra_repr(self) -> str:
         """Sizes and choices, for `print(layer)`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphcaps._dgl import dgl
 from graphcaps.graph import (
+    check_competition,
     check_parent_type,
     check_structure,
     check_weight_index,
@@ -23,16 +24,16 @@ TERMS = 32  # summed one after the other, at least
 
 @dataclass(frozen=True)
 class Groups:
-    """Edges of one child, parent or matrix, summed in parts.
+    """Edges of one child, parent, matrix or competition, summed in parts.
 
     A sum of thousands of terms in float32, one after the other, errs more than the dense form; so
     at most √n of a group's n edges, or 32, are one part, and the parts are summed apart.
 
     Attributes:
-        index: the child, parent or matrix of each edge, int64 `[E]`.
+        index: the number of the group of each edge, int64 `[E]`.
         part: the part that each edge belongs to, int64 `[E]`; None if every group is one part.
-        owner: the child, parent or matrix that each part belongs to, int64; None likewise.
-        count: number of children, parents or matrices.
+        owner: the group that each part belongs to, int64; None likewise.
+        count: number of groups.
     """
 
     index: Tensor
@@ -93,11 +94,15 @@ class Structure:
         kinds: number of matrices that there are; as many as the graph asks for, if not given.
 
     Attributes:
-        graph: a copy with `weight_index` and `type`.
+        graph: a copy with `weight_index` and `type`, and `competition` if the graph has it.
         children, parents, edges: I, J, E; of the whole graph, where it is a batch.
         kinds, types: number of matrices M, and of types of parents T.
         child, parent, weight_index: of each edge, int64 `[E]` on the CPU.
         parent_type: of each parent, int64 `[J]` on the CPU.
+        competition: the number of the competition that each edge takes part in, int64 `[E]` on the
+            CPU: its child, unless the graph says otherwise. Graphs of a batch never compete.
+        competitions: how many there are.
+        by_child: whether it is the edges of each child that compete.
         graph_of_parent: which graph of a batch each parent belongs to, int64 `[J]` on the CPU.
         graphs: number of graphs in the batch; 1 for a graph that is none.
         complete: whether each edge has a matrix of its own, in the order of `complete_graph`.
@@ -110,6 +115,7 @@ class Structure:
         check_structure(graph)
         check_weight_index(graph, kinds)
         check_parent_type(graph)
+        check_competition(graph)
         with made_to_be_kept():
             self.graph = graph.clone().to("cpu")
             child, parent = self.graph.edges()
@@ -127,6 +133,17 @@ class Structure:
             self.graphs = len(sizes)
             self.graph_of_parent = torch.arange(self.graphs).repeat_interleave(sizes)
             self.complete = is_complete(self.graph)
+            competition = self.graph.edata.get("competition")
+            self.by_child = competition is None
+            self.competition, self.competitions = self.child, self.children
+            if competition is not None:
+                graph_of_child = torch.arange(self.graphs).repeat_interleave(
+                    self.graph.batch_num_nodes("child")
+                )
+                number = graph_of_child[self.child] * _count(competition) + competition
+                different, self.competition = number.unique(return_inverse=True)
+                self.competitions = len(different)
+                self.graph.edata["competition"] = competition.clone()
         self.kinds = _count(self.weight_index) if kinds is None else kinds
         self.types = _count(self.parent_type)
         self._kept: dict[Hashable, Any] = {}
@@ -134,9 +151,11 @@ class Structure:
 
     def prepare(self) -> "Structure":
         """Make what every call will need, so that a call that is traced has nothing to make."""
-        for by in ("child", "parent", "kind"):
+        for by in ("child", "parent", "kind", "competition"):
             self.groups(by, torch.device("cpu"))
-        self.degree(torch.device("cpu"))
+        self.rivals(torch.device("cpu"))
+        if self._even:
+            self.degree(torch.device("cpu"))
         return self
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -161,22 +180,51 @@ class Structure:
         return found
 
     def groups(self, by: str, device: torch.device) -> Groups:
-        """The edges of each `"child"`, `"parent"` or `"kind"` (matrix), on a device."""
-        count = {"child": self.children, "parent": self.parents, "kind": self.kinds}[by]
-        index = {"child": self.child, "parent": self.parent, "kind": self.weight_index}[by]
+        """The edges of each `"child"`, `"parent"`, `"kind"` (matrix) or `"competition"`."""
+        index, count = {
+            "child": (self.child, self.children),
+            "parent": (self.parent, self.parents),
+            "kind": (self.weight_index, self.kinds),
+            "competition": (self.competition, self.competitions),
+        }[by]
         return self.keep(("groups", by, device), lambda: Groups.of(index, count).to(device))
 
     def numbers(self, name: str, device: torch.device) -> Tensor:
         """One of the attributes that are tensors, on a device."""
         return self.keep((name, device), lambda: getattr(self, name).to(device))
 
-    def degree(self, device: torch.device) -> Tensor:
-        """Number of parents of each child, int64 `[I]`."""
+    def rivals(self, device: torch.device) -> Tensor:
+        """Number of edges that compete with each edge, itself included, int64 `[E]`."""
 
         def count() -> Tensor:
-            return torch.bincount(self.child, minlength=self.children).to(device)
+            sizes = torch.bincount(self.competition, minlength=self.competitions)
+            return sizes[self.competition].to(device)
 
-        return self.keep(("degree", device), count)
+        return self.keep(("rivals", device), count)
+
+    def degree(self, device: torch.device) -> Tensor:
+        """Number of edges that each edge of a child competes with, int64 `[I]`.
+
+        Raises:
+            ValueError: a graph in which it is not the same for all edges of a child.
+        """
+        if not self._even:
+            raise ValueError(
+                "the edges of a child compete with different numbers of edges, and have no one "
+                "degree; this routing needs a graph in which these numbers are equal"
+            )
+        return self.keep(("degree", device), lambda: self._most_rivals("amax").to(device))
+
+    @property
+    def _even(self) -> bool:
+        def compare() -> bool:
+            return torch.equal(self._most_rivals("amax"), self._most_rivals("amin"))
+
+        return self.by_child or self.keep("even", compare)
+
+    def _most_rivals(self, most: str) -> Tensor:
+        rivals, none = self.rivals(torch.device("cpu")), torch.zeros(self.children).long()
+        return none.scatter_reduce(0, self.child, rivals, most, include_self=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_kept_for_batch": {}}  # made again on demand

@@ -181,8 +181,8 @@ MUTANTS = [
     (
         "the leak of equal logits is ignored with votes",
         EDGES,
-        "(self.degree() + int(leak))",
-        "self.degree()",
+        "(rivals + int(leak))",
+        "rivals",
         reference("options and scatter"),
     ),
     (

@@ -29,6 +29,7 @@ ORDER = [
     "routing",
     "engines",
     "layers",
+    "convolution",
     "nets.weights",
     "nets.decoder",
     "nets.model",

@@ -31,9 +31,10 @@ class MessagePassing(Protocol):
         """Why this engine cannot run on `device`, or None where it can."""
 
     def softmax_over_parents(self, b: Tensor, leak: bool = False) -> Tensor:
-        """`c_e = exp b_e / Σ exp b` over the edges of the same child: `[B·E, 1]` to `[B·E, 1]`.
+        """`c_e = exp b_e / Σ exp b` over the edges that compete: `[B·E, 1]` to `[B·E, 1]`.
 
-        With `leak`, each child has a parent more, of logit 0, whose coupling is not given.
+        These are the edges of the same child, unless the graph says otherwise. With `leak`, one
+        more edge of logit 0 competes with them, whose coupling is not given.
         """
 
     def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:

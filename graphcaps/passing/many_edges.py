@@ -11,20 +11,26 @@ from graphcaps.structure import Structure
 
 
 class EdgesOfChildren:
-    """The softmax over a child's edges, and its features on them.
+    """The softmax over the edges that compete, and the features of children on their edges.
 
     DGL adds up a child's edges one after the other. With thousands of parents the sum of
     exponentials is then off in its fifth digit in float32, by the same factor in all of the
     child's c; so these are divided by their own sum, taken in parts.
+
+    Where the edges of a child do not compete with each other, the softmax is that of a second
+    graph, whose children are the competitions.
 
     Attributes:
         many: whether any child has so many edges that sums over them are taken in parts.
     """
 
     def __init__(self, structure: Structure, samples: int, graph: dgl.DGLGraph) -> None:
-        self.structure, self.samples, self.graph = structure, samples, graph
-        self.by_child = structure.groups("child", graph.device)
+        self.structure, self.samples = structure, samples
+        self.device = graph.device
+        self.by_child = structure.groups("child", self.device)
+        self.by_competition = structure.groups("competition", self.device)
         self.many = self.by_child.part is not None
+        self.competing = graph if structure.by_child else self._graph_of_competitions(leak=False)
         self.leaky: dgl.DGLGraph | None = None
 
     def expand(self, a: Tensor) -> Tensor:
@@ -33,15 +39,17 @@ class EdgesOfChildren:
         return self.by_child.expand(by_sample, dim=1).flatten(0, 1)
 
     def softmax(self, b: Tensor, leak: bool) -> Tensor:
-        """`c_e = exp b_e / Σ exp b` over the edges of the same child: `[B·E, 1]` to `[B·E, 1]`.
+        """`c_e = exp b_e / Σ exp b` over the edges that compete: `[B·E, 1]` to `[B·E, 1]`.
 
         Asked for a second derivative on the CPU, DGL leaves out what it owes to this and says
         nothing; here autograd raises RuntimeError.
         """
-        edges, graph = len(self.by_child.index), self.graph
-        leaks = self.by_child.count if leak else 0
+        groups, graph = self.by_competition, self.competing
+        edges, leaks = len(groups.index), groups.count if leak else 0
         if leak:
-            graph = self._graph_with_leaks()
+            if self.leaky is None:
+                self.leaky = self._graph_of_competitions(leak=True)
+            graph = self.leaky
             zeros = b.new_zeros(self.samples, leaks, 1)
             b = torch.cat([b.reshape(self.samples, edges, 1), zeros], dim=1).flatten(0, 1)
         # DGL's default, norm_by="dst", is over the children of a parent
@@ -50,28 +58,29 @@ class EdgesOfChildren:
             c = _FirstDerivative.apply(c)
         by_sample = c.reshape(self.samples, edges + leaks, 1)
         c = by_sample[:, :edges]
-        if self.many:
-            total = self.by_child.sum(c, dim=1)
+        if groups.part is not None:
+            total = groups.sum(c, dim=1)
             if leak:
                 total = total + by_sample[:, edges:]
-            c = c / self.by_child.expand(total, dim=1)
+            c = c / groups.expand(total, dim=1)
         return c.flatten(0, 1)
 
-    def _graph_with_leaks(self) -> dgl.DGLGraph:
-        """The batched graph with one edge more for each child, after the others of its sample."""
-        if self.leaky is None:
-            structure = self.structure
-            with made_to_be_kept():
-                child = torch.cat([structure.child, torch.arange(structure.children)])
-                leak = torch.full((structure.children,), structure.parents)
-                graph = routing_graph(
-                    child,
-                    torch.cat([structure.parent, leak]),
-                    children=structure.children,
-                    parents=structure.parents + 1,
-                )
-                self.leaky = batch_graph(graph, self.samples).to(self.graph.device)
-        return self.leaky
+    def _graph_of_competitions(self, leak: bool) -> dgl.DGLGraph:
+        """From competitions to parents, batched; the leaks stand after the edges of a sample."""
+        structure = self.structure
+        with made_to_be_kept():
+            below, above = structure.competition, structure.parent
+            if leak:
+                below = torch.cat([below, torch.arange(structure.competitions)])
+                to_nothing = torch.full((structure.competitions,), structure.parents)
+                above = torch.cat([above, to_nothing])
+            graph = routing_graph(
+                below,
+                above,
+                children=structure.competitions,
+                parents=structure.parents + int(leak),
+            )
+            return batch_graph(graph, self.samples).to(self.device)
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -14,6 +14,7 @@ class ScatterEngine:
     def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:
         self.structure, self.samples = structure, samples
         self.by_child = structure.groups("child", device)
+        self.by_competition = structure.groups("competition", device)
         self.by_parent = structure.groups("parent", device)
 
     @staticmethod
@@ -21,16 +22,17 @@ class ScatterEngine:
         return None
 
     def softmax_over_parents(self, b: Tensor, leak: bool = False) -> Tensor:
-        b = b.reshape(self.samples, len(self.by_child.index), 1)
-        child = self.by_child.index.view(1, -1, 1).expand_as(b)
-        largest = b.new_zeros(self.samples, self.by_child.count, 1).scatter_reduce(
-            1, child, b.detach(), "amax", include_self=leak
+        competing = self.by_competition
+        b = b.reshape(self.samples, len(competing.index), 1)
+        number = competing.index.view(1, -1, 1).expand_as(b)
+        largest = b.new_zeros(self.samples, competing.count, 1).scatter_reduce(
+            1, number, b.detach(), "amax", include_self=leak
         )
-        exponential = (b - self.by_child.expand(largest, dim=1)).exp()
-        total = self.by_child.sum(exponential, dim=1)
+        exponential = (b - competing.expand(largest, dim=1)).exp()
+        total = competing.sum(exponential, dim=1)
         if leak:
             total = total + (-largest).exp()
-        return (exponential / self.by_child.expand(total, dim=1)).flatten(0, 1)
+        return (exponential / competing.expand(total, dim=1)).flatten(0, 1)
 
     def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
         weighted = (w * x).reshape(self.samples, len(self.by_parent.index), x.shape[1])

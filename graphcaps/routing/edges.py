@@ -80,12 +80,13 @@ class Edges(ABC):
         With `y_e = û_e − r_j`, the vote about the reference point of its parent:
 
             b_e = prior_m + k_j + p_j·y_e + q_j·y_e²     (y² elementwise)
-            c_e = softmax of b over the edges of the same child
+            c_e = softmax of b over the edges that compete, those of the same child
             w_e = a_i (c_e + beta_m)
             N_j = Σ w_e,   S_j = Σ w_e y_e,   Q_j = Σ w_e y_e²
 
         Whatever is absent counts as 0, a as 1. Without prior, k, p and q the logits are equal
         and each child couples equally to all its parents. A parent without children gets zeros.
+        A graph may say that other edges compete, see `routing_graph`.
 
         Args:
             k: `[B·J, 1]`.
@@ -93,7 +94,7 @@ class Edges(ABC):
                 as the variance `Q/N − (S/N)²` would in float32.
             a: weights of the children, `[B·I, 1]`, often `edges.a`.
             prior, beta: one number for each matrix, `[M]`.
-            leak: let each child couple to a parent more, of logit 0, that receives nothing.
+            leak: let one more edge compete with those of each child, of logit 0, to no parent.
             squares: give Q, too.
             detach_coupling: let no gradient flow through c.
 
@@ -141,7 +142,13 @@ class Edges(ABC):
         return total.index_add(1, graph, by_sample).index_select(1, graph).flatten(0, 1)
 
     def degree(self) -> Tensor:
-        """Number of parents of each child, `[B·I, 1]`."""
+        """Number of edges that compete with each edge of a child, itself included, `[B·I, 1]`.
+
+        It is the number of the child's parents, unless the graph says that other edges compete.
+
+        Raises:
+            ValueError: a graph in which it is not the same for all edges of a child.
+        """
         degree = self._structure.degree(self.device).to(self.dtype)
         return degree.unsqueeze(-1).repeat(self.samples, 1)
 
@@ -205,7 +212,8 @@ class EdgesWithVotes(Edges):
             c = passing.softmax_over_parents(b, leak)
         else:
             b = y.new_zeros(len(y), 1)
-            c = passing.expand_from_children(1 / (self.degree() + int(leak)))
+            rivals = self._structure.rivals(y.device).to(self.dtype)
+            c = (1 / (rivals + int(leak))).unsqueeze(-1).repeat(self.samples, 1)
         w = c = c.detach() if detach_coupling else c
         if beta is not None:
             w = w + self._of_kind(beta)
