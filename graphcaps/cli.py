@@ -24,7 +24,8 @@ from graphcaps._dgl import dgl, has_cuda
 from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
 from graphcaps.data.images import read_image
 from graphcaps.data.splits import Dataset
-from graphcaps.nets.model import CONFIG, CapsNet
+from graphcaps.functional import multi_hot
+from graphcaps.nets.model import CapsNet, find_net
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.evaluation import as_input, check_lengths, evaluate, fitted
 from graphcaps.training.loop import TrainingInterrupt, train
@@ -185,7 +186,7 @@ def _train(settings: TrainSettings) -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    model = _load(settings.run_dir, settings.engine)
+    model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine)
     with joined_workers(settings.device) as workers:
         data = fitted(_load_data(settings, model), model)
         score = evaluate(model.to(workers.device), data.test)
@@ -202,13 +203,14 @@ def _predict(settings: PredictSettings) -> None:
     if settings.run_dir is None:
         model = CapsNet.from_pretrained(engine=settings.engine)
     else:
-        model = _load(settings.run_dir, settings.engine).eval()
+        model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine).eval()
     for path in settings.images:
         image = read_image(path, model.config.image_shape, model.config.image_kind)
         (lengths,) = model(as_input(image.unsqueeze(0), model)).lengths
         check_lengths(lengths.unsqueeze(0))
         names = model.config.names
-        _say(f"{path}: {names[int(lengths.argmax())]}")
+        found = multi_hot(model.classify(lengths.unsqueeze(0)), 1, len(names))[0]
+        _say(f"{path}: {' + '.join(names[k] for k in found.nonzero().flatten()) or 'none'}")
         told = zip(names, lengths.tolist(), strict=True)
         _say("  " + "  ".join(f"{name}: {x:.2f}" for name, x in told))
 
@@ -221,7 +223,7 @@ def _report(settings: ReportSettings) -> None:
     run.settings()  # a folder that is no run is told first
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
-    model = _load(settings.run_dir, settings.engine)
+    model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine)
     with joined_workers(settings.device) as workers:
         data = _load_data(settings, model)
         write_report(run, model.to(workers.device), data, output)
@@ -245,16 +247,6 @@ def _info() -> None:
             _say(f"  {engine:8} {engines.why_not(engine, device) or 'can run'}")
     if not torch.cuda.is_available():
         _say("no CUDA device")
-
-
-def _load(run: Path, engine: str) -> CapsNet:
-    folder = run if (run / CONFIG).exists() else RunFolder(run).best
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"no trained net at {run}: expected the folder of a run that has finished an epoch "
-            "(graphcaps train makes one), or one with model.safetensors and model.json"
-        )
-    return CapsNet.load(folder, engine=engine)
 
 
 def _load_data(settings: EvaluateSettings | ReportSettings, model: CapsNet) -> Dataset:

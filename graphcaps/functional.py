@@ -101,6 +101,16 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
     return F.one_hot(labels.long(), classes)
 
 
+def all_right(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Whether all classes of each sample are predicted and no other, `[B]`.
+
+    Args:
+        predicted: as `predicted_classes` gives them.
+        labels: of the same shape, `[B]` or `[B, J]`.
+    """
+    return predicted == labels if labels.dim() == 1 else (predicted == labels).all(dim=1)
+
+
 def predicted_classes(lengths: Tensor, labels_per_image: int = 1) -> Tensor:
     """The classes that lengths of class capsules tell.
 

@@ -54,8 +54,8 @@ def test_examples_are_those_of_the_net_in_every_iteration(model, data, records):
         output, trace = model(image[None] / 255, return_trace=True)
         assert_close(example.poses, trace.v[:, 0], rtol=1e-4, atol=1e-5)
         assert_close(example.lengths[-1], output.lengths[0], rtol=1e-4, atol=1e-5)
-        assert example.predicted == int(output.lengths.argmax())
-        assert example.label == int(data.test.labels[example.number])
+        assert example.predicted == (int(output.lengths.argmax()),)
+        assert example.labels == (int(data.test.labels[example.number]),)
         assert_close(example.entropy, trace.entropy().mean(dim=-1)[:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_the_report_has_every_figure_with_its_words(records):
     assert all(section.alt and section.caption for section in found)
     first = records.examples[0]
     votes = found[5].figure.axes[2].collections[0].get_array()  # the last iteration's
-    assert_close(torch.tensor(votes.data), first.votes[2, first.predicted].flatten().double())
+    assert_close(torch.tensor(votes.data), first.votes[2, first.main].flatten().double())
     drawn = found[6].figure.axes[10].images[0].get_array()
     assert_close(torch.tensor(drawn), records.drawn[0, 0].double())
 

@@ -142,7 +142,7 @@ def test_the_page_opens_from_disk_without_a_complaint_or_a_request(shown):
     assert_quiet(shown)
     first = shown.records.examples[0]
     assert np.array_equal(shown.greys("input"), first.image[0])
-    shown.check_drawing(first, 2, first.predicted)
+    shown.check_drawing(first, 2, first.main)
     assert shown.run("document.querySelector('#figures img').naturalWidth") > 100
 
 
@@ -156,13 +156,13 @@ def test_another_image_is_picked_with_keys(shown):
     assert shown.run(outline) == "solid"
     shown.press("ArrowRight", times=14)
     example = shown.records.examples[14]
-    assert example.label != example.predicted
+    assert example.labels[0] != example.main
     assert np.array_equal(shown.greys("input"), example.image[0])
-    shown.check_drawing(example, 2, example.predicted)
+    shown.check_drawing(example, 2, example.main)
     now = shown.text("said")
     assert now != said
-    assert f"Test image {example.number}, true class {example.label}." in now
-    assert f"the longest capsule is {example.predicted}" in now
+    assert f"Test image {example.number}, true class {example.labels[0]}." in now
+    assert f"the longest capsule is {example.main}" in now
     assert "wrong ✗" in now
     shown.press("ArrowLeft")
     assert f"Test image {shown.records.examples[13].number}," in shown.text("said")
@@ -177,9 +177,9 @@ def test_misclassified_images_are_marked_by_more_than_colour(shown):
     assert len(labels) == 20
     shown.press("Tab")
     for example, label, style in zip(shown.records.examples, labels, styles, strict=True):
-        right = example.label == example.predicted
-        wrong_name = f"✗ {example.label} → {example.predicted}"
-        assert label == (str(example.label) if right else wrong_name)
+        right = example.labels[0] == example.main
+        wrong_name = f"✗ {example.labels[0]} → {example.main}"
+        assert label == (str(example.labels[0]) if right else wrong_name)
         # the first one is picked, and then drawn solid
         assert style == ("solid" if right else "dashed")
 
@@ -189,8 +189,8 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
     drawn = []
     shown.focus("#iteration")
     for iteration in (2, 1, 0):
-        shown.check_drawing(example, iteration, example.predicted)
-        expected = shown.drawn_by_torch(example, iteration, example.predicted)
+        shown.check_drawing(example, iteration, example.main)
+        expected = shown.drawn_by_torch(example, iteration, example.main)
         assert np.abs(shown.greys("reconstruction") - expected[0]).max() <= GREY_LEVELS
         entropy = shown.run("document.querySelector('#entropy [aria-current]').textContent")
         assert float(entropy) == pytest.approx(float(example.entropy[iteration]), abs=1e-4)
@@ -211,7 +211,7 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
 
 def test_another_class_shows_its_votes_and_reconstruction(shown):
     example = shown.records.examples[0]
-    other = (example.predicted + 3) % 10
+    other = (example.main + 3) % 10
     shown.run(f"document.querySelector('#lengths input[value=\"{other}\"]').click()")
     shown.check_drawing(example, 2, other)
     expected = shown.drawn_by_torch(example, 2, other)
@@ -230,7 +230,7 @@ def test_sliders_move_the_reconstruction_as_torch_would_and_reset_restores_it(sh
     shown.press("ArrowLeft", times=30)  # no further than its end
     after = shown.greys("reconstruction")
     moved = [(2, 0.25), (15, -0.25)]
-    expected = shown.drawn_by_torch(example, 2, example.predicted, moved)
+    expected = shown.drawn_by_torch(example, 2, example.main, moved)
     assert np.abs(after - expected[0]).max() <= GREY_LEVELS
     assert np.abs(after - before).max() > 10
     assert "2 dimensions moved" in shown.text("reconstruction-caption")
@@ -296,7 +296,7 @@ def test_the_coupling_is_drawn_anew_when_the_window_changes(made):
     made.run("dispatchEvent(new Event('resize'))")
     assert made.run("document.querySelector('#coupling').viewBox.baseVal.width") < wide
     first = made.records.examples[0]
-    made.check_drawing(first, 2, first.predicted)
+    made.check_drawing(first, 2, first.main)
 
 
 def test_a_net_without_a_decoder_has_a_page_without_sliders(browser, tmp_path):
@@ -307,7 +307,7 @@ def test_a_net_without_a_decoder_has_a_page_without_sliders(browser, tmp_path):
     shown.focus("#right input")
     shown.press("ArrowRight")
     example = shown.records.examples[1]
-    shown.check_drawing(example, 2, example.predicted)
+    shown.check_drawing(example, 2, example.main)
     assert_quiet(shown)
 
 
@@ -330,9 +330,9 @@ def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_pa
     shown = Shown(browser, tmp_path, model, classes=names)
     first = shown.records.examples[0]
     assert np.array_equal(shown.pixels("input"), first.image.permute(1, 2, 0))
-    expected = shown.drawn_by_torch(first, 2, first.predicted).transpose(1, 2, 0)
+    expected = shown.drawn_by_torch(first, 2, first.main).transpose(1, 2, 0)
     assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
-    assert names[first.label] in shown.text("said")
+    assert names[first.labels[0]] in shown.text("said")
     starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
     assert len(set(starts)) == 1
     for width in (390, 1280):
@@ -356,7 +356,7 @@ def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, 
         assert len(sides) == 32
         assert all(side >= 26 for _, _, side in blocks)
     first = shown.records.examples[0]
-    shown.check_drawing(first, 2, first.predicted)
+    shown.check_drawing(first, 2, first.main)
     assert_quiet(shown)
 
 

@@ -38,6 +38,8 @@ ORDER = [
     "data.splits",
     "data.images",
     "data.pictures",
+    "data.made",
+    "data.published",
     "data.datasets",
     "data",
     "training.settings",

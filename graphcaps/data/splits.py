@@ -1,6 +1,7 @@
 """Labelled images in memory: the parts of a data set, and what is done to their pixels."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,9 @@ class Dataset:
         train, holdout, test: the parts.
         image_kind: what the images are: digits, light on dark and centred as MNIST's, or any
             pictures.
+        shift: by how many pixels training images are moved, unless said otherwise.
+        redraw: makes other images to train on, as many, for each epoch; None where they are
+            always the same.
     """
 
     name: str
@@ -59,6 +63,16 @@ class Dataset:
     holdout: Split
     test: Split
     image_kind: Literal["digit", "picture"] = "digit"
+    shift: int = 2
+    redraw: Callable[[torch.Generator], Split] | None = None
+
+    @property
+    def labels_per_image(self) -> int:
+        """How many classes every image shows; 0 where their number differs."""
+        if self.train.labels.dim() == 1:
+            return 1
+        counts = {int(count) for part in (self.train, self.test) for count in part.labels.sum(1)}
+        return counts.pop() if len(counts) == 1 else 0
 
 
 def draw_shifts(count: int, up_to: int, generator: torch.Generator | None = None) -> Tensor:

@@ -39,6 +39,7 @@ from graphcaps.routing import (
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
+BEST = "best"  # the folder of a run's best epoch, in the run's folder
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the program for days
@@ -254,6 +255,26 @@ MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as the papers 
 def pretrained_names() -> list[str]:
     """The trained nets that come with the library."""
     return sorted(folder.name for folder in PRETRAINED.iterdir() if folder.is_dir())
+
+
+def find_net(name: Path | str) -> Path:
+    """The folder of a trained net.
+
+    Args:
+        name: a run's folder, whose best epoch is taken; a folder with `model.safetensors`; or the
+            name of a net that comes with the library.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (Path(name), Path(name) / BEST, PRETRAINED / Path(name).name):
+        if (folder / CONFIG).exists() and (folder.parent != PRETRAINED or str(name) == folder.name):
+            return folder
+    raise FileNotFoundError(
+        f"no trained net at {name}: expected the folder of a run that has finished an epoch "
+        "(graphcaps train makes one), one with model.safetensors and model.json, or the name of a "
+        f"net that comes with graphcaps ({', '.join(pretrained_names())})"
+    )
 
 
 def _needs_score(routing: Routing) -> bool:

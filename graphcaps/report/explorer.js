@@ -79,7 +79,7 @@ const coupling = (child) =>
 
 function pick(example) {
   state.example = example;
-  state.parent = example.predicted;
+  state.parent = example.main;
   // one scale for all iterations of an image, so that stepping shows what changes
   example.scales ??= {
     coupling: Math.max(largest(example.coupling), 2 / classes.length),
@@ -147,13 +147,23 @@ function paint(canvas, pixels) {
 
 // pictures to pick from
 
-const isRight = (example) => example.label === example.predicted;
+const namesOf = (numbers) => numbers.map((k) => classes[k]).join(" + ") || "none";
+const sorted = (numbers) => [...numbers].sort((a, b) => a - b);
+const same = (some, others) => `${sorted(some)}` === `${sorted(others)}`;
+const isRight = (example) => same(example.labels, example.predicted);
+
+/** The classes that lengths tell: of so many longest capsules, or of all beyond 0.5. */
+function predict(lengths) {
+  const order = range(lengths.length).sort((a, b) => lengths[b] - lengths[a]);
+  const { labelsPerImage } = records;
+  return labelsPerImage ? order.slice(0, labelsPerImage) : order.filter((k) => lengths[k] > 0.5);
+}
 
 function describe(example) {
   const verdict = isRight(example)
     ? "classified correctly"
-    : `misclassified as ${classes[example.predicted]}`;
-  return `Test image ${example.number}, ${classes[example.label]}, ${verdict}`;
+    : `misclassified as ${namesOf(example.predicted)}`;
+  return `Test image ${example.number}, ${namesOf(example.labels)}, ${verdict}`;
 }
 
 function buildPicks() {
@@ -170,7 +180,7 @@ function buildPicks() {
     });
     const face = make(label, "span", { class: "face" });
     paint(make(face, "canvas", { role: "img", "aria-label": describe(example) }), example.image);
-    const [truth, predicted] = [classes[example.label], classes[example.predicted]];
+    const [truth, predicted] = [namesOf(example.labels), namesOf(example.predicted)];
     make(face, "span", { class: "name" }, right ? truth : `✗ ${truth} → ${predicted}`);
     input.addEventListener("change", () => pick(example));
     example.input = input;
@@ -188,12 +198,15 @@ function showPicks() {
   byId("previous").disabled = iteration === 0;
   byId("next").disabled = iteration === rounds - 1;
   const lengths = example.lengths[iteration];
-  const longest = lengths.indexOf(largest(lengths));
-  const verdict = longest === example.label ? "right" : "wrong ✗";
+  const predicted = predict(lengths);
+  const verdict = same(predicted, example.labels) ? "right" : "wrong ✗";
+  const [capsules, their] = predicted.length > 1
+    ? ["longest capsules are", predicted.map((k) => lengths[k].toFixed(2)).join(", ")]
+    : ["longest capsule is", largest(lengths).toFixed(2)];
   byId("said").textContent =
-    `Test image ${example.number}, true class ${classes[example.label]}. ` +
-    `Iteration ${iteration + 1}: the longest capsule is ${classes[longest]}, ` +
-    `|v| = ${lengths[longest].toFixed(2)}: ${verdict}.`;
+    `Test image ${example.number}, true class ${namesOf(example.labels)}. ` +
+    `Iteration ${iteration + 1}: the ${capsules} ${namesOf(predicted)}, ` +
+    `|v| = ${their}: ${verdict}.`;
 }
 
 // the votes over the image
@@ -400,9 +413,9 @@ function showLengths() {
   bars.forEach(({ row, input, bar, number }, j) => {
     const length = example.lengths[iteration][j];
     row.classList.toggle("chosen", j === parent);
-    row.classList.toggle("true", j === example.label);
+    row.classList.toggle("true", example.labels.includes(j));
     input.checked = j === parent;
-    const truly = j === example.label ? ", the true class" : "";
+    const truly = example.labels.includes(j) ? ", the true class" : "";
     set(input, { "aria-label": `${classes[j]}, length ${length.toFixed(3)}${truly}` });
     bar.style.width = `${100 * length}%`;
     number.textContent = length.toFixed(3);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcaps.data.splits import Dataset, Split
-from graphcaps.functional import length
+from graphcaps.functional import length, multi_hot
 from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.pictures.inspection import differences_from_dense, tweak_pose, votes_by_position
 from graphcaps.training.checkpoints import RunFolder
@@ -29,8 +29,8 @@ class Example:
 
     Attributes:
         number: its place in the test set, from 0.
-        label: the true class.
-        predicted: the class of the longest capsule after the last iteration.
+        labels: the true class, or all of them.
+        predicted: the predicted class after the last iteration, or all of them, the longest first.
         image: uint8 `[C, H, W]`.
         poses: class capsules v, `[R, J, D]`.
         lengths: how sure the net is of each class, |v| or activations, `[R, J]`.
@@ -43,8 +43,8 @@ class Example:
     """
 
     number: int
-    label: int
-    predicted: int
+    labels: tuple[int, ...]
+    predicted: tuple[int, ...]
     image: Tensor
     poses: Tensor
     lengths: Tensor
@@ -53,6 +53,16 @@ class Example:
     votes: Tensor
     strongest: Tensor
     entropy: Tensor
+
+    @property
+    def main(self) -> int:
+        """The class of the longest capsule after the last iteration."""
+        return int(self.lengths[-1].argmax())
+
+    @property
+    def right(self) -> bool:
+        """Whether the predicted classes are exactly the true ones."""
+        return sorted(self.labels) == sorted(self.predicted)
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         )
     model.eval()
     score = evaluate(model, data.test)
-    chosen = choose_examples(score.lengths, score.labels)
+    chosen = choose_examples(score.lengths, score.labels, score.wrong)
     examples = look_inside(model, data.test, chosen)
     first = as_input(data.test.images[:LOOKED_AT], model)
     with torch.no_grad():
@@ -149,22 +159,27 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         coupling=trace.c.cpu(),
         graph=of_examples.networkx(0, last, children=strongest),
         drawn=output.reconstruction,
-        tweaked=None
-        if model.decoder is None
-        else tweak_pose(model, output.poses[0], shown.predicted),
+        tweaked=None if model.decoder is None else tweak_pose(model, output.poses[0], shown.main),
         differences=differences_from_dense(model.capsules, *children),
         decoder=decoder_layers(model),
     )
 
 
 def choose_examples(
-    lengths: Tensor, labels: Tensor, *, count: int = EXAMPLES, mistakes: int = MISTAKES
+    lengths: Tensor,
+    labels: Tensor,
+    wrong: Tensor | None = None,
+    *,
+    count: int = EXAMPLES,
+    mistakes: int = MISTAKES,
 ) -> list[int]:
     """Which test images to look into: right ones of every class, then the surest mistakes.
 
     Args:
         lengths: of all class capsules of all images, `[N, J]`.
-        labels: true classes, `[N]`.
+        labels: true classes, `[N]`, or 0 and 1 in `[N, J]`, of which the first counts.
+        wrong: which images are misclassified, `[N]`; those whose longest capsule is not of the
+            true class, if not given.
         count: how many to choose, or all if there are fewer.
         mistakes: at most so many misclassified ones, those with the longest wrong capsule.
 
@@ -177,12 +192,16 @@ def choose_examples(
     [0, 2, 1]
     """
     longest, predicted = lengths.max(dim=1)
-    wrong = (predicted != labels).nonzero().flatten()
+    if wrong is None:
+        wrong = predicted != labels
+    right_ones = (~wrong).tolist()
+    wrong = wrong.nonzero().flatten()
+    labels = labels if labels.dim() == 1 else labels.argmax(dim=1)
     surest = wrong[longest[wrong].argsort(descending=True, stable=True)][:mistakes].tolist()
     nth_of_class = []  # (how many of its class came before, class, place)
     seen = [0] * lengths.shape[1]
     for place, label in enumerate(labels.tolist()):
-        if predicted[place] == label:
+        if right_ones[place]:
             nth_of_class.append((seen[label], label, place))
             seen[label] += 1
     first = sorted(nth_of_class)[: count - len(surest)]
@@ -214,12 +233,15 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
     strongest = weighted.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)
     lengths = model.confidence(trace.v, trace.a)
     entropy = trace.entropy().mean(dim=-1)
-    predicted = lengths[-1].argmax(dim=-1)
+    classes = (len(chosen), config.classes)
+    predicted = multi_hot(model.classify(lengths[-1]), *classes).bool()
+    labels = multi_hot(split.labels[chosen], *classes)
+    longest_first = lengths[-1].argsort(dim=1, descending=True).tolist()
     return tuple(
         Example(
             number=number,
-            label=int(split.labels[number]),
-            predicted=int(predicted[b]),
+            labels=tuple(labels[b].nonzero().flatten().tolist()),
+            predicted=tuple(k for k in longest_first[b] if predicted[b, k]),
             image=split.images[number],
             poses=trace.v[:, b].cpu(),
             lengths=lengths[:, b].cpu(),

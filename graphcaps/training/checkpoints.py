@@ -46,7 +46,7 @@ from graphcaps.files import (
     record,
     write_whole,
 )
-from graphcaps.nets.model import CONFIG, WEIGHTS, CapsNet
+from graphcaps.nets.model import BEST, CONFIG, WEIGHTS, CapsNet
 from graphcaps.nets.weights import load_weights
 from graphcaps.training.settings import RunSettings, as_json, check_started
 
@@ -121,7 +121,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.best = path / "best"
+        self.best = path / BEST
         self._settings = path / "settings.json"
         self._checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"

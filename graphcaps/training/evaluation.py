@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from graphcaps.data.splits import Dataset, Split
+from graphcaps.functional import all_right, multi_hot, predicted_classes
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.nets.losses import capsnet_loss
 from graphcaps.nets.model import CapsNet
@@ -16,8 +17,19 @@ class Score:
     """How a model does on a set of images."""
 
     lengths: Tensor  # of all class capsules, [N, J], on the CPU
-    labels: Tensor  # [N], on the CPU
+    labels: Tensor  # [N], or 0 and 1 in [N, J], on the CPU
     loss: float  # averaged over the images
+    labels_per_image: int = 1  # see `predicted_classes`
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predicted classes, like `labels`."""
+        return predicted_classes(self.lengths, self.labels_per_image)
+
+    @property
+    def wrong(self) -> Tensor:
+        """Whether the predicted classes of an image are not exactly the right ones, `[N]`."""
+        return ~all_right(self.predicted, self.labels)
 
     @property
     def images(self) -> int:
@@ -26,18 +38,25 @@ class Score:
 
     @property
     def errors(self) -> int:
-        """How many have a longest capsule that is not the right one."""
-        return int((self.lengths.argmax(dim=1) != self.labels).sum())
+        """How many have predicted classes that are not exactly the right ones."""
+        return int(self.wrong.sum())
 
     def confusion(self) -> Tensor:
-        """How many images of each true class (row) are read as each class (column), `[J, J]`."""
-        counts = torch.zeros(self.lengths.shape[1], self.lengths.shape[1], dtype=torch.int64)
-        read = self.lengths.argmax(dim=1)
-        return counts.index_put((self.labels, read), torch.tensor(1), accumulate=True)
+        """How many images of each true class (row) are read as each class (column), `[J, J]`.
+
+        With several classes in an image, each that is missed counts once for each that is
+        predicted and not there.
+        """
+        true, read = (
+            multi_hot(labels, *self.lengths.shape).double()
+            for labels in (self.labels, self.predicted)
+        )
+        both = true * read
+        return ((true - both).T @ (read - both) + both.sum(dim=0).diag()).long()
 
     @property
     def accuracy(self) -> float:
-        """The share of images whose longest capsule is the right one, 0 to 1."""
+        """The share of images whose predicted classes are exactly the right ones, 0 to 1."""
         return 1 - self.errors / self.images
 
 
@@ -57,7 +76,7 @@ def as_input(images: Tensor, model: CapsNet) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
-    """Classify every image by its longest capsule, and draw that capsule for the loss.
+    """Classify every image by its longest capsules, and draw those for the loss.
 
     Args:
         model: evaluated in evaluation mode, left in the mode it was in.
@@ -87,7 +106,8 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
     model.train(was_training)
     found = torch.cat(lengths).cpu()
     check_lengths(found)
-    return Score(found, split.labels.cpu(), loss / len(split.labels))
+    per_image = model.config.labels_per_image
+    return Score(found, split.labels.cpu(), loss / len(split.labels), per_image)
 
 
 def fitted(data: Dataset, model: CapsNet) -> Dataset:
@@ -112,11 +132,18 @@ def fitted(data: Dataset, model: CapsNet) -> Dataset:
             f"the net tells {config.classes} classes and {data.name} has {len(data.classes)}: "
             "name the data set it was trained on with --dataset"
         )
+    if data.labels_per_image != config.labels_per_image:
+        raise ValueError(
+            f"the net tells {_many(config.labels_per_image)} in an image, and the images of "
+            f"{data.name} show {_many(data.labels_per_image)}: name the data set it was trained on "
+            "with --dataset"
+        )
     names = config.class_names
-    if names is None or names == data.classes or data.test.labels.dim() > 1:
+    if names is None or names == data.classes:
         return data
     unknown = [name for name in data.classes if name not in names]
-    if unknown:
+    if unknown or data.labels_per_image != 1:
+        unknown = unknown or list(data.classes)
         raise ValueError(
             f"the net does not know these classes of {data.name}: {', '.join(unknown)}; it knows "
             f"{', '.join(names)}. Name the data set it was trained on with --dataset"
@@ -127,6 +154,10 @@ def fitted(data: Dataset, model: CapsNet) -> Dataset:
         for split in (data.train, data.holdout, data.test)
     )
     return replace(data, classes=names, train=train, holdout=holdout, test=test)
+
+
+def _many(classes: int) -> str:
+    return {0: "any number of classes", 1: "1 class"}.get(classes, f"{classes} classes")
 
 
 def check_lengths(lengths: Tensor) -> None:

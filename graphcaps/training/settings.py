@@ -7,17 +7,20 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from graphcaps.data.datasets import DATASETS
 from graphcaps.data.splits import Dataset
 from graphcaps.files import record
+from graphcaps.nets.model import pretrained_names
 from graphcaps.routing import options_of
 
+Preset = Literal["paper", "small"]
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 
 
@@ -26,13 +29,15 @@ Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 class TrainSettings:
     """Train a CapsNet, test it once, and keep everything in a run's folder."""
 
-    preset: Literal["auto", "paper", "small"] = "auto"
+    preset: Literal["auto"] | Preset = "auto"
     """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
     a CUDA device, small elsewhere."""
     dataset: str = "mnist"
-    """mnist, fashion-mnist, mnist-5k (5,000 digits that need no download); or your own: a folder of
-    image files by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with
-    four IDX files."""
+    """mnist, fashion-mnist, kmnist, cifar10, svhn, mnist-5k (5,000 digits that need no download);
+    made from MNIST: multi-mnist (two digits in an image), affine-mnist (tested on digits that are
+    turned, sheared and scaled), rotated-mnist; or your own: a folder of image files by class
+    (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with the files of
+    smallNORB, affNIST or with four IDX files."""
     image_size: tuple[int, ...] | None = None
     """Height and width in pixels that all images are scaled to, or one number for both. Default:
     their own, if all have one."""
@@ -44,6 +49,10 @@ class TrainSettings:
     """Go on with the run in --run-dir from its last checkpoint, on the same images, with the
     settings it was started with; data-dir, engine, device and tensorboard may be given anew,
     cuda-graph must be."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Train a net further: a run's folder, a folder with model.safetensors, or the name of a net
+    that comes with graphcaps, such as mnist-small. Images are scaled to its size and channels; for
+    other classes it gets new class capsules. The preset then is the recipe alone."""
     epochs: int | None = None
     """Passes over the training images. Default: the preset's (paper 30, small 4), and no fewer
     than 400 steps."""
@@ -53,13 +62,14 @@ class TrainSettings:
     learning_rate: float | None = None
     """Adam's; the largest one where it goes up and down. Default: the preset's (paper 0.001,
     times 0.96 every 2000 steps; small 0.003, one cycle)."""
-    routing: str = "dynamic"
+    routing: str | None = None
     """dynamic, em, attention, self_attention, self_routing, variational_bayes, or uniform, the
-    control without routing."""
-    iterations: int = 3
-    """Of a routing that has iterations."""
-    shift: int = 2
-    """Training images are moved by up to this many pixels."""
+    control without routing. Default: the net's (paper and small: dynamic)."""
+    iterations: int | None = None
+    """Of a routing that has iterations. Default: the net's (paper and small: 3)."""
+    shift: int | None = None
+    """Training images are moved by up to this many pixels. Default: 2, and 0 for data sets that are
+    made."""
     engine: Engine = "auto"
     """How messages are passed; changes speed, not results. See graphcaps info."""
     device: str = "auto"
@@ -82,7 +92,7 @@ class TrainSettings:
 class Recipe:
     """How a preset's net is trained: numbers that were asked for, or the preset's own."""
 
-    preset: Literal["paper", "small"]
+    preset: Preset
     epochs: int
     batch_size: int  # over all processes
     learning_rate: float
@@ -150,11 +160,12 @@ def check_settings(settings: TrainSettings) -> None:
     Raises:
         ValueError: a number out of its limits, an unknown routing, a name that is not UTF-8.
     """
-    options_of(settings.routing)
+    if settings.routing is not None:
+        options_of(settings.routing)
     _check_numbers(settings, LIMITS)
     image_size_of(settings)
     _check_rate(settings.learning_rate)
-    for name in ("dataset", "data_dir", "run_dir"):
+    for name in ("dataset", "data_dir", "run_dir", "start_from"):
         path = str(getattr(settings, name))
         try:
             path.encode()
@@ -232,6 +243,7 @@ def given_fields(arguments: Sequence[str]) -> set[str]:
     """
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    names |= {"start_from"} if "from" in names else set()
     return names & {field.name for field in fields(TrainSettings)}
 
 
@@ -275,7 +287,12 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     dataset = settings.dataset
     if dataset not in DATASETS and path.exists():
         dataset = str(path.resolve())
-    return replace(settings, dataset=dataset, data_dir=settings.data_dir.resolve())
+    start = settings.start_from
+    if start is not None and start not in pretrained_names():
+        start = str(Path(start).resolve())
+    return replace(
+        settings, dataset=dataset, data_dir=settings.data_dir.resolve(), start_from=start
+    )
 
 
 def as_json(started: RunSettings) -> dict[str, Any]:
