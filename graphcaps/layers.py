@@ -1,6 +1,7 @@
 """Layers of capsules: primary capsules from feature maps, and capsules routed over a graph."""
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class PrimaryCapsules(nn.Module):
     Capsules are ordered by map, then row, then column.
 
     With `activations`, a group has one channel more, whose logistic function is the activation of
-    its capsules, and poses are not squashed (Hinton et al. 2018, section 4).
+    its capsules, and poses are not squashed (Hinton et al. 2018, section 4). With `depthwise`, each
+    channel is computed from one channel alone (Mazzia et al. 2021, section 3.1).
 
     Args:
         in_channels: channels of the feature maps that enter.
@@ -54,6 +56,8 @@ class PrimaryCapsules(nn.Module):
         stride: of the convolution, in pixels.
         padding: of the convolution, in pixels.
         activations: give activations, too.
+        depthwise: channels that enter are not mixed; those that leave must be a multiple of them.
+        squash: what poses without activations are squashed by.
         device, dtype: of the parameters, as in torch.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
@@ -70,6 +74,8 @@ class PrimaryCapsules(nn.Module):
         *,
         padding: int = 0,
         activations: bool = False,
+        depthwise: bool = False,
+        squash: Callable[[Tensor], Tensor] = squash,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,6 +89,7 @@ class PrimaryCapsules(nn.Module):
         self.capsule_maps = capsule_maps
         self.capsule_dim = capsule_dim
         self.activations = activations
+        self.squash = squash
         self.least = max(1, kernel_size - 2 * padding)  # rows and columns of features
         self.conv = nn.Conv2d(
             in_channels,
@@ -90,6 +97,7 @@ class PrimaryCapsules(nn.Module):
             kernel_size,
             stride,
             padding,
+            groups=in_channels if depthwise else 1,
             device=device,
             dtype=dtype,
         )
@@ -117,8 +125,13 @@ class PrimaryCapsules(nn.Module):
         groups = maps.unflatten(1, (self.capsule_maps, -1))  # [B, maps, K or K + 1, H, W]
         capsules = groups.permute(0, 1, 3, 4, 2).flatten(1, 3)
         if not self.activations:
-            return squash(capsules)
+            return self.squash(capsules)
         return Capsules(capsules[..., :-1].contiguous(), capsules[..., -1].sigmoid())
+
+    def extra_repr(self) -> str:
+        """What the convolution does not tell, for `print(layer)`."""
+        end = "with activations" if self.activations else self.squash.__name__
+        return f"{self.capsule_maps} maps of {self.capsule_dim}, {end}"
 
 
 class CapsuleLayer(nn.Module):

@@ -17,7 +17,7 @@ NORB = {
     "testing": "smallnorb-5x01235x9x18x6x2x96x96-testing-{}.mat",
 }
 NORB_CLASSES = ("animal", "human", "airplane", "truck", "car")
-_NORB_TYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
+_NORB_TYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
 _LARGEST_NORB = 1 << 30  # bytes
 
 AFFNIST_SIZE = 40  # pixels

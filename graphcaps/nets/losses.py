@@ -1,7 +1,9 @@
 """Margin and reconstruction losses for capsule networks."""
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from graphcaps.functional import multi_hot
@@ -106,12 +108,41 @@ def spread_loss(activations: Tensor, labels: Tensor, margin: float = 0.9) -> Ten
     return _mean_over_batch(pairs * (margin - gap).clamp(min=0).square())
 
 
+def cross_entropy_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Minus the logarithm of the true class's probability, averaged over the batch.
+
+    `−Σ_k T_k ln p_k / Σ_k T_k`.
+
+    Args:
+        probabilities: p_k, which sum to 1, `[B, J]`.
+        labels: true classes, `[B]`, or 0 and 1 in `[B, J]`; several true classes count alike.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: probabilities of another rank; labels that do not fit, as `multi_hot`.
+
+    >>> import torch
+    >>> cross_entropy_loss(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([0]))
+    tensor(0.6931)
+    """
+    if probabilities.dim() != 2:
+        raise ValueError(
+            f"expected probabilities of shape [batch, classes]; got {list(probabilities.shape)}"
+        )
+    present = multi_hot(labels, *probabilities.shape).to(probabilities.dtype)
+    smallest = torch.finfo(probabilities.dtype).tiny  # below it, the logarithm is −∞
+    share = present / present.sum(dim=1, keepdim=True).clamp(min=1)
+    return _mean_over_batch(-share * probabilities.clamp(min=smallest).log())
+
+
 def capsnet_loss(
     output: CapsNetOutput,
     images: Tensor,
     labels: Tensor,
     *,
-    kind: Literal["margin", "spread"] = "margin",
+    kind: Literal["margin", "spread", "cross_entropy"] = "margin",
     reconstruction_weight: float = RECONSTRUCTION_WEIGHT,
 ) -> Tensor:
     """Margin loss plus 0.0005 × the reconstruction loss, Sabour et al. 2017, section 4.1.
@@ -120,8 +151,8 @@ def capsnet_loss(
         output: what the model gave for `images`.
         images: in 0…1, `[B, C, H, W]`.
         labels: as `margin_loss`.
-        kind: `"spread"` takes the spread loss in the place of the margin loss; `model.loss` says
-            which of them suits the routing of a model.
+        kind: `"spread"` or `"cross_entropy"` takes that loss in the place of the margin loss;
+            `model.loss` says which of them suits a model.
         reconstruction_weight: of the sum of an image's squared errors.
 
     Returns:
@@ -136,12 +167,19 @@ def capsnet_loss(
     >>> capsnet_loss(CapsNet.from_preset("small")(images, labels), images, labels).shape
     torch.Size([])
     """
-    if kind not in ("margin", "spread"):
-        raise ValueError(f"unknown kind of loss {kind!r}; choose margin or spread")
-    loss = (margin_loss if kind == "margin" else spread_loss)(output.lengths, labels)
+    if kind not in LOSSES:
+        raise ValueError(f"unknown kind of loss {kind!r}; choose {' or '.join(LOSSES)}")
+    loss = LOSSES[kind](output.lengths, labels)
     if output.reconstruction is None:
         return loss
     return loss + reconstruction_weight * reconstruction_loss(output.reconstruction, images)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "margin": margin_loss,
+    "spread": spread_loss,
+    "cross_entropy": cross_entropy_loss,
+}
 
 
 def _mean_over_batch(loss: Tensor) -> Tensor:

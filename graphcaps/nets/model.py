@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphcaps.convolution import ConvCapsules, places
 from graphcaps.files import (
     json_bytes,
     named_in_errors,
@@ -17,9 +19,16 @@ from graphcaps.files import (
     record,
     write_whole,
 )
-from graphcaps.functional import length, multi_hot, predicted_classes
-from graphcaps.graph import complete_graph
+from graphcaps.functional import (
+    exponential_squash,
+    length,
+    multi_hot,
+    predicted_classes,
+    squash,
+)
+from graphcaps.graph import complete_graph, routing_graph
 from graphcaps.layers import CapsuleLayer, Capsules, PrimaryCapsules
+from graphcaps.nets.control import FullyConnected
 from graphcaps.nets.decoder import Decoder
 from graphcaps.nets.weights import (
     check_weights,
@@ -42,6 +51,8 @@ WEIGHTS, CONFIG = "model.safetensors", "model.json"
 BEST = "best"  # the folder of a run's best epoch, in the run's folder
 PRETRAINED = Path(__file__).parent / "pretrained"
 
+SQUASHES = {"squash": squash, "exponential_squash": exponential_squash}
+
 MOST_ITERATIONS = 1000  # of a net that is read from a file: no file keeps the program for days
 
 
@@ -62,6 +73,19 @@ class Convolution:
 
 @record
 @dataclass(frozen=True)
+class CapsuleMaps:
+    """A layer of convolutional capsules between primary and class capsules."""
+
+    maps: int  # capsules at each position
+    kernel_size: int  # positions, rows and columns of a window
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, may_be_0=())
+
+
+@record
+@dataclass(frozen=True)
 class CapsNetConfig:
     """Sizes of a CapsNet; the defaults are the paper's (Sabour et al. 2017, section 4)."""
 
@@ -73,7 +97,7 @@ class CapsNetConfig:
     capsule_maps: int = 32
     child_dim: int = 8
     parent_dim: int = 16
-    routing: str = "dynamic"  # a name in ROUTINGS
+    routing: str | None = "dynamic"  # a name in ROUTINGS; None: fully connected, without capsules
     iterations: int = 3  # of a routing that has them
     decoder_hidden: tuple[int, ...] | None = (512, 1024)  # None: no decoder
     rows: int = 1  # of a pose, whose numbers are child_dim and parent_dim
@@ -81,12 +105,24 @@ class CapsNetConfig:
     primary_kernel: int | None = None  # pixels, of the primary capsules; None: kernel_size
     primary_stride: int = 2
     primary_padding: int = 0
+    depthwise: bool = False  # primary capsules that do not mix the encoder's channels
+    primary_squash: Literal["squash", "exponential_squash"] = "squash"
+    hidden: tuple[CapsuleMaps, ...] = ()  # layers of convolutional capsules, of child_dim
+    shared: bool = False  # one matrix for a map and a class; votes then have coordinates
     class_names: tuple[str, ...] | None = None  # None: their numbers
     image_kind: Literal["digit", "picture"] = "digit"  # how an image file is read
     labels_per_image: int = 1  # how many longest capsules are the answer; 0: those beyond 0.5
 
     def __post_init__(self) -> None:
-        options_of(self.routing)
+        if self.routing is not None:
+            options_of(self.routing)
+        elif self.hidden or self.shared:
+            raise ValueError("a net without routing has no hidden capsules and shares no matrices")
+        if self.depthwise and self.primary.channels % self.encoder[-1].channels:
+            raise ValueError(
+                f"depthwise primary capsules need a multiple of the encoder's "
+                f"{self.encoder[-1].channels} channels; got {self.primary.channels}"
+            )
         _check_sizes(self, may_be_0=("primary_padding", "labels_per_image"))
         if isinstance(self.image_size, tuple) and self.image_size[0] == self.image_size[1]:
             object.__setattr__(self, "image_size", self.image_size[0])
@@ -108,7 +144,13 @@ class CapsNetConfig:
             )
 
     def make_routing(self) -> Routing:
-        """The routing of the class capsules, with the iterations that are asked for."""
+        """The routing of a layer of capsules, with the iterations that are asked for.
+
+        Raises:
+            ValueError: a net without capsules.
+        """
+        if self.routing is None:
+            raise ValueError("this net has no routing")
         has_iterations = "iterations" in options_of(self.routing)
         return make_routing(
             self.routing, **({"iterations": self.iterations} if has_iterations else {})
@@ -127,6 +169,16 @@ class CapsNetConfig:
         return self.image_channels, height, width
 
     @property
+    def has_activations(self) -> bool:
+        """Whether capsules have activations beside their poses."""
+        return self.routing is not None and ROUTINGS[self.routing].activations
+
+    @property
+    def child_maps(self) -> int:
+        """Maps of the capsules that vote for the class capsules."""
+        return self.hidden[-1].maps if self.hidden else self.capsule_maps
+
+    @property
     def encoder(self) -> tuple[Convolution, ...]:
         """The convolutions before the primary capsules."""
         return self.convolutions or (Convolution(self.conv_channels, self.kernel_size),)
@@ -135,24 +187,30 @@ class CapsNetConfig:
     def primary(self) -> Convolution:
         """The convolution of the primary capsules."""
         return Convolution(
-            self.capsule_maps * (self.child_dim + self.make_routing().activations),
+            self.capsule_maps * (self.child_dim + self.has_activations),
             self.primary_kernel or self.kernel_size,
             self.primary_stride,
             self.primary_padding,
         )
 
+    @property
+    def _windows(self) -> tuple["Convolution | CapsuleMaps", ...]:
+        """All layers with windows, from the image to the capsules that vote for classes."""
+        return (*self.encoder, self.primary, *self.hidden)
+
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns, in capsules, of each capsule map.
+        """Rows and columns, in capsules, of each map of capsules that vote for classes.
 
         Raises:
             ValueError: images too small for the convolutions.
         """
-        layers, (_, *size) = (*self.encoder, self.primary), self.image_shape
+        layers, (_, *size) = self._windows, self.image_shape
         grid = [_positions(number, layers) for number in size]
         if min(grid) < 1:
             least = 1
             for layer in reversed(layers):
-                least = max(1, (least - 1) * layer.stride + layer.kernel_size - 2 * layer.padding)
+                least = (least - 1) * layer.stride + layer.kernel_size
+                least = max(1, least - 2 * _padding(layer))
             pixels = " × ".join(map(str, size if size[0] != size[1] else size[:1]))
             raise ValueError(
                 f"images of {pixels} pixels are too small for the convolutions of this net: they "
@@ -161,25 +219,25 @@ class CapsNetConfig:
         return grid[0], grid[1]
 
     def receptive_field(self) -> int:
-        """Height and width, in pixels, of what a primary capsule sees of the image."""
+        """Height and width, in pixels, of what such a capsule sees of the image."""
         side, step = 1, 1
-        for layer in (*self.encoder, self.primary):
+        for layer in self._windows:
             side += (layer.kernel_size - 1) * step
             step *= layer.stride
         return side
 
     def field_stride(self) -> int:
-        """Pixels from what one primary capsule sees to what the next one sees."""
-        return prod(layer.stride for layer in (*self.encoder, self.primary))
+        """Pixels from what one such capsule sees to what the next one sees."""
+        return prod(layer.stride for layer in self._windows)
 
     def field_start(self) -> int:
-        """The first row and column, in pixels, that the first primary capsule sees.
+        """The first row and column, in pixels, that the first such capsule sees.
 
         Negative where there is padding.
         """
         start, step = 0, 1
-        for layer in (*self.encoder, self.primary):
-            start -= layer.padding * step
+        for layer in self._windows:
+            start -= _padding(layer) * step
             step *= layer.stride
         return start
 
@@ -189,11 +247,7 @@ class CapsNetConfig:
         Raises:
             ValueError: images too small for the convolutions.
         """
-        routing = self.make_routing()
-        rows, columns = self.grid_size()
-        edges = self.capsule_maps * rows * columns * self.classes
-        with torch.device("meta"):
-            routing.build(Sizes(edges, self.classes, self.rows, self.parent_dim))
+        children, pose = self.child_maps * prod(self.grid_size()), self.classes * self.parent_dim
         shapes: dict[str, tuple[int, ...]] = {}
         entering, number = self.image_channels, 0
         for layer in self.encoder:
@@ -203,22 +257,49 @@ class CapsNetConfig:
                     shapes[f"conv.{number + 2}.{name}"] = (layer.channels,)
                 shapes[f"conv.{number + 2}.num_batches_tracked"] = ()
             entering, number = layer.channels, number + 2 + layer.batch_norm
-        shapes |= _shapes_of(self.primary, entering, "primary.conv")
-        shapes["capsules.weight"] = (
-            edges,
-            self.child_dim // self.rows,
-            self.parent_dim // self.rows + routing.vote_columns,
-        )
-        for name, parameter in routing.named_parameters():
-            shapes[f"capsules.routing.{name}"] = tuple(parameter.shape)
-        if _needs_score(routing):
+        groups = entering if self.depthwise else 1
+        shapes |= _shapes_of(self.primary, entering // groups, "primary.conv")
+        maps = self.capsule_maps
+        for number, hidden in enumerate(self.hidden):
+            kinds = hidden.kernel_size**2 * maps * hidden.maps
+            sizes = Sizes(kinds, hidden.maps, self.rows, self.child_dim)
+            shapes |= self._layer_shapes(sizes, f"hidden.{number}.layer")
+            maps = hidden.maps
+        if self.routing is None:
+            shapes |= {
+                "capsules.hidden.weight": (pose, children * self.child_dim),
+                "capsules.hidden.bias": (pose,),
+                "capsules.classes.weight": (self.classes, pose),
+                "capsules.classes.bias": (self.classes,),
+            }
+        else:
+            kinds = self.classes * (self.child_maps if self.shared else children)
+            sizes = Sizes(kinds, self.classes, self.rows, self.parent_dim)
+            shapes |= self._layer_shapes(sizes, "capsules")
+            if self.shared:
+                shapes["capsules.coordinates"] = (children, 2)
+        if _needs_score(self):
             shapes |= {"score.weight": (1, self.parent_dim), "score.bias": (1,)}
         if self.decoder_hidden is not None:
-            sizes = (self.classes * self.parent_dim, *self.decoder_hidden, prod(self.image_shape))
-            for number, (entering, leaving) in enumerate(pairwise(sizes)):
+            layers = pairwise((pose, *self.decoder_hidden, prod(self.image_shape)))
+            for number, (entering, leaving) in enumerate(layers):
                 shapes[f"decoder.layers.{2 * number}.weight"] = (leaving, entering)
                 shapes[f"decoder.layers.{2 * number}.bias"] = (leaving,)
         return shapes
+
+    def _layer_shapes(self, sizes: Sizes, name: str) -> dict[str, tuple[int, ...]]:
+        """What a layer of capsules, whose children have `child_dim`, learns."""
+        routing, rows = self.make_routing(), self.rows
+        with torch.device("meta"):
+            routing.build(sizes)
+        k, d = self.child_dim // rows, sizes.parent_dim // rows + routing.vote_columns
+        learned = routing.named_parameters()
+        of_routing = {f"{name}.routing.{key}": tuple(value.shape) for key, value in learned}
+        return {f"{name}.weight": (sizes.kinds, k, d)} | of_routing
+
+
+def _padding(layer: Convolution | CapsuleMaps) -> int:
+    return layer.padding if isinstance(layer, Convolution) else 0
 
 
 def _check_sizes(config: Any, may_be_0: tuple[str, ...]) -> None:
@@ -228,9 +309,9 @@ def _check_sizes(config: Any, may_be_0: tuple[str, ...]) -> None:
                 raise ValueError(f"{name} must be at least {int(name not in may_be_0)}; got {size}")
 
 
-def _positions(size: int, layers: tuple[Convolution, ...]) -> int:
+def _positions(size: int, layers: tuple[Convolution | CapsuleMaps, ...]) -> int:
     for layer in layers:
-        size = (size + 2 * layer.padding - layer.kernel_size) // layer.stride + 1
+        size = (size + 2 * _padding(layer) - layer.kernel_size) // layer.stride + 1
         if size < 1:
             return 0
     return size
@@ -244,9 +325,79 @@ def _shapes_of(layer: Convolution, entering: int, name: str) -> dict[str, tuple[
     }
 
 
+_SMALL = CapsNetConfig(conv_channels=64, capsule_maps=8)
+_MATRICES = CapsNetConfig(
+    child_dim=16,
+    parent_dim=16,
+    rows=4,
+    routing="em",
+    iterations=2,
+    decoder_hidden=None,
+    primary_kernel=1,
+    primary_stride=1,
+    shared=True,
+)
 PRESETS = {
     "paper": CapsNetConfig(),
-    "small": CapsNetConfig(conv_channels=64, capsule_maps=8),
+    "small": _SMALL,
+    # Mazzia, Salvetti & Chiaberge 2021: 161,824 parameters without the decoder
+    "efficient": CapsNetConfig(
+        convolutions=(
+            Convolution(32, 5, batch_norm=True),
+            Convolution(64, 3, batch_norm=True),
+            Convolution(64, 3, batch_norm=True),
+            Convolution(128, 3, stride=2, batch_norm=True),
+        ),
+        capsule_maps=16,
+        primary_kernel=9,
+        primary_stride=1,
+        depthwise=True,
+        primary_squash="exponential_squash",
+        routing="self_attention",
+    ),
+    # Hinton, Sabour & Frosst 2018, section 4: A = 64, B = 8, C = D = 16; and 32 for all of them
+    "em-small": replace(
+        _MATRICES,
+        convolutions=(Convolution(64, 5, stride=2),),
+        capsule_maps=8,
+        hidden=(CapsuleMaps(16, 3, stride=2), CapsuleMaps(16, 3)),
+    ),
+    "em": replace(
+        _MATRICES,
+        convolutions=(Convolution(32, 5, stride=2),),
+        hidden=(CapsuleMaps(32, 3, stride=2), CapsuleMaps(32, 3)),
+    ),
+    # three layers of routed capsules
+    "deep": CapsNetConfig(
+        convolutions=(Convolution(32, 5, stride=2), Convolution(64, 3)),
+        capsule_maps=8,
+        child_dim=16,
+        rows=4,
+        primary_kernel=3,
+        primary_stride=1,
+        hidden=(CapsuleMaps(8, 3, stride=2), CapsuleMaps(8, 3)),
+        routing="attention",
+        iterations=2,
+    ),
+    # pictures of 224 × 224 pixels in colour
+    "photo": CapsNetConfig(
+        image_channels=3,
+        image_size=224,
+        convolutions=(
+            Convolution(64, 7, stride=4, padding=3, batch_norm=True),
+            Convolution(128, 3, stride=2, padding=1, batch_norm=True),
+            Convolution(256, 3, stride=2, padding=1, batch_norm=True),
+            Convolution(256, 3, stride=2, padding=1, batch_norm=True),
+        ),
+        capsule_maps=16,
+        primary_kernel=3,
+        primary_stride=1,
+        primary_padding=1,
+        decoder_hidden=None,
+    ),
+    # controls without capsules: the same convolutions, decoder and number of parameters
+    "cnn": replace(_SMALL, routing=None),
+    "cnn-paper": CapsNetConfig(routing=None),
 }
 OF_A_CLASS = ("capsules.", "decoder.layers.0.")  # weights that belong to classes
 MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as the papers have them
@@ -277,7 +428,10 @@ def find_net(name: Path | str) -> Path:
     )
 
 
-def _needs_score(routing: Routing) -> bool:
+def _needs_score(config: CapsNetConfig) -> bool:
+    if config.routing is None:
+        return False
+    routing = ROUTINGS[config.routing]
     return not routing.activations and not routing.length_is_activation
 
 
@@ -297,6 +451,7 @@ def _make_encoder(config: CapsNetConfig) -> nn.Sequential:
 
 def _make_primary(config: CapsNetConfig, channels: int) -> PrimaryCapsules:
     convolution = config.primary
+    end = F.relu if config.routing is None else SQUASHES[config.primary_squash]
     return PrimaryCapsules(
         channels,
         config.capsule_maps,
@@ -304,7 +459,57 @@ def _make_primary(config: CapsNetConfig, channels: int) -> PrimaryCapsules:
         convolution.kernel_size,
         convolution.stride,
         padding=convolution.padding,
-        activations=config.make_routing().activations,
+        activations=config.has_activations,
+        depthwise=config.depthwise,
+        squash=end,
+    )
+
+
+def _make_hidden(config: CapsNetConfig, grid: tuple[int, int], engine: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    maps, (rows, columns) = config.capsule_maps, grid
+    for layer in config.hidden:
+        made = ConvCapsules(
+            rows,
+            columns,
+            maps,
+            layer.maps,
+            child_dim=config.child_dim,
+            parent_dim=config.child_dim,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            routing=config.make_routing(),
+            rows=config.rows,
+            engine=engine,
+        )
+        maps, rows, columns = layer.maps, made.height, made.width
+        layers.append(made)
+    return nn.Sequential(*layers)
+
+
+def _make_class_capsules(
+    config: CapsNetConfig, grid: tuple[int, int], engine: str
+) -> CapsuleLayer | FullyConnected:
+    maps, (rows, columns) = config.child_maps, grid
+    children = maps * rows * columns
+    if config.routing is None:
+        return FullyConnected(children, config.child_dim, config.classes, config.parent_dim)
+    graph, coordinates = complete_graph(children, config.classes), None
+    if config.shared:
+        of_map = torch.arange(maps).repeat_interleave(rows * columns)
+        child, parent = graph.edges()
+        graph = routing_graph(
+            child, parent, weight_index=of_map[child.long()] * config.classes + parent.long()
+        )
+        coordinates = places(rows, columns, maps)
+    return CapsuleLayer(
+        graph,
+        config.child_dim,
+        config.parent_dim,
+        routing=config.make_routing(),
+        rows=config.rows,
+        engine=engine,
+        coordinates=coordinates,
     )
 
 
@@ -375,29 +580,26 @@ class CapsNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        routing = config.make_routing()
         self.conv: nn.Module = _make_encoder(config) if encoder is None else encoder
         if encoder is None:
             channels = config.encoder[-1].channels
-            rows, columns = config.grid_size()
+            size = [_positions(number, config.encoder) for number in config.image_shape[1:]]
+            config.grid_size()  # which refuses images that are too small
         else:
             channels, *size = _features_of(encoder, config)
-            rows, columns = (_positions(number, (config.primary,)) for number in size)
-            if min(rows, columns) < 1:
+            if min(_positions(number, (config.primary, *config.hidden)) for number in size) < 1:
                 raise ValueError(
                     f"the encoder's feature maps of {size[0]} × {size[1]} are too small for "
-                    f"primary capsules of {config.primary.kernel_size} pixels"
+                    f"primary capsules of {config.primary.kernel_size} pixels and what follows"
                 )
         self.primary = _make_primary(config, channels)
-        self.capsules = CapsuleLayer(
-            complete_graph(config.capsule_maps * rows * columns, config.classes),
-            config.child_dim,
-            config.parent_dim,
-            routing=routing,
-            rows=config.rows,
-            engine=engine,
-        )
-        self.score = nn.Linear(config.parent_dim, 1) if _needs_score(routing) else None
+        rows, columns = (_positions(number, (config.primary,)) for number in size)
+        self.hidden = _make_hidden(config, (rows, columns), engine)
+        self._primary_grid = (config.capsule_maps, rows, columns)
+        rows, columns = (_positions(number, config.hidden) for number in (rows, columns))
+        # a CapsuleLayer; of a control without capsules, FullyConnected
+        self.capsules: Any = _make_class_capsules(config, (rows, columns), engine)
+        self.score = nn.Linear(config.parent_dim, 1) if _needs_score(config) else None
         self.decoder = _make_decoder(config)
 
     @classmethod
@@ -412,7 +614,11 @@ class CapsNet(nn.Module):
         """A net of known sizes with fresh weights.
 
         Args:
-            preset: `"paper"` (8,215,568 parameters) or `"small"` (2,117,072).
+            preset: `"paper"` (Sabour et al. 2017; 8,215,568 parameters), `"small"` (2,117,072),
+                `"efficient"` (Mazzia et al. 2021; 161,824 without the decoder), `"em-small"` and
+                `"em"` (Hinton et al. 2018), `"deep"` (three layers of routed capsules), `"photo"`
+                (for 224 × 224 pixels in colour), or `"cnn"` and `"cnn-paper"`, controls without
+                capsules, of the sizes of small and paper.
             engine: see `CapsuleLayer`.
             encoder: in the place of the preset's convolutions, see `CapsNet`.
             changes: fields of `CapsNetConfig` to set otherwise. With a `routing` whose paper has
@@ -521,7 +727,8 @@ class CapsNet(nn.Module):
             changes = {"class_names": None, "labels_per_image": 1} | changes
         config = replace(self.config, **changes)
         other = "classes" in changes or config.names != self.config.names
-        changed = type(self)(config, engine=self.capsules.engine)
+        engine = getattr(self.capsules, "engine", "auto")
+        changed = type(self)(config, engine=engine)
         weights = changed.state_dict()
         for name, tensor in self.state_dict().items():
             of_class = other and name.startswith(OF_A_CLASS)
@@ -550,6 +757,8 @@ class CapsNet(nn.Module):
         """
         given = self.primary_capsules(images)
         if return_trace:
+            if self.config.routing is None:
+                raise ValueError("this net has no capsules whose routing could be traced")
             capsules, trace = self.capsules(*given, return_trace=True)
         else:
             capsules, trace = self.capsules(*given), None
@@ -565,7 +774,10 @@ class CapsNet(nn.Module):
         return output if trace is None else (output, trace)
 
     def primary_capsules(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The primary capsules of images `[B, C, H, W]`: what `capsules` is called with.
+        """The capsules of images `[B, C, H, W]` that vote for the classes.
+
+        They are what `capsules` is called with: the primary capsules, or, of a net with hidden
+        layers of capsules, the last of these.
 
         Returns:
             Poses, `[B, I, child_dim]`; with a routing that has activations, these, `[B, I]`, too.
@@ -575,6 +787,12 @@ class CapsNet(nn.Module):
         """
         self._check_images(images)
         found = self.primary(self.conv(images))
+        if self.config.hidden:
+            grid = self._primary_grid
+            if isinstance(found, Capsules):
+                poses, activations = self.hidden(Capsules(*(x.unflatten(1, grid) for x in found)))
+                return poses.flatten(1, 3), activations.flatten(1, 3)
+            return (self.hidden(found.unflatten(1, grid)).flatten(1, 3),)
         return found if isinstance(found, Capsules) else (found,)
 
     def confidence(self, poses: Tensor, activations: Tensor | None = None) -> Tensor:
@@ -596,9 +814,10 @@ class CapsNet(nn.Module):
         return predicted_classes(lengths, self.config.labels_per_image)
 
     @property
-    def loss(self) -> Literal["margin", "spread"]:
-        """Which loss of its classes suits the routing, see `capsnet_loss`."""
-        return self.capsules.routing.loss
+    def loss(self) -> Literal["margin", "spread", "cross_entropy"]:
+        """Which loss of its classes suits the net, see `capsnet_loss`."""
+        routing = self.config.routing
+        return "cross_entropy" if routing is None else ROUTINGS[routing].loss
 
     def _check_told_by_config(self) -> None:
         """Refuse to save what `load` would not give back."""
@@ -627,18 +846,21 @@ class CapsNet(nn.Module):
                 "primary": (_make_primary(config, config.encoder[-1].channels), self.primary),
                 "decoder": (_make_decoder(config), self.decoder),
             }
-        told, found = map(_options, (config.make_routing(), self.capsules.routing))
-        if told != found:
-            return f"the configuration has {told}, the model {found}"
+        for layer in (*(hidden.layer for hidden in self.hidden), self.capsules):
+            if isinstance(layer, CapsuleLayer):
+                told, found = map(_options, (config.make_routing(), layer.routing))
+                if told != found:
+                    return f"the configuration has {told}, the model {found}"
         for name, (expected, here) in parts.items():
             if repr(expected) != repr(here):
                 return f"for {name} the configuration has {expected}, the model {here}"
-        if not self.capsules.structure.complete:
+        layer = self.capsules
+        if isinstance(layer, CapsuleLayer) and not config.shared and not layer.structure.complete:
             return "the class capsules are not completely connected"
         return None
 
     def _check_images(self, images: Tensor) -> None:
-        weight = self.capsules.weight
+        weight = next(self.parameters())
         shape = self.config.image_shape
         if images.dim() != 4 or images.shape[1:] != shape:
             raise ValueError(

@@ -11,6 +11,7 @@ from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
 from graphcaps.nets.model import CapsNet, CapsNetConfig
+from graphcaps.votes import with_coordinates
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -62,9 +63,7 @@ def votes_by_position(
     """
     strength = length(u) if a is None else a
     voted = c.unflatten(-1, (-1, config.classes)) * strength.unsqueeze(-1)
-    return (
-        voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, *config.grid_size())).sum(dim=-3)
-    )
+    return voted.movedim(-1, -2).unflatten(-1, (config.child_maps, *config.grid_size())).sum(dim=-3)
 
 
 def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
@@ -158,8 +157,11 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
         return dense.index_put((child, parent), of_kinds[kind])
 
     def dense(u: Tensor, a: Tensor | None = None) -> tuple[Tensor, ...]:
+        weight: Tensor = layer.weight
+        if layer.coordinates is not None:
+            u, weight = with_coordinates(u, weight, layer.coordinates, layer.rows)
         rows = u.unflatten(2, (layer.rows, -1))
-        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(layer.weight)).flatten(3)
+        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(weight)).flatten(3)
         mask = by_edge(torch.ones(structure.kinds, dtype=torch.bool, device=u.device))
         return layer.routing.dense(u_hat, a, mask, by_edge)
 

@@ -68,7 +68,7 @@ def explorer_data(records: Records) -> dict[str, Any]:
         "classes": list(records.classes),
         "labelsPerImage": config.labels_per_image,
         "image": dict(zip(("channels", "height", "width"), config.image_shape, strict=True)),
-        "children": {"maps": config.capsule_maps, "rows": rows, "columns": columns},
+        "children": {"maps": config.child_maps, "rows": rows, "columns": columns},
         "field": {
             "side": config.receptive_field(),
             "step": config.field_stride(),

@@ -125,6 +125,8 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         FileNotFoundError: there is no run in the folder.
         ValueError: images or classes that are not those of the net.
     """
+    if model.config.routing is None:
+        raise ValueError("this net has no capsules, whose routing a report shows: it is a control")
     settings = as_json(run.settings())
     data = fitted(data, model)
     if len(data.classes) != model.config.classes:
@@ -228,7 +230,7 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
     rounds, samples = trace.c.shape[:2]
     c = trace.c.view(rounds, samples, -1, config.classes)
     weighted = c * (length(u) if a is None else a)[None, :, :, None]
-    map_coupling = c.unflatten(2, (config.capsule_maps, -1)).mean(dim=3)
+    map_coupling = c.unflatten(2, (config.child_maps, -1)).mean(dim=3)
     votes = votes_by_position(u, trace.c, config, a)
     strongest = weighted.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)
     lengths = model.confidence(trace.v, trace.a)

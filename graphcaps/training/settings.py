@@ -20,7 +20,9 @@ from graphcaps.files import record
 from graphcaps.nets.model import pretrained_names
 from graphcaps.routing import options_of
 
-Preset = Literal["paper", "small"]
+Preset = Literal[
+    "paper", "small", "efficient", "em-small", "em", "deep", "photo", "cnn", "cnn-paper"
+]
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 
 
@@ -30,8 +32,10 @@ class TrainSettings:
     """Train a CapsNet, test it once, and keep everything in a run's folder."""
 
     preset: Literal["auto"] | Preset = "auto"
-    """The net and its recipe: the paper's, or a small one for a CPU. auto: paper where there is
-    a CUDA device, small elsewhere."""
+    """The net and its recipe: the paper's, or a small one for a CPU; efficient, em-small, em: those
+    of other papers; deep: three layers of routed capsules; photo: for pictures of 224 pixels; cnn,
+    cnn-paper: controls without capsules. auto: paper where there is a CUDA device, small
+    elsewhere."""
     dataset: str = "mnist"
     """mnist, fashion-mnist, kmnist, cifar10, svhn, mnist-5k (5,000 digits that need no download);
     made from MNIST: multi-mnist (two digits in an image), affine-mnist (tested on digits that are
@@ -81,6 +85,8 @@ class TrainSettings:
     GPU, with engine fused. Changes speed, not results; not yet seen on a device."""
     seed: int = 0
     """Of the weights, the order of the images and their shifts."""
+    until_accuracy: float | None = None
+    """Stop after the first epoch with this accuracy on the hold-out, or a higher one, 0 to 1."""
     checkpoint_every: int = 200
     """Steps between checkpoints, besides the one after every epoch."""
     tensorboard: bool = False
@@ -122,6 +128,13 @@ class RunSettings:
 RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
+    "efficient": Recipe("efficient", 4, 100, 3e-3, "one-cycle"),
+    "em-small": Recipe("em-small", 4, 100, 3e-3, "one-cycle"),
+    "em": Recipe("em", 4, 100, 3e-3, "one-cycle"),
+    "deep": Recipe("deep", 4, 100, 3e-3, "one-cycle"),
+    "photo": Recipe("photo", 20, 16, 1e-3, "one-cycle"),
+    "cnn": Recipe("cnn", 4, 100, 3e-3, "one-cycle"),
+    "cnn-paper": Recipe("cnn-paper", 30, 128, 1e-3, "exponential"),
 }
 FEWEST_STEPS = 400  # a small data set is passed over more often
 LIMITS = {
@@ -164,6 +177,10 @@ def check_settings(settings: TrainSettings) -> None:
         options_of(settings.routing)
     _check_numbers(settings, LIMITS)
     image_size_of(settings)
+    if settings.until_accuracy is not None and not 0 < settings.until_accuracy <= 1:
+        raise ValueError(
+            f"until_accuracy must be above 0 and at most 1; got {settings.until_accuracy}"
+        )
     _check_rate(settings.learning_rate)
     for name in ("dataset", "data_dir", "run_dir", "start_from"):
         path = str(getattr(settings, name))
