@@ -81,6 +81,27 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
+class CompareSettings:
+    """Train every cell of a table that is not there yet, and write the table.
+
+    Several processes may work on one table. One that was interrupted is gone on with by the same
+    command.
+    """
+
+    table: tyro.conf.Positional[Path]
+    """A TOML file with data sets, seeds, rows of settings and a control, such as
+    results/routings.toml. Cells are written into a folder of its name, the table into NAME.md."""
+    runs_dir: Path = Path("runs/compare")
+    """Where the runs are kept."""
+    data_dir: Path = Path("data")
+    """Where data sets are kept."""
+    engine: Engine = "auto"
+    """How messages are passed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True)
 class InfoSettings:
     """Show versions, devices, and which engines can run on them and why."""
 
@@ -90,6 +111,7 @@ Command = (
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
+    | Annotated[CompareSettings, tyro.conf.subcommand("compare")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 
@@ -156,11 +178,14 @@ def _run(program: Program) -> int:
                 _predict(program.command)
             case ReportSettings():
                 _report(program.command)
+            case CompareSettings():
+                _compare(program.command)
             case InfoSettings():
                 _info()
     except TrainingInterrupt as interrupt:
         run = shlex.quote(str(interrupt.run))
-        _complain(f"{interrupt}\nGo on with: {_program()} train --run-dir {run} --resume")
+        again = interrupt.again or f"{_program()} train --run-dir {run} --resume"
+        _complain(f"{interrupt}\nGo on with: {again}")
         return 130
     except _NotToldError:
         raise
@@ -230,6 +255,15 @@ def _report(settings: ReportSettings) -> None:
     if run.result() is None:
         _say("The run is not finished: the report shows its best epoch so far, and says so.")
     _say(f"The report is in {output}; open it in a browser")
+
+
+def _compare(settings: CompareSettings) -> None:
+    from graphcaps.compare import compare
+
+    asked = TrainSettings(
+        data_dir=settings.data_dir, engine=settings.engine, device=settings.device
+    )
+    compare(settings.table, asked, settings.runs_dir)
 
 
 def _info() -> None:

@@ -112,6 +112,10 @@ class Result:
 METRICS: Any = Annotated[StepMetrics | EpochMetrics, Field(discriminator="kind")]
 
 
+class RunLockedError(RuntimeError):
+    """Another process trains in a run's folder."""
+
+
 class RunFolder:
     """The folder of one training run.
 
@@ -213,7 +217,7 @@ class RunFolder:
                 file.close()
                 raise
             file.close()
-        raise RuntimeError(f"another process is training in {self.path}")
+        raise RunLockedError(f"another process is training in {self.path}")
 
     def settings(self) -> RunSettings:
         """What the run was started with.

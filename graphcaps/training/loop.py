@@ -9,7 +9,6 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,7 @@ class TrainingInterrupt(KeyboardInterrupt):
         saved = "nothing is saved yet" if checkpoint is None else f"saved as {checkpoint}"
         super().__init__(f"stopped; {saved}")
         self.run = run
+        self.again: str | None = None  # the command to go on with; None: that of the run
 
 
 def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict[str, Any]:
@@ -264,6 +264,8 @@ class Trainer:
         try:
             with bar, self._tensorboard(), _noting_signals(self._signals, bar):
                 for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+                    if self.best_accuracy >= (self.settings.until_accuracy or math.inf):
+                        break
                     bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
                     self._train_epoch(epoch, bar)
                     self._end_epoch(epoch, bar)
@@ -439,7 +441,7 @@ class Trainer:
                     test_loss=score.loss,
                     best_epoch=self.best_epoch,
                     holdout_accuracy=self.best_accuracy,
-                    epochs=self.epochs,
+                    epochs=self.step // self.steps_per_epoch,
                     seconds=round(self.seconds, 1),
                     run=str(self.run.path),
                 )
@@ -570,9 +572,10 @@ def _make_net(settings: TrainSettings, recipe: Recipe, data: Dataset, run: RunFo
     return CapsNet.load(folder, engine=settings.engine, **of_data)
 
 
-def _source_of(start_from: str, run: RunFolder) -> Path:
+def _source_of(start_from: str, run: RunFolder | None) -> Path:
     """Where the net to train further is told: of a run that goes on, in its last checkpoint."""
-    return run.last_checkpoint() or find_net(start_from)
+    saved = None if run is None else run.last_checkpoint()
+    return saved or find_net(start_from)
 
 
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
@@ -598,18 +601,28 @@ def _versions() -> dict[str, str]:
 
 def _load_data(settings: TrainSettings, workers: Workers, run: RunFolder) -> Dataset:
     """The leader fetches what is missing, then everybody reads it."""
+    if workers.leads:
+        data = load_data_of(settings, run)
+    workers.wait()
+    return data if workers.leads else load_data_of(settings, run)
+
+
+def load_data_of(settings: TrainSettings, run: RunFolder | None = None) -> Dataset:
+    """The data that a training with such settings sees.
+
+    Args:
+        settings: of the training.
+        run: its folder, for a net that is trained further.
+
+    Raises:
+        As `load_dataset`.
+    """
     size, channels = image_size_of(settings), None
     if settings.start_from is not None:
         config = read_record(_source_of(settings.start_from, run) / CONFIG, CapsNetConfig)
         channels, *of_net = config.image_shape
         size = size or (of_net[0], of_net[1])
-    load = partial(
-        load_dataset, settings.dataset, settings.data_dir, image_size=size, channels=channels
-    )
-    if workers.leads:
-        data = load()
-    workers.wait()
-    return data if workers.leads else load()
+    return load_dataset(settings.dataset, settings.data_dir, image_size=size, channels=channels)
 
 
 def _check_data(data: Dataset) -> None:
