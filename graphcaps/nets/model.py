@@ -1,8 +1,8 @@
 """CapsNet: from images to class capsules, their lengths and a reconstruction."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -228,7 +228,7 @@ class CapsNetConfig:
 
     def field_stride(self) -> int:
         """Pixels from what one such capsule sees to what the next one sees."""
-        return prod(layer.stride for layer in self._windows)
+        return math.prod(layer.stride for layer in self._windows)
 
     def field_start(self) -> int:
         """The first row and column, in pixels, that the first such capsule sees.
@@ -247,7 +247,10 @@ class CapsNetConfig:
         Raises:
             ValueError: images too small for the convolutions.
         """
-        children, pose = self.child_maps * prod(self.grid_size()), self.classes * self.parent_dim
+        children, pose = (
+            self.child_maps * math.prod(self.grid_size()),
+            self.classes * self.parent_dim,
+        )
         shapes: dict[str, tuple[int, ...]] = {}
         entering, number = self.image_channels, 0
         for layer in self.encoder:
@@ -281,7 +284,7 @@ class CapsNetConfig:
         if _needs_score(self):
             shapes |= {"score.weight": (1, self.parent_dim), "score.bias": (1,)}
         if self.decoder_hidden is not None:
-            layers = pairwise((pose, *self.decoder_hidden, prod(self.image_shape)))
+            layers = pairwise((pose, *self.decoder_hidden, math.prod(self.image_shape)))
             for number, (entering, leaving) in enumerate(layers):
                 shapes[f"decoder.layers.{2 * number}.weight"] = (leaving, entering)
                 shapes[f"decoder.layers.{2 * number}.bias"] = (leaving,)
@@ -487,6 +490,16 @@ def _make_hidden(config: CapsNetConfig, grid: tuple[int, int], engine: str) -> n
     return nn.Sequential(*layers)
 
 
+def _draw_larger(layer: CapsuleLayer) -> None:
+    """Draw matrices from N(0, n/K), n votes for a parent, K numbers in a row of a child's pose.
+
+    The mean of n independent votes then is as large as a child's pose. With the usual 0.1, poses
+    shrink from layer to layer to far below the smallest variance of EM, and nothing is learned.
+    """
+    votes = layer.structure.edges / layer.structure.parents
+    nn.init.normal_(layer.weight, std=math.sqrt(votes / layer.weight.shape[1]))
+
+
 def _make_class_capsules(
     config: CapsNetConfig, grid: tuple[int, int], engine: str
 ) -> CapsuleLayer | FullyConnected:
@@ -599,6 +612,10 @@ class CapsNet(nn.Module):
         rows, columns = (_positions(number, config.hidden) for number in (rows, columns))
         # a CapsuleLayer; of a control without capsules, FullyConnected
         self.capsules: Any = _make_class_capsules(config, (rows, columns), engine)
+        if config.hidden and config.has_activations:
+            for layer in self.modules():
+                if isinstance(layer, CapsuleLayer):
+                    _draw_larger(layer)
         self.score = nn.Linear(config.parent_dim, 1) if _needs_score(config) else None
         self.decoder = _make_decoder(config)
 
