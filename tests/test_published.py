@@ -139,7 +139,7 @@ def test_what_cannot_be_fetched_says_where_it_was_looked_for(name, tmp_path, mon
         return dict.fromkeys(places, "no answer")
 
     monkeypatch.setattr(datasets, "_ask", ask)
-    with pytest.raises(ConnectionError, match=rf"{name} could not be fetched") as raised:
+    with pytest.raises(ConnectionError, match=rf"{name} could not be downloaded") as raised:
         load_dataset(name, tmp_path)
     assert asked and all(f"{place}: no answer" in str(raised.value) for place in asked)
     assert f"into {tmp_path}" in str(raised.value)
