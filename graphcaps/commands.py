@@ -4,18 +4,21 @@ import os
 import platform
 import shlex
 import sys
-from pathlib import Path
+from functools import partial
 from reprlib import repr as short_repr
 
 import torch
+from torch import Tensor
 
 from graphcaps import __version__, engines
 from graphcaps._dgl import dgl, has_cuda
 from graphcaps.data.datasets import DATASETS, FETCHED, load_dataset
-from graphcaps.data.images import read_digit
+from graphcaps.data.images import read_image
+from graphcaps.data.splits import Dataset
 from graphcaps.demo import check_routed, gallery_of, shipped_gallery, write_demo
 from graphcaps.explorer import check_writable
 from graphcaps.flags import (
+    CompareSettings,
     DemoSettings,
     EvaluateSettings,
     InfoSettings,
@@ -24,13 +27,14 @@ from graphcaps.flags import (
     Settings,
     TrainSettings,
 )
-from graphcaps.nets.model import CONFIG, CapsNet
-from graphcaps.nets.verdict import judge_images
+from graphcaps.functional import multi_hot
+from graphcaps.nets.model import CapsNet, CapsNetOutput, find_net
+from graphcaps.nets.verdict import has_verdict, judge_images
 from graphcaps.streams import tell
 from graphcaps.training.checkpoints import RunFolder
-from graphcaps.training.evaluation import as_input, check_fits, check_lengths, evaluate
+from graphcaps.training.evaluation import as_input, check_lengths, evaluate, fitted
 from graphcaps.training.loop import TrainingInterrupt, train
-from graphcaps.training.settings import given_fields
+from graphcaps.training.settings import given_fields, image_size_of
 from graphcaps.training.workers import joined_workers, leads
 
 SHIPPED = "mnist-small"
@@ -39,6 +43,15 @@ DIGITS = tuple("0123456789")
 
 def run(settings: Settings) -> None:
     """Run the command that these are the settings of."""
+    try:
+        _run(settings)
+    except TrainingInterrupt as interrupt:
+        folder = shlex.quote(str(interrupt.run))
+        again = interrupt.again or f"{_program()} train --run-dir {folder} --resume"
+        raise KeyboardInterrupt(f"{interrupt}\nGo on with: {again}") from None
+
+
+def _run(settings: Settings) -> None:
     match settings:
         case TrainSettings():
             _train(settings)
@@ -50,17 +63,14 @@ def run(settings: Settings) -> None:
             _report(settings)
         case DemoSettings():
             _demo(settings)
+        case CompareSettings():
+            _compare(settings)
         case InfoSettings():
             _info()
 
 
 def _train(settings: TrainSettings) -> None:
-    try:
-        result = train(settings, given_fields(sys.argv))
-    except TrainingInterrupt as interrupt:
-        folder = shlex.quote(str(interrupt.run))
-        again = f"{_program()} train --run-dir {folder} --resume"
-        raise KeyboardInterrupt(f"{interrupt}\nGo on with: {again}") from None
+    result = train(settings, given_fields(sys.argv))
     if not leads():
         return
     tell(
@@ -73,11 +83,9 @@ def _train(settings: TrainSettings) -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
+    model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir)
-        check_fits(model, data)
+        data = fitted(_load_data(settings, model), model)
         score = evaluate(model.to(workers.device), data.test)
     tell(
         f"Test accuracy {score.accuracy:.2%} "
@@ -92,16 +100,26 @@ def _predict(settings: PredictSettings) -> None:
     if settings.run_dir is None:
         model = CapsNet.from_pretrained(engine=settings.engine)
     else:
-        model = _load(settings.run_dir, settings.engine).eval()
+        model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine).eval()
     for path in settings.images:
-        image = read_digit(path, size=model.config.image_size)
+        image = read_image(path, model.config.image_shape, model.config.image_kind)
         images = as_input(image.unsqueeze(0), model)
         output = model(images)
         check_lengths(output.lengths)
-        (verdict,) = judge_images(model, output, images)
-        tell(f"{path}: {verdict.text([str(k) for k in range(model.config.classes)])}")
+        tell(f"{path}: {_classes_in_words(model, output, images)}")
         (lengths,) = output.lengths.tolist()
-        tell("  " + "  ".join(f"{k}: {x:.2f}" for k, x in enumerate(lengths)))
+        named = zip(model.config.names, lengths, strict=True)
+        tell("  " + "  ".join(f"{name}: {x:.2f}" for name, x in named))
+
+
+def _classes_in_words(model: CapsNet, output: CapsNetOutput, images: Tensor) -> str:
+    """What a net says of one image."""
+    names = model.config.names
+    if has_verdict(model.config):
+        (verdict,) = judge_images(model, output, images)
+        return verdict.text(names)
+    (found,) = multi_hot(model.classify(output.lengths), 1, len(names))
+    return " + ".join(names[k] for k in found.nonzero().flatten()) or "none"
 
 
 def _report(settings: ReportSettings) -> None:
@@ -112,10 +130,9 @@ def _report(settings: ReportSettings) -> None:
     run.settings()  # a folder that is no run is told first
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
-    model = _load(settings.run_dir, settings.engine)
-    dataset, data_dir = _data_of(settings.run_dir, settings.dataset, settings.data_dir)
+    model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine)
     with joined_workers(settings.device) as workers:
-        data = load_dataset(dataset, data_dir)
+        data = _load_data(settings, model)
         write_report(run, model.to(workers.device), data, output)
     if run.result() is None:
         tell("The run is not finished: the report shows its best epoch so far, and says so.")
@@ -134,12 +151,21 @@ def _demo(settings: DemoSettings) -> None:
         model, name = CapsNet.from_pretrained(), SHIPPED
         classes, gallery = DIGITS, shipped_gallery()
     else:
-        model, name = _load(folder, "auto"), folder.resolve().name
+        model, name = CapsNet.load(find_net(folder)), folder.resolve().name
         check_routed(model)
-        data = load_dataset(*_data_of(folder, settings.dataset, settings.data_dir))
+        data = fitted(_load_data(settings, model), model)
         classes, gallery = data.classes, gallery_of(model, data)
     write_demo(model, classes, gallery, settings.output, name)
     tell(f"The demo is in {settings.output}; open it in a browser")
+
+
+def _compare(settings: CompareSettings) -> None:
+    from graphcaps.compare import compare
+
+    asked = TrainSettings(
+        data_dir=settings.data_dir, engine=settings.engine, device=settings.device
+    )
+    compare(settings.table, asked, settings.runs_dir)
 
 
 def _info() -> None:
@@ -159,26 +185,26 @@ def _info() -> None:
         tell("no CUDA device")
 
 
-def _load(run: Path, engine: str) -> CapsNet:
-    folder = run if (run / CONFIG).exists() else RunFolder(run).best
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"no trained net at {run}: expected the folder of a run that has finished an epoch "
-            "(graphcaps train makes one), or one with model.safetensors and model.json"
-        )
-    return CapsNet.load(folder, engine=engine)
-
-
-def _data_of(run: Path, asked: str | None, data_dir: Path | None) -> tuple[str, Path]:
-    """The data set that is asked for, else the one that the run was trained on; its folder."""
-    if asked is not None:
-        return asked, data_dir or TrainSettings.data_dir
+def _load_data(
+    settings: EvaluateSettings | ReportSettings | DemoSettings, model: CapsNet
+) -> Dataset:
+    """The data set that is asked for, else the one that the run was trained on, for its net."""
+    run, data_dir = settings.run_dir, settings.data_dir
+    assert run is not None
+    channels, height, width = model.config.image_shape
     try:
         started = RunFolder(run).settings().settings
     except FileNotFoundError:
-        raise ValueError(f"{run} does not say what it was trained on: add --dataset") from None
+        started = None
+    scaled = model.config.image_kind == "picture" or (started and image_size_of(started))
+    size = (height, width) if scaled else None
+    load = partial(load_dataset, image_size=size, channels=channels if scaled else None)
+    if settings.dataset is not None:
+        return load(settings.dataset, data_dir or TrainSettings.data_dir)
+    if started is None:
+        raise ValueError(f"{run} does not say what it was trained on: add --dataset")
     dataset, of_run = started.dataset, started.data_dir
-    if dataset not in DATASETS and not os.path.isdir(dataset):
+    if dataset not in DATASETS and not os.path.exists(dataset):
         raise ValueError(
             f"{run} was trained on {short_repr(dataset)}, which is not here: "
             "name the folder where it is with --dataset"
@@ -188,7 +214,7 @@ def _data_of(run: Path, asked: str | None, data_dir: Path | None) -> tuple[str, 
             f"{run} had its data in {of_run}, which is not here: add --data-dir FOLDER, where "
             f"{dataset} is, or is to be kept"
         )
-    return dataset, data_dir or of_run
+    return load(dataset, data_dir or of_run)
 
 
 def _program() -> str:

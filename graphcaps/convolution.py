@@ -186,7 +186,7 @@ class ConvCapsules(nn.Module):
             routing=routing,
             rows=rows,
             engine=engine,
-            coordinates=_places(height, width, child_maps) if coordinates else None,
+            coordinates=places(height, width, child_maps) if coordinates else None,
             device=device,
             dtype=dtype,
             **options,
@@ -235,7 +235,7 @@ class ConvCapsules(nn.Module):
         return f"{maps}×{height}×{width} to {self.layer.structure.parents} capsules"
 
 
-def _places(height: int, width: int, maps: int) -> Tensor:
+def places(height: int, width: int, maps: int) -> Tensor:
     """The middle of each child's row and column, from 0 to 1, `[I, 2]`."""
     y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
     return torch.cartesian_prod(y, x).repeat(maps, 1)

@@ -9,15 +9,18 @@ import tyro
 from graphcaps.files import record
 
 
-def _optional(metavar: str, default: str) -> Any:
+def _optional(metavar: str, default: str, name: str | None = None) -> Any:
     """How help shows a flag that may be left out: its value, and what holds without it."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+    return tyro.conf.arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 # Comments that start with #: are the help of the field below them, and its text in the
 # documentation. A line that does not start with a letter is not joined with the one before it.
 
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
+Preset = Literal[
+    "paper", "small", "efficient", "em-small", "em", "deep", "photo", "cnn", "cnn-paper"
+]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 RunOrWeights = Annotated[Path, tyro.conf.arg(metavar="RUN-DIR")]
 
@@ -27,12 +30,21 @@ RunOrWeights = Annotated[Path, tyro.conf.arg(metavar="RUN-DIR")]
 class TrainSettings:
     """Train a CapsNet, test it once, and write everything to the run's folder."""
 
-    #: The net and its training recipe: the paper's, or a smaller one for CPUs. With auto, it is
+    #: The net and its training recipe: the paper's, or a smaller one for CPUs; efficient, em-small
+    #: and em are those of other papers, deep has three layers of routed capsules, photo is for
+    #: pictures of 224 pixels, and cnn and cnn-paper are controls without capsules. With auto, it is
     #: paper where there is a CUDA device and small elsewhere.
-    preset: Literal["auto", "paper", "small"] = "auto"
-    #: One of mnist, fashion-mnist and mnist-5k (5,000 digits that need no download), or a folder
-    #: with four IDX files of your own.
-    dataset: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mnist"
+    preset: Literal["auto"] | Preset = "auto"
+    #: One of mnist, fashion-mnist, kmnist, cifar10, svhn and mnist-5k (5,000 digits that need no
+    #: download); one made from MNIST: multi-mnist (two digits in an image), affine-mnist (tested
+    #: on rotated, sheared and scaled digits) or rotated-mnist; or your own: a folder of image files
+    #: by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with the files
+    #: of smallNORB or affNIST or with four IDX files.
+    dataset: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "mnist"
+    #: Height and width in pixels that all images are scaled to, or one number for both.
+    image_size: Annotated[
+        tuple[int, ...] | None, _optional("INT [INT]", "that of the images, if all have one")
+    ] = None
     #: Folder where downloaded data sets are kept.
     data_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data")
     #: The run's folder.
@@ -41,6 +53,12 @@ class TrainSettings:
     #: settings it was started with. Only --data-dir, --engine, --device and --tensorboard may
     #: differ; --cuda-graph must be given again.
     resume: Switch = False
+    #: Train a net further: a run's folder, a folder with model.safetensors, or the name of a net
+    #: that ships with graphcaps, such as mnist-small. Images are scaled to its size and channels;
+    #: for other classes it gets new class capsules. The preset is then only the recipe.
+    start_from: Annotated[
+        str | None, _optional("RUN-DIR|NAME", "a net with random weights", name="from")
+    ] = None
     #: Passes over the training images.
     epochs: Annotated[int | None, _optional("INT", "paper 30, small 4; 400 steps or more")] = None
     #: Images per step, summed over all processes.
@@ -52,11 +70,13 @@ class TrainSettings:
     learning_rate: Annotated[float | None, _optional("FLOAT", "paper 0.001, small 0.003")] = None
     #: Routing algorithm: dynamic, em, attention, self_attention, self_routing, variational_bayes,
     #: or uniform, which couples all capsules equally, as a control.
-    routing: Annotated[str, tyro.conf.arg(metavar="NAME")] = "dynamic"
+    routing: Annotated[str | None, _optional("NAME", "the preset's; paper and small dynamic")] = (
+        None
+    )
     #: Routing iterations, for routings that iterate.
-    iterations: int = 3
+    iterations: Annotated[int | None, _optional("INT", "the preset's; paper and small 3")] = None
     #: Training images are shifted by up to this many pixels.
-    shift: int = 2
+    shift: Annotated[int | None, _optional("INT", "2; data sets made from MNIST 0")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
     #: Device to train on: auto, cpu, cuda, cuda:1 and so on.
@@ -68,6 +88,8 @@ class TrainSettings:
     cuda_graph: Switch = False
     #: Seed of the weights, the order of the images and their shifts.
     seed: int = 0
+    #: Stop after the first epoch with at least this accuracy on the validation set, from 0 to 1.
+    until_accuracy: Annotated[float | None, _optional("FLOAT", "train all epochs")] = None
     #: Steps between checkpoints, in addition to the one after every epoch.
     checkpoint_every: int = 200
     #: Also write TensorBoard files to the run's folder.
@@ -81,7 +103,7 @@ class EvaluateSettings:
     #: Folder of a run, whose best epoch is evaluated, or a folder with model.safetensors.
     run_dir: tyro.conf.Positional[RunOrWeights]
     #: Data set, as for train.
-    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
     #: Folder where data sets are kept.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
@@ -92,9 +114,9 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Classify the digit in each image, or say that there are two or none, with all lengths."""
+    """Classify each image, or say what it is not, and print the lengths of all class capsules."""
 
-    #: PNG or JPEG files of any size with one digit each, dark on light or light on dark.
+    #: PNG or JPEG files of any size. Digits may be dark on light or light on dark.
     images: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint=""),
@@ -116,7 +138,7 @@ class ReportSettings:
     #: The file to write.
     output: Annotated[Path | None, _optional("FILE", "report.html in the run's folder")] = None
     #: Data set, as for train.
-    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
     #: Folder where data sets are kept.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
@@ -137,9 +159,30 @@ class DemoSettings:
     #: The file to write.
     output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("demo.html")
     #: Data set, as for train.
-    dataset: Annotated[str | None, _optional("NAME|DIR", "the run's")] = None
+    dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
     #: Folder where data sets are kept.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Train all nets of a table on its data sets with its seeds, and write the table.
+
+    A training that was interrupted is continued by the same command. Several processes may work on
+    one table.
+    """
+
+    #: TOML file with data sets, seeds, rows of settings and a control, such as
+    #: results/routings.toml. Each result is written to a folder of its name, the table to NAME.md.
+    table: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TABLE.toml")]
+    #: Folder where the runs are kept.
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare")
+    #: Folder where data sets are kept.
+    data_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data")
+    #: How messages are passed. Affects speed, not results; see graphcaps info.
+    engine: Engine = "auto"
+    #: Device to train on: auto, cpu, cuda, cuda:1 and so on.
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -153,6 +196,7 @@ Settings = (
     | PredictSettings
     | ReportSettings
     | DemoSettings
+    | CompareSettings
     | InfoSettings
 )
 Command = (
@@ -161,6 +205,7 @@ Command = (
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
     | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
+    | Annotated[CompareSettings, tyro.conf.subcommand("compare")]
     | Annotated[InfoSettings, tyro.conf.subcommand("info")]
 )
 

@@ -1,4 +1,4 @@
-"""Squash and length of capsule vectors, and labels as 0 and 1; plain tensors, no graph."""
+"""Squash and length of capsule vectors, labels and predictions; plain tensors, no graph."""
 
 import torch
 from torch import Tensor
@@ -103,3 +103,35 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
         )
     numbers = torch.arange(classes, device=labels.device)
     return (labels.unsqueeze(-1) == numbers).long()
+
+
+def all_right(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Whether exactly the true classes of each sample are predicted, `[B]`.
+
+    Args:
+        predicted: as `predicted_classes` returns them.
+        labels: of the same shape, `[B]` or `[B, J]`.
+    """
+    return predicted == labels if labels.dim() == 1 else (predicted == labels).all(dim=1)
+
+
+def predicted_classes(lengths: Tensor, labels_per_image: int = 1) -> Tensor:
+    """The classes predicted by the lengths of class capsules.
+
+    Args:
+        lengths: the confidence in each class, `[B, J]`.
+        labels_per_image: number of classes of a sample. 0: any number, those above 0.5.
+
+    Returns:
+        The class of the longest capsule, `[B]`; otherwise 0 and 1 for every class, `[B, J]`.
+
+    >>> lengths = torch.tensor([[0.1, 0.9, 0.6]])
+    >>> predicted_classes(lengths), predicted_classes(lengths, 2), predicted_classes(lengths, 0)
+    (tensor([1]), tensor([[0, 1, 1]]), tensor([[0, 1, 1]]))
+    """
+    if labels_per_image == 1:
+        return lengths.argmax(dim=1)
+    if labels_per_image == 0:
+        return (lengths > 0.5).long()
+    longest = lengths.topk(labels_per_image, dim=1).indices
+    return torch.zeros_like(lengths, dtype=torch.int64).scatter(1, longest, 1)

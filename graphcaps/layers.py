@@ -57,7 +57,8 @@ class PrimaryCapsules(nn.Module):
     Capsules are ordered by map, then row, then column.
 
     With `activations`, a group has one channel more, whose logistic function is the activation of
-    its capsules, and poses are not squashed (Hinton et al. 2018, section 4).
+    its capsules, and poses are not squashed (Hinton et al. 2018, section 4). With `depthwise`, each
+    channel is computed from one channel alone (Mazzia et al. 2021, section 3.1).
 
     Args:
         in_channels: channels of the feature maps that enter.
@@ -65,7 +66,11 @@ class PrimaryCapsules(nn.Module):
         capsule_dim: length of a pose, K.
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
+        padding: of the convolution, in pixels.
         activations: give activations, too.
+        depthwise: do not mix the channels of the input; the convolution's output channels must be
+            a multiple of them.
+        squash: applied to poses without activations.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -81,7 +86,10 @@ class PrimaryCapsules(nn.Module):
         kernel_size: int = 9,
         stride: int = 2,
         *,
+        padding: int = 0,
         activations: bool = False,
+        depthwise: bool = False,
+        squash: Callable[[Tensor], Tensor] = squash,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,11 +103,15 @@ class PrimaryCapsules(nn.Module):
         self.capsule_maps = capsule_maps
         self.capsule_dim = capsule_dim
         self.activations = activations
+        self.squash = squash
+        self.least = max(1, kernel_size - 2 * padding)  # rows and columns of features
         self.conv = nn.Conv2d(
             in_channels,
             capsule_maps * (capsule_dim + activations),
             kernel_size,
             stride,
+            padding,
+            groups=in_channels if depthwise else 1,
             device=device,
             dtype=dtype,
         )
@@ -116,24 +128,24 @@ class PrimaryCapsules(nn.Module):
         Raises:
             ValueError: features of another shape, or smaller than the kernel.
         """
-        channels, kernel = self.conv.in_channels, self.conv.kernel_size
-        if (
-            features.dim() != 4
-            or features.shape[1] != channels
-            or features.shape[2] < kernel[0]
-            or features.shape[3] < kernel[1]
-        ):
+        channels, least = self.conv.in_channels, self.least
+        if features.dim() != 4 or features.shape[1] != channels or min(features.shape[2:]) < least:
             raise ValueError(
-                f"expected features of shape [batch, {channels}, at least {kernel[0]}, "
-                f"at least {kernel[1]}]; got {list(features.shape)}"
+                f"expected features of shape [batch, {channels}, at least {least}, "
+                f"at least {least}]; got {list(features.shape)}"
             )
         # under autocast the convolution may be in bfloat16; capsules stay in the weights' dtype
         maps = self.conv(features).to(self.conv.weight.dtype)
         groups = maps.unflatten(1, (self.capsule_maps, -1))  # [B, maps, K or K + 1, H, W]
         capsules = groups.permute(0, 1, 3, 4, 2).flatten(1, 3)
         if not self.activations:
-            return squash(capsules)
+            return self.squash(capsules)
         return Capsules(capsules[..., :-1].contiguous(), capsules[..., -1].sigmoid())
+
+    def extra_repr(self) -> str:
+        """What the convolution does not tell, for `print(layer)`."""
+        end = "with activations" if self.activations else self.squash.__name__
+        return f"{self.capsule_maps} maps of {self.capsule_dim}, {end}"
 
 
 class CapsuleLayer(nn.Module):

@@ -41,8 +41,7 @@ class Options:
 
 def export(model: CapsNet, path: Path) -> None:
     """Write a net on engine scatter, for any number of images."""
-    sizes = model.config
-    images = torch.rand(2, sizes.image_channels, sizes.image_size, sizes.image_size)
+    images = torch.rand(2, *model.config.image_shape)
     torch.onnx.export(
         model.eval(),
         (images,),

@@ -12,11 +12,11 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from graphcaps.data import load_dataset
 from graphcaps.demo import gallery_of
 from graphcaps.nets.model import WEIGHTS, CapsNet
 from graphcaps.training import evaluate
 from graphcaps.training.checkpoints import RunFolder
+from graphcaps.training.loop import load_data_of
 
 CARD = """# {name}
 
@@ -73,9 +73,9 @@ def main() -> None:
     settings, recipe = started.settings, started.recipe
     CapsNet.load(run.best).save(options.output, torch.float16)
     model = CapsNet.load(options.output)
-    data = load_dataset(settings.dataset, settings.data_dir)
+    data = load_data_of(settings)
     score = evaluate(model, data.test)
-    wrong = score.lengths.argmax(dim=1) != data.test.labels
+    wrong = score.wrong
     mistakes = {"images": data.test.images[wrong], "labels": data.test.labels[wrong]}
     safetensors.torch.save_file(mistakes, options.output / "mistakes.safetensors")
     gallery = gallery_of(model, data)
@@ -95,7 +95,7 @@ def main() -> None:
         holdout=result["holdout_accuracy"],
         holdout_images=len(data.holdout.labels),
         train_images=len(data.train.labels),
-        shift=settings.shift,
+        shift=data.shift if settings.shift is None else settings.shift,
         rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
         seed=settings.seed,

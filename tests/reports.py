@@ -6,7 +6,7 @@ import torch
 from run_records import epoch_metrics, result
 
 import graphcaps as gc
-from graphcaps.data.datasets import Dataset, Split
+from graphcaps.data.splits import Dataset, Split
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.settings import RECIPES, RunSettings, TrainSettings
 
@@ -27,7 +27,7 @@ def lively_model(**changes):
 def random_data(model, images=40, classes=None):
     """Images of the net's size; a third of the labels are what the net says, the others drawn."""
     config = model.config
-    shape = (images, config.image_channels, config.image_size, config.image_size)
+    shape = (images, *config.image_shape)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     with torch.no_grad():
         labels = model(pixels / 255).lengths.argmax(dim=1)

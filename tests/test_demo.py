@@ -64,6 +64,22 @@ def test_the_sheet_of_images_holds_each_as_it_is(changes):
         assert np.array_equal(tile.reshape(size, size, -1), image.permute(1, 2, 0))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"image_size": (28, 32)}, "differs in image_size"),
+        ({"hidden": (gc.CapsuleMaps(2, 3),), "primary_padding": 1}, "primary_padding, hidden"),
+        ({"labels_per_image": 2}, "differs in labels_per_image"),
+        ({"routing": None}, "this net has none"),
+    ],
+)
+def test_nets_that_the_page_cannot_compute_are_refused_in_one_sentence(changes, told):
+    model = gc.CapsNet(gc.CapsNetConfig(conv_channels=4, capsule_maps=2, **changes))
+    with pytest.raises(ValueError, match=told) as error:
+        demo.check_routed(model)
+    assert "\n" not in str(error.value)
+
+
 def test_a_gallery_has_the_first_images_and_the_mistakes_of_all(monkeypatch):
     monkeypatch.setattr(demo, "IMAGES", 10)
     monkeypatch.setattr(demo, "MISTAKES", 4)

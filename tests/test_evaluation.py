@@ -4,8 +4,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps.data.datasets import Dataset, Split
-from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.data.splits import Dataset, Split
+from graphcaps.training.evaluation import Score, as_input, evaluate, fitted
 
 
 class Scripted(gc.CapsNet):
@@ -84,7 +84,18 @@ def test_data_that_a_net_cannot_tell_are_named(split, images, classes, said):
     split = split._replace(images=torch.zeros(images, dtype=torch.uint8))
     data = Dataset("mine", tuple(map(str, range(classes))), split, split, split)
     with pytest.raises(ValueError, match=said):
-        check_fits(Scripted(), data)
+        fitted(data, Scripted())
+
+
+def test_classes_of_other_data_are_found_by_their_names(split):
+    net = Scripted()
+    net.config = gc.CapsNetConfig(classes=3, class_names=("bird", "cat", "dog"))
+    part = Split(split.images[:2], torch.tensor([1, 0]))
+    data = Dataset("mine", ("cat", "dog"), part, part, part)
+    assert fitted(data, net).test.labels.tolist() == [2, 1]
+    assert fitted(data, net).classes == ("bird", "cat", "dog")
+    with pytest.raises(ValueError, match=r"not know these classes of mine: emu; it knows bird, c"):
+        fitted(Dataset("mine", ("cat", "emu"), part, part, part), net)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -6,7 +6,6 @@ from reports import lively_model
 from torch.testing import assert_close
 
 import graphcaps as gc
-from graphcaps.nets.model import PRIMARY_STRIDE
 from graphcaps.pictures.inspection import TWEAKS, differences_from_dense, tweak_pose, vote_map
 
 
@@ -30,19 +29,35 @@ def test_a_vote_map_is_coupling_times_length_summed_over_the_maps(net):
             assert float(votes.amount[row, column]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"kernel_size": 5, "image_size": 20}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kernel_size": 5, "image_size": (20, 27)},
+        {
+            "convolutions": (gc.Convolution(6, 3, stride=2, padding=1), gc.Convolution(5, 3)),
+            "primary_kernel": 4,
+            "primary_stride": 3,
+            "primary_padding": 2,
+        },
+    ],
+)
 def test_a_child_sees_the_pixels_of_its_receptive_field_and_no_others(changes):
     model = lively_model(**changes)
     config = model.config
-    side, step = config.receptive_field(), PRIMARY_STRIDE
-    grid = config.grid_size()
-    for row, column in ((0, 0), (1, 3), (grid - 1, grid - 1)):
-        image = torch.rand(1, 1, config.image_size, config.image_size, requires_grad=True)
-        child = (2 * grid + row) * grid + column  # of the third map
+    side, step, start = config.receptive_field(), config.field_stride(), config.field_start()
+    (rows, columns), (_, height, width) = config.grid_size(), config.image_shape
+    assert model.primary(model.conv(torch.rand(1, 1, height, width))).shape[1] == 3 * rows * columns
+    for row, column in ((0, 0), (1, 3), (rows - 1, columns - 1)):
+        image = torch.rand(1, 1, height, width, requires_grad=True)
+        child = (2 * rows + row) * columns + column  # of the third map
         model.primary(model.conv(image))[0, child].sum().backward()
-        rows, columns = image.grad[0, 0].nonzero().T
-        assert (int(rows.min()), int(rows.max())) == (step * row, step * row + side - 1)
-        assert (int(columns.min()), int(columns.max())) == (step * column, step * column + side - 1)
+        for seen, place, size in zip(
+            image.grad[0, 0].nonzero().T, (row, column), (height, width), strict=True
+        ):
+            first = start + step * place
+            assert int(seen.min()) == max(0, first)
+            assert int(seen.max()) == min(size, first + side) - 1
 
 
 def test_votes_stand_at_the_centres_of_receptive_fields(net):

@@ -4,6 +4,7 @@ import pickle
 import resource
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from routings import ENGINES
@@ -81,12 +82,89 @@ def test_several_digits_are_drawn_from_several_capsules():
     assert_close(model(images, both).reconstruction, expected)
 
 
-@pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 5), (1, 17, 2), (2, 40, 11)])
+@pytest.mark.parametrize(
+    ("channels", "size", "classes"), [(3, (32, 32), 5), (1, (17, 17), 2), (2, (40, 23), 11)]
+)
 def test_other_images_and_class_counts_work(channels, size, classes):
     model = tiny(image_channels=channels, image_size=size, classes=classes)
-    output = model(torch.rand(2, channels, size, size))
+    output = model(torch.rand(2, channels, *size))
     assert output.lengths.shape == (2, classes)
-    assert output.reconstruction.shape == (2, channels, size, size)
+    assert output.reconstruction.shape == (2, channels, *size)
+
+
+def test_strides_and_padding_are_those_of_the_configuration():
+    convolutions = (
+        gc.Convolution(6, 5, stride=2, padding=2, batch_norm=True),
+        gc.Convolution(4, 3),
+    )
+    model = tiny(
+        image_size=(30, 41),
+        convolutions=convolutions,
+        primary_kernel=3,
+        primary_stride=3,
+        primary_padding=1,
+    )
+    images = torch.rand(2, 1, 30, 41)
+    expected = torch.nn.functional.conv2d(images, model.conv[0].weight, None, 2, 2)
+    expected = model.conv[2]((expected + model.conv[0].bias.view(-1, 1, 1)).relu())
+    expected = torch.nn.functional.conv2d(expected, model.conv[3].weight, model.conv[3].bias).relu()
+    assert_close(model.conv(images), expected)
+    grouped = torch.nn.functional.conv2d(
+        expected, model.primary.conv.weight, model.primary.conv.bias, 3, 1
+    )
+    assert grouped.shape == (2, 2 * 8, 5, 7)  # 30 → 15 → 13 → 5, 41 → 21 → 19 → 7
+    assert model.config.grid_size() == (5, 7)
+    capsule = grouped[1, 8:, 2, 4]
+    assert_close(model.primary(expected)[1, (5 + 2) * 7 + 4], gc.squash(capsule))
+
+
+class Halves(torch.nn.Module):
+    """An encoder without parameters, which tells whether it is in training."""
+
+    def forward(self, images):
+        self.trained = self.training
+        return images.unflatten(1, (-1, 1)).flatten(1, 2)[..., ::2, ::2]
+
+
+def test_an_encoder_of_ones_own_takes_the_place_of_the_convolutions():
+    encoder = Halves()
+    model = tiny(encoder=encoder, image_channels=3, image_size=(40, 48), kernel_size=5)
+    assert not encoder.trained and encoder.training  # it was looked at in evaluation mode
+    images = torch.rand(2, 3, 40, 48)
+    assert model(images).reconstruction.shape == images.shape
+    assert torch.equal(model.primary(images[..., ::2, ::2]), model.primary_capsules(images)[0])
+    with pytest.raises(ValueError, match=r"gives feature maps \[batch, .*; got \[1, 12\] for one"):
+        tiny(encoder=torch.nn.Flatten(), image_size=(3, 4), kernel_size=1)
+    with pytest.raises(ValueError, match=r"feature maps of 4 × 14 are too small .* of 9 pixels"):
+        tiny(encoder=encoder, image_size=(8, 28))
+
+
+def test_images_file_and_classes_are_told_by_the_configuration(saved):
+    net = gc.CapsNet.load(saved)
+    assert net.config.names == tuple("0123456789") and net.config.image_kind == "digit"
+    with pytest.raises(ValueError, match="expected names of 10 classes; got 2"):
+        gc.CapsNetConfig(class_names=("cat", "dog"))
+
+
+def test_a_net_for_other_classes_keeps_all_weights_that_belong_to_none(saved):
+    before = gc.CapsNet.load(saved).state_dict()
+    after = gc.CapsNet.load(saved, classes=10, class_names=tuple("abcdefghij"))
+    kept = {name for name, w in after.state_dict().items() if torch.equal(w, before[name])}
+    assert before.keys() - kept == {
+        "capsules.weight",
+        "decoder.layers.0.weight",
+        "decoder.layers.0.bias",
+    }
+    assert after.config.class_names == tuple("abcdefghij")
+    wider = gc.CapsNet.load(saved, image_size=(28, 32))
+    kept = {n for n, w in wider.state_dict().items() if before[n].shape == w.shape}
+    assert before.keys() - kept == {
+        "capsules.weight",
+        "decoder.layers.4.weight",
+        "decoder.layers.4.bias",
+    }
+    assert all(torch.equal(wider.state_dict()[name], before[name]) for name in kept)
+    assert gc.CapsNet.from_pretrained("mnist-small", classes=3).config.classes == 3
 
 
 def test_images_too_small_for_the_convolutions_are_refused():
@@ -164,10 +242,18 @@ def test_a_net_is_saved_and_loaded_by_a_name_in_text(tmp_path):
         {"decoder_hidden": None},
         {"decoder_hidden": (7, 5, 3), "classes": 4, "parent_dim": 6, "child_dim": 3},
         {"image_channels": 3, "image_size": 21, "kernel_size": 5, "capsule_maps": 3},
+        {
+            "image_size": (30, 40),
+            "convolutions": (gc.Convolution(6, 5, 2, 2, batch_norm=True), gc.Convolution(4, 3)),
+            "primary_kernel": 3,
+            "primary_padding": 1,
+        },
+        {"routing": "em"},
+        {"routing": "self_routing", "class_names": tuple("abcdefghij")},
     ],
 )
 def test_a_configuration_tells_the_shape_of_every_parameter(sizes):
-    model = tiny(**sizes)
+    model = tiny(**({"decoder_hidden": (16, 16)} | sizes))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert model.config.parameter_shapes() == shapes
 
@@ -186,6 +272,14 @@ def turn_edges_round(model):
     model.capsules = gc.CapsuleLayer(gc.routing_graph(child, 9 - parent), 8, 16)
 
 
+def activate_otherwise(model):
+    model.conv[1] = torch.nn.Tanh()
+
+
+def put_an_encoder(model):
+    model.conv = torch.nn.Sequential(*model.conv, torch.nn.Dropout())
+
+
 def iterate_more(model):
     graph = model.capsules.graph
     model.capsules = gc.CapsuleLayer(graph, 8, 16, iterations=5)
@@ -199,6 +293,9 @@ def iterate_more(model):
         (turn_edges_round, "not fully connected"),
         (iterate_more, r"the configuration has DynamicRouting\(iterations=3, g"),
         (lambda model: setattr(model, "decoder", None), "decoder.layers.0.bias"),
+        (activate_otherwise, "for conv the configuration has"),
+        (put_an_encoder, "for conv the configuration has"),
+        (lambda model: model.conv[0].bias.data.fill_(torch.nan), "conv.0.bias holds numbers that"),
     ],
 )
 def test_a_net_with_a_swapped_layer_is_not_saved_as_another_one(tmp_path, swap, said):
@@ -207,6 +304,48 @@ def test_a_net_with_a_swapped_layer_is_not_saved_as_another_one(tmp_path, swap, 
     with pytest.raises(ValueError, match=said):
         model.save(tmp_path / "net")
     assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": np.int64(10)}, "could not be read again"),
+        ({"decoder_hidden": [16, 16]}, "model.json would say"),
+        ({"kernel_size": 9.0}, "could not be read again: model.json: kernel_size"),
+    ],
+)
+def test_a_configuration_that_could_not_be_read_again_is_not_saved(tmp_path, changes, said):
+    model = tiny()
+    for name, value in changes.items():
+        object.__setattr__(model.config, name, value)
+    with pytest.raises(ValueError, match=said):
+        model.save(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float16, "not finite in torch.float16"),
+        (torch.int8, "floating point; got torch.int8"),
+    ],
+)
+def test_weights_that_a_dtype_cannot_hold_are_not_saved(tmp_path, dtype, said):
+    model = tiny()
+    model.conv[0].bias.data[0] = 1e6
+    with pytest.raises(ValueError, match=said):
+        model.save(tmp_path / "net", dtype)
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_net_with_batch_normalisation_is_loaded_as_it_was_saved(tmp_path):
+    model = tiny(convolutions=(gc.Convolution(6, 9, batch_norm=True),))
+    images = torch.rand(4, 1, 28, 28)
+    model(images)  # which moves the running means
+    model.save(tmp_path / "net", torch.bfloat16)
+    model.save(tmp_path / "net")
+    again = gc.CapsNet.load(tmp_path / "net")
+    assert torch.equal(again.eval()(images).lengths, model.eval()(images).lengths)
 
 
 def test_a_swapped_layer_is_saved_with_a_configuration_that_tells_it(tmp_path):

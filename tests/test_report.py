@@ -54,8 +54,8 @@ def test_examples_are_those_of_the_net_in_every_iteration(model, data, records):
         output, trace = model(image[None] / 255, return_trace=True)
         assert_close(example.poses, trace.v[:, 0], rtol=1e-4, atol=1e-5)
         assert_close(example.lengths[-1], output.lengths[0], rtol=1e-4, atol=1e-5)
-        assert example.predicted == int(output.lengths.argmax())
-        assert example.label == int(data.test.labels[example.number])
+        assert example.predicted == (int(output.lengths.argmax()),)
+        assert example.labels == (int(data.test.labels[example.number]),)
 
 
 def test_coupling_sums_to_one_over_the_classes(records):

@@ -63,12 +63,12 @@ class Shown:
         return content[:, :, 3]
 
     def content(self, name):
-        size = self.model.config.image_size
+        _, height, width = self.model.config.image_shape
         values = self.run(
             f"Array.from(document.getElementById('{name}').getContext('2d')"
-            f".getImageData(0, 0, {size}, {size}).data)"
+            f".getImageData(0, 0, {width}, {height}).data)"
         )
-        return np.array(values).reshape(size, size, 4)
+        return np.array(values).reshape(height, width, 4)
 
     def drawn_by_torch(self, example, iteration, parent, moved=()):
         """The reconstruction, 0 to 255, after adding to dimensions of the pose."""
@@ -119,10 +119,10 @@ class Shown:
         )
         expected = amounts[iteration].unflatten(0, (config.capsule_maps, -1)).sum(dim=0)
         assert [circle[0] for circle in circles] == pytest.approx(expected.tolist(), abs=2e-3)
-        grid = config.grid_size()
+        _, columns = config.grid_size()
         middle = config.kernel_size - 0.5  # of the first receptive field
         for number, (_, x, y) in enumerate(circles):
-            assert (x, y) == (middle + 2 * (number % grid), middle + 2 * (number // grid))
+            assert (x, y) == (middle + 2 * (number % columns), middle + 2 * (number // columns))
 
     def areas(self):
         """Of every child's square, beside that of a full one; and whether it is hollow."""
@@ -134,23 +134,20 @@ class Shown:
         squares = []
         blocks = self.run(
             "[...document.querySelectorAll('#coupling .block')]"
-            ".map(e => ['x', 'y', 'width'].map(name => +e.getAttribute(name)))"
+            ".map(e => ['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name)))"
         )
-        grid = self.model.config.grid_size()
+        rows, columns = self.model.config.grid_size()
         for path, hollow in paths:
             for x, y, width in re.findall(r"M([-\d.]+) ([-\d.]+)h([\d.]+)", path):
                 middle = float(x) + float(width) / 2, float(y) + float(width) / 2
-                for number, (left, top, block) in enumerate(blocks):
-                    if 0 < middle[0] - left < block and 0 < middle[1] - top < block:
-                        column, row = (
-                            int((m - edge) / block * grid)
-                            for m, edge in zip(middle, (left, top), strict=True)
-                        )
-                        squares.append(
-                            ((number * grid + row) * grid + column, float(width) / side, hollow)
-                        )
+                for number, (left, top, wide, high) in enumerate(blocks):
+                    if 0 < middle[0] - left < wide and 0 < middle[1] - top < high:
+                        row = int((middle[1] - top) / high * rows)
+                        column = int((middle[0] - left) / wide * columns)
+                        child = (number * rows + row) * columns + column
+                        squares.append((child, float(width) / side, hollow))
         squares.sort()
-        assert [square[0] for square in squares] == list(range(len(blocks) * grid**2))
+        assert [square[0] for square in squares] == list(range(len(blocks) * rows * columns))
         return [width**2 for _, width, _ in squares], [hollow for *_, hollow in squares]
 
 
@@ -181,7 +178,7 @@ def test_the_page_opens_from_disk_without_a_complaint_or_a_request(shown):
     assert_quiet(shown)
     first = shown.records.examples[0]
     assert np.array_equal(shown.greys("input"), first.image[0])
-    shown.check_drawing(first, 2, first.predicted)
+    shown.check_drawing(first, 2, first.main)
     assert shown.run("document.querySelector('#figures img').naturalWidth") > 100
 
 
@@ -195,13 +192,13 @@ def test_another_image_is_picked_with_keys(shown):
     assert shown.run(outline) == "solid"
     shown.press("ArrowRight", times=14)
     example = shown.records.examples[14]
-    assert example.label != example.predicted
+    assert example.labels[0] != example.main
     assert np.array_equal(shown.greys("input"), example.image[0])
-    shown.check_drawing(example, 2, example.predicted)
+    shown.check_drawing(example, 2, example.main)
     now = shown.said()
     assert now != said
-    assert f"Test image {example.number}, true class {example.label}." in now
-    assert f"the longest capsule is {example.predicted}" in now
+    assert f"Test image {example.number}, true class {example.labels[0]}." in now
+    assert f"the longest capsule is {example.main}" in now
     assert "wrong ✗" in now
     shown.press("ArrowLeft")
     assert f"Test image {shown.records.examples[13].number}," in shown.said()
@@ -216,9 +213,9 @@ def test_misclassified_images_are_marked_by_more_than_colour(shown):
     assert len(labels) == 20
     shown.press("Tab")
     for example, label, style in zip(shown.records.examples, labels, styles, strict=True):
-        right = example.label == example.predicted
-        wrong_name = f"✗ {example.label} → {example.predicted}"
-        assert label == (str(example.label) if right else wrong_name)
+        right = example.labels[0] == example.main
+        wrong_name = f"✗ {example.labels[0]} → {example.main}"
+        assert label == (str(example.labels[0]) if right else wrong_name)
         # the first one is picked, and then drawn solid
         assert style == ("solid" if right else "dashed")
 
@@ -228,8 +225,8 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
     drawn = []
     shown.focus("#iteration")
     for iteration in (2, 1, 0):
-        shown.check_drawing(example, iteration, example.predicted)
-        expected = shown.drawn_by_torch(example, iteration, example.predicted)
+        shown.check_drawing(example, iteration, example.main)
+        expected = shown.drawn_by_torch(example, iteration, example.main)
         assert np.abs(shown.greys("reconstruction") - expected[0]).max() <= GREY_LEVELS
         entropy = torch.special.entr(example.coupling[iteration]).sum(dim=-1).mean()
         written = re.search(r"entropy of c: ([\d.]+) nats", shown.text("coupling-caption"))[1]
@@ -251,7 +248,7 @@ def test_stepping_shows_every_iteration_of_the_records(shown):
 
 def test_another_class_shows_its_votes_and_reconstruction(shown):
     example = shown.records.examples[0]
-    other = (example.predicted + 3) % 10
+    other = (example.main + 3) % 10
     shown.run(f"document.querySelector('#lengths input[value=\"{other}\"]').click()")
     shown.check_drawing(example, 2, other)
     expected = shown.drawn_by_torch(example, 2, other)
@@ -270,7 +267,7 @@ def test_sliders_move_the_reconstruction_as_torch_would_and_reset_restores_it(sh
     shown.press("ArrowLeft", times=30)  # no further than its end
     after = shown.greys("reconstruction")
     moved = [(2, 0.25), (15, -0.25)]
-    expected = shown.drawn_by_torch(example, 2, example.predicted, moved)
+    expected = shown.drawn_by_torch(example, 2, example.main, moved)
     assert np.abs(after - expected[0]).max() <= GREY_LEVELS
     assert np.abs(after - before).max() > 10
     assert "2 dimensions moved" in shown.text("reconstruction-caption")
@@ -339,7 +336,7 @@ def test_the_coupling_is_drawn_anew_when_the_window_changes(made):
     made.run("dispatchEvent(new Event('resize'))")
     assert made.run("document.querySelector('#coupling').viewBox.baseVal.width") < wide
     first = made.records.examples[0]
-    made.check_drawing(first, 2, first.predicted)
+    made.check_drawing(first, 2, first.main)
 
 
 def test_a_net_without_a_decoder_has_a_page_without_sliders(browser, tmp_path):
@@ -350,7 +347,7 @@ def test_a_net_without_a_decoder_has_a_page_without_sliders(browser, tmp_path):
     shown.focus("#right input")
     shown.press("ArrowRight")
     example = shown.records.examples[1]
-    shown.check_drawing(example, 2, example.predicted)
+    shown.check_drawing(example, 2, example.main)
     assert_quiet(shown)
 
 
@@ -369,13 +366,13 @@ def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path
 
 def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_path):
     names = ("T-shirt/top", "</script><i>", "Ankle boot", "&amp;")
-    model = lively_model(image_channels=3, image_size=20, classes=4)
+    model = lively_model(image_channels=3, image_size=(20, 26), classes=4)
     shown = Shown(browser, tmp_path, model, classes=names)
     first = shown.records.examples[0]
     assert np.array_equal(shown.pixels("input"), first.image.permute(1, 2, 0))
-    expected = shown.drawn_by_torch(first, 2, first.predicted).transpose(1, 2, 0)
+    expected = shown.drawn_by_torch(first, 2, first.main).transpose(1, 2, 0)
     assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
-    assert names[first.label] in shown.said()
+    assert names[first.labels[0]] in shown.said()
     starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
     assert len(set(starts)) == 1
     for width in (390, 1280):
@@ -399,7 +396,7 @@ def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, 
         assert len(sides) == 32
         assert all(side >= 26 for _, _, side in blocks)
     first = shown.records.examples[0]
-    shown.check_drawing(first, 2, first.predicted)
+    shown.check_drawing(first, 2, first.main)
     assert_quiet(shown)
 
 

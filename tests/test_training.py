@@ -576,7 +576,7 @@ def test_nothing_is_left_behind_but_the_files_of_the_run(tmp_path):
 def test_a_second_start_while_the_first_loads_its_data_is_refused(tmp_path, monkeypatch):
     load, refusals = loop.load_dataset, []
 
-    def slow(*args):
+    def slow(*args, **options):
         if not refusals:
             refusals.append("another process is training in")
             with pytest.raises(RuntimeError, match=refusals[0]):

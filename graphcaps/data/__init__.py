@@ -1,6 +1,16 @@
-"""Data sets of labelled images, and photos of digits."""
+"""Data sets of labelled images, pictures of one's own, and photos of digits."""
 
-from graphcaps.data.datasets import Dataset, Split, draw_shifts, load_dataset, shift
-from graphcaps.data.images import read_digit
+from graphcaps.data.datasets import load_dataset
+from graphcaps.data.images import read_digit, read_picture
+from graphcaps.data.splits import Dataset, Split, draw_shifts, resize, shift
 
-__all__ = ["Dataset", "Split", "draw_shifts", "load_dataset", "read_digit", "shift"]
+__all__ = [
+    "Dataset",
+    "Split",
+    "draw_shifts",
+    "load_dataset",
+    "read_digit",
+    "read_picture",
+    "resize",
+    "shift",
+]

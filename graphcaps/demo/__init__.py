@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from graphcaps.data.datasets import Dataset, shift
+from graphcaps.data.splits import Dataset, shift
 from graphcaps.explorer import (
     base64_of,
     check_writable,
@@ -22,11 +23,22 @@ from graphcaps.explorer import (
     pack_decoder,
     write_page,
 )
-from graphcaps.nets.model import PRETRAINED, CapsNet
-from graphcaps.training.evaluation import as_input, check_fits, evaluate
+from graphcaps.nets.model import PRETRAINED, CapsNet, CapsNetConfig
+from graphcaps.training.evaluation import as_input, evaluate, fitted
 
 ROUTED = ("dynamic", "uniform")  # the routings that the page's script knows
 MOST_ITERATIONS = 10  # that the page shows
+LAYERS = (  # of a configuration; the page's script knows the net that these have by default
+    "convolutions",
+    "primary_kernel",
+    "primary_stride",
+    "primary_padding",
+    "depthwise",
+    "primary_squash",
+    "hidden",
+    "shared",
+    "labels_per_image",
+)
 IMAGES = 1000  # of the test set that the page holds
 MISTAKES = 40  # at most, from anywhere in the test set
 PARTS = ("weight", "bias")
@@ -74,9 +86,9 @@ def gallery_of(model: CapsNet, data: Dataset) -> Gallery:
     Raises:
         ValueError: images or classes that are not those of the net.
     """
-    check_fits(model, data)
+    data = fitted(data, model)
     score = evaluate(model, data.test)
-    wrong = score.lengths.argmax(dim=1) != score.labels
+    wrong = score.wrong
     chosen = torch.zeros_like(wrong)
     chosen[:IMAGES] = True
     chosen[wrong.nonzero().flatten()[:MISTAKES]] = True
@@ -105,7 +117,7 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
         ("drawing.js", "demo.js"),
         json.dumps(page_data(model, classes, gallery), separators=(",", ":")),
         name=escape(name),
-        children=f"{model.config.capsule_maps * model.config.grid_size() ** 2:,}",
+        children=f"{model.config.capsule_maps * math.prod(model.config.grid_size()):,}",
         classes=str(len(classes)),
         trained=_trained(model),
         rounds=str(MOST_ITERATIONS),
@@ -154,11 +166,22 @@ def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dic
 
 
 def check_routed(model: CapsNet) -> None:
-    """See whether the page can route as a net does.
+    """See whether the page can compute what a net does.
 
     Raises:
         ValueError: it cannot.
     """
+    config, plain = model.config, CapsNetConfig()
+    other = [name for name in LAYERS if getattr(config, name) != getattr(plain, name)]
+    other += ["image_size"] if isinstance(config.image_size, tuple) else []
+    if config.routing is None:
+        raise ValueError("the demo shows the routing of capsules, and this net has none")
+    if other:
+        raise ValueError(
+            "the demo computes nets of one convolution and primary capsules on square images of "
+            f"one class each, as preset small has them; this one differs in {', '.join(other)}: "
+            "look inside it with graphcaps report"
+        )
     if model.config.routing not in ROUTED:
         raise ValueError(
             f"the demo routes {' and '.join(ROUTED)} in the page, and this net was trained with "

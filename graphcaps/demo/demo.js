@@ -2,7 +2,7 @@
 
 const data = JSON.parse(byId("net").textContent);
 const net = new CapsNet(data.config, data.weights);
-const { size, channels } = data.image;
+const { height: size, channels } = data.image; // images are square
 const dim = data.config.parent_dim;
 const PIXEL = SHEET / size; // units of the sheet
 const LARGEST_SHIFT = 12; // pixels
@@ -79,7 +79,7 @@ function buildPick(parent, n, name) {
   const pick = make(parent, "button", { type: "button", class: "pick", "data-n": n });
   set(pick, { "aria-label": `${describe(n)}${name ? `, ${name.slice(2)}` : ""}` });
   const canvas = make(pick, "canvas", { class: explorer.tone });
-  paint(canvas, pixelsOf(n), size);
+  paint(canvas, pixelsOf(n), data.image);
   if (name) make(pick, "span", { class: "name" }, name);
   pick.addEventListener("click", () => take(n));
 }
@@ -146,7 +146,7 @@ function lookAt(image) {
   const { votes, rounds } = net.look(image.pixels, state.routing, data.rounds);
   return {
     title: image.title,
-    truth: image.truth,
+    truth: image.truth === null ? null : [image.truth],
     image: image.pixels,
     dim,
     rounds: rounds.map((round) => ({
@@ -164,7 +164,7 @@ function lookAt(image) {
 /** Route what is there now and show it; `keep` keeps the chosen class, child and pose. */
 function update({ keep = false } = {}) {
   state.seen = seen();
-  paint(byId("seen"), state.seen.pixels, size);
+  paint(byId("seen"), state.seen.pixels, data.image);
   explorer.show(lookAt(state.seen), { keep });
   if (state.mode === "two") showLayers();
   showSheet();
@@ -227,7 +227,7 @@ function showSheet() {
 const layOn = document.createElement("canvas");
 
 function lay(context, pixels, colour, [left, top, side]) {
-  paint(layOn, channels === 1 ? pixels : grey(pixels, size), size, colour);
+  paint(layOn, channels === 1 ? pixels : grey(pixels, data.image), data.image, colour);
   context.globalAlpha = state.mode === "two" ? 0.75 : 1;
   context.drawImage(layOn, left, top, side, side);
   context.globalAlpha = 1;
@@ -381,14 +381,14 @@ function showLayers() {
   if (!net.decoder.length) return;
   const { lengths } = explorer.round;
   const two = range(lengths.length).sort((a, b) => lengths[b] - lengths[a]).slice(0, 2);
-  const drawn = two.map((parent) => grey(explorer.drawnUnmoved(parent), size));
+  const drawn = two.map((parent) => grey(explorer.drawnUnmoved(parent), data.image));
   // the colours of the digits on the sheet, where the capsules are of their classes
   const labels = state.layers.map(({ image }) => (image === null ? null : gallery.labels[image]));
   const swapped = labels[0] === two[1] || labels[1] === two[0];
   const tints = swapped ? [colours.against, colours.for] : [colours.for, colours.against];
   document.querySelectorAll("#halves button").forEach((button, which) => {
     const parent = two[which];
-    paint(button.firstChild, drawn[which], size, tints[which]);
+    paint(button.firstChild, drawn[which], data.image, tints[which]);
     const text = `${data.classes[parent]}, |v| = ${lengths[parent].toFixed(2)}`;
     button.lastChild.textContent = text;
     set(button, { "aria-label": `Choose ${text}`, "aria-pressed": parent === explorer.parent });
@@ -396,7 +396,7 @@ function showLayers() {
   });
   const both = document.querySelector("#halves figure canvas");
   set(both, { "aria-label": `${data.classes[two[0]]} and ${data.classes[two[1]]}, as drawn` });
-  fill(both, size, (at) => {
+  fill(both, data.image, (at) => {
     const [a, b] = [drawn[0][at], drawn[1][at]];
     const mixed = range(3).map((k) => (a * tints[0][k] + b * tints[1][k]) / (a + b || 1));
     return [...mixed, 255 * Math.max(a, b)];

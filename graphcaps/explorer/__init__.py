@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from graphcaps.files import named_in_errors, remove_unfinished, write_whole
-from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
-from graphcaps.nets.verdict import LARGEST_ERROR, LENGTH_OF_PRESENT
+from graphcaps.nets.model import CapsNet, CapsNetConfig
+from graphcaps.nets.verdict import LARGEST_ERROR, LENGTH_OF_PRESENT, has_verdict
 
 SCRIPTS = ("numbers.js", "net.js", "verdict.js", "canvas.js", "explorer.js")
 SHARED = files("graphcaps.explorer")
@@ -59,11 +59,18 @@ def geometry(config: CapsNetConfig, classes: tuple[str, ...]) -> dict[str, Any]:
         config: sizes of the net.
         classes: names of its classes.
     """
+    rows, columns = config.grid_size()
     return {
         "classes": list(classes),
-        "image": {"channels": config.image_channels, "size": config.image_size},
-        "children": {"maps": config.capsule_maps, "grid": config.grid_size()},
-        "field": {"side": config.receptive_field(), "step": PRIMARY_STRIDE},
+        "labelsPerImage": config.labels_per_image,
+        "hasVerdict": has_verdict(config),
+        "image": dict(zip(("channels", "height", "width"), config.image_shape, strict=True)),
+        "children": {"maps": config.child_maps, "rows": rows, "columns": columns},
+        "field": {
+            "side": config.receptive_field(),
+            "step": config.field_stride(),
+            "start": config.field_start(),
+        },
         "thresholds": {"lengthOfPresent": LENGTH_OF_PRESENT, "largestError": LARGEST_ERROR},
     }
 

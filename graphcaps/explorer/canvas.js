@@ -31,9 +31,9 @@ function takeColours() {
   for (const name of ["for", "against", "ink"]) colours[name] = colourOf(name);
 }
 
-/** Draw numbers from 0 to 1 as ink of one colour, or three channels of them as they are. */
+/** Draw numbers from 0 to 1 as ink of one colour, or three channels as they are; size: { height, width }. */
 function paint(canvas, pixels, size, colour = INK) {
-  const area = size * size;
+  const area = size.height * size.width;
   const channels = pixels.length / area;
   fill(canvas, size, (at) => channels === 3
     ? [pixels[at], pixels[area + at], pixels[2 * area + at]].map((x) => 255 * x).concat(255)
@@ -46,11 +46,12 @@ function paintSigned(canvas, pixels, size) {
   fill(canvas, size, (at) => [...(pixels[at] > 0 ? above : below), 255 * Math.abs(pixels[at])]);
 }
 
-function fill(canvas, size, pixel) {
-  if (canvas.width !== size) canvas.width = canvas.height = size;
+function fill(canvas, { height, width }, pixel) {
+  if (canvas.width !== width) canvas.width = width;
+  if (canvas.height !== height) canvas.height = height;
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  const image = context.createImageData(size, size);
-  for (let at = 0; at < size * size; at++) {
+  const image = context.createImageData(width, height);
+  for (let at = 0; at < height * width; at++) {
     image.data.set(pixel(at).map(Math.round), 4 * at);
   }
   context.putImageData(image, 0, 0);
@@ -58,7 +59,7 @@ function fill(canvas, size, pixel) {
 
 /** The mean over the channels, [H, W]. */
 function grey(pixels, size) {
-  const area = size * size;
+  const area = size.height * size.width;
   const channels = pixels.length / area;
   return Float32Array.from({ length: area }, (_, at) => {
     return sum(range(channels).map((channel) => pixels[channel * area + at])) / channels;

@@ -1,12 +1,12 @@
 // The explorer: what routing made of one image, drawn so that every part can be pointed at.
 //
-// It draws a `look`: { title, image [C, H, W] from 0 to 1, truth (a class or null), rounds, dim },
+// It draws a `look`: { title, image [C, H, W] from 0 to 1, truth (classes, or null), rounds, dim },
 // and `predicted`, the class to begin with, if it is not the longest of the shown iteration.
 // A round is an iteration of the routing: { c [I, J], lengths [J], pose(j), amounts(j) [I] }, and
 // of a live net b, s, agreement(i, j), too. `amounts` says how much each child gives to a class.
 
 const LARGEST_OFFSET = 0.25; // figure 4 of the paper
-const LARGEST_CIRCLE = 0.95; // pixels of the image; neighbours stand two apart
+const LARGEST_CIRCLE = 0.475; // of the distance of neighbours
 const SAID_AFTER = 400; // milliseconds without a change
 const STEP_OF_PLAY = 800; // milliseconds
 // symbols of the equations
@@ -19,15 +19,17 @@ const CARRIED = 0.85; // of |s_j|: how few children carry so much of it is said
 
 class Explorer {
   /**
-   * Of a page that knows classes, names of them; image: { channels, size }; children: { maps,
-   * grid }; field: { side, step } in pixels; decoder, its layers; rounds, how many iterations there
-   * are; routing(), the name of the one that is shown; amountIsShare, whether amounts are shares of
-   * |s_j|; thresholds, of verdicts. `changed` is called when something else is chosen.
+   * Of a page that knows classes, names of them; labelsPerImage, how many an image shows (0: any
+   * number); hasVerdict, whether thresholds hold; image: { channels, height, width }; children:
+   * { maps, rows, columns }; field: { side, step, start } in pixels; decoder, its layers; rounds,
+   * how many iterations there are; routing(), the name of the one that is shown; amountIsShare,
+   * whether amounts are shares of |s_j|; thresholds, of verdicts. `changed` is called when
+   * something else is chosen.
    */
   constructor(page, { changed = () => {} } = {}) {
     this.page = page;
     this.changed = changed;
-    this.places = page.children.grid ** 2;
+    this.places = page.children.rows * page.children.columns;
     this.childCount = page.children.maps * this.places;
     this.iteration = page.rounds - 1;
     this.parent = 0;
@@ -215,12 +217,14 @@ class Explorer {
 
   /** What the only live region says, once nothing has changed for a moment. */
   say() {
-    const { look, longest, round } = this;
-    const truth = look.truth === null ? "" : `, true class ${this.nameOf(look.truth)}`;
-    const right = look.truth === null ? "" : longest === look.truth ? ": right" : ": wrong ✗";
-    const draw = this.page.decoder.length ? (parent) => this.drawnUnmoved(parent) : null;
-    const verdict = judge(round.lengths, look.image, draw, this.page.thresholds);
-    const words = told(verdict, this.page.classes);
+    const { look, longest, round, page } = this;
+    const predicted = predictedClasses(round.lengths, page.labelsPerImage);
+    const truth = look.truth === null ? "" : `, true class ${namesOf(look.truth, page.classes)}`;
+    const right = look.truth === null ? "" : `: ${same(predicted, look.truth) ? "right" : "wrong ✗"}`;
+    const draw = page.decoder.length ? (parent) => this.drawnUnmoved(parent) : null;
+    const words = page.hasVerdict
+      ? told(judge(round.lengths, look.image, draw, page.thresholds), page.classes)
+      : namesOf(predicted, page.classes);
     if (byId("verdict").textContent !== words) byId("verdict").textContent = words;
     byId("verdict").classList.toggle("words", words.length > 2);
     const text =
@@ -249,7 +253,7 @@ class Explorer {
   drawLengths() {
     this.bars.forEach(({ row, input, bar, number }, j) => {
       const length = this.round.lengths[j];
-      const truly = j === this.look.truth;
+      const truly = this.look.truth?.includes(j) ?? false;
       row.classList.toggle("chosen", j === this.parent);
       row.classList.toggle("true", truly);
       row.classList.toggle("long", length >= this.page.thresholds.lengthOfPresent);
@@ -263,25 +267,29 @@ class Explorer {
 
   // who carries the class, over the image
 
-  centre(place) {
-    const { grid } = this.page.children;
-    const { step, side } = this.page.field;
-    return [(place % grid) * step + side / 2, Math.floor(place / grid) * step + side / 2];
+  /** Where the receptive field of a position starts, in pixels right and down. */
+  fieldOf(place) {
+    const { columns } = this.page.children;
+    const { step, start } = this.page.field;
+    return [place % columns, Math.floor(place / columns)].map((along) => along * step + start);
   }
 
   buildCarriers() {
     const svg = byId("carriers");
-    const { size } = this.page.image;
-    set(svg, { viewBox: `0 0 ${size} ${size}` });
+    const { height, width } = this.page.image;
+    const { side } = this.page.field;
+    set(svg, { viewBox: `0 0 ${width} ${height}` });
+    for (const stack of document.querySelectorAll(".stack")) {
+      stack.style.aspectRatio = `${width} / ${height}`;
+    }
     this.circles = range(this.places).map((place) => {
-      const [cx, cy] = this.centre(place);
+      const [cx, cy] = this.fieldOf(place).map((edge) => edge + side / 2);
       const circle = make(svg, "circle", { cx, cy });
       circle.addEventListener("pointerenter", () => this.point(this.strongestAt(place)));
       circle.addEventListener("pointerleave", () => this.point(null));
       circle.addEventListener("click", () => this.chooseChild(this.strongestAt(place)));
       return circle;
     });
-    const { side } = this.page.field;
     this.frame = make(svg, "rect", { class: "field", width: side, height: side });
   }
 
@@ -300,14 +308,15 @@ class Explorer {
 
   drawCarriers() {
     const { look, page, mostOfPlace: most } = this;
-    paint(byId("input"), look.image, page.image.size);
+    paint(byId("input"), look.image, page.image);
     set(byId("input"), { "aria-label": look.title });
     const ofPlaces = this.byPlace(this.amounts);
     this.circles.forEach((circle, place) => {
       const amount = ofPlaces[place];
       set(circle, {
         class: amount < 0 ? "against" : "for",
-        r: LARGEST_CIRCLE * Math.sqrt(Math.abs(amount) / most), // the area is the amount
+        // the area is the amount
+        r: LARGEST_CIRCLE * page.field.step * Math.sqrt(Math.abs(amount) / most),
         "data-amount": amount,
       });
     });
@@ -338,7 +347,7 @@ class Explorer {
 
   /** Where maps and classes stand in a drawing of this width; maps in rows, if they are many. */
   layOut(width) {
-    const { maps, grid } = this.page.children;
+    const { maps, rows: ofMap, columns } = this.page.children;
     const [top, gap, smallest, most] = [250, 6, 30, 78];
     const rows = Math.ceil((maps * (smallest + gap)) / width);
     const inRow = Math.ceil(maps / rows);
@@ -348,7 +357,7 @@ class Explorer {
     return {
       width,
       block,
-      cell: block / grid,
+      cell: block / Math.max(ofMap, columns),
       height: top + rows * (block + gap) + 20,
       blockX: (map) => ((map % inRow) + 0.5) * step - block / 2,
       blockY: (map) => top + Math.floor(map / inRow) * (block + gap),
@@ -361,7 +370,7 @@ class Explorer {
 
   buildCoupling() {
     const svg = byId("coupling");
-    const { maps, grid } = this.page.children;
+    const { maps, rows, columns } = this.page.children;
     const at = this.layOut(svg.clientWidth || 640);
     svg.replaceChildren();
     set(svg, { viewBox: `0 0 ${at.width} ${at.height}`, height: at.height });
@@ -370,7 +379,7 @@ class Explorer {
       this.page.classes.map((_, parent) => make(lines, "line", {
         "data-map": map,
         "data-parent": parent,
-        x1: at.blockX(map) + at.block / 2,
+        x1: at.blockX(map) + (columns * at.cell) / 2,
         y1: at.blockY(map),
         x2: at.classX(parent),
         y2: at.classY,
@@ -378,15 +387,15 @@ class Explorer {
     );
     const corner = (child) => {
       const [map, place] = [Math.floor(child / this.places), child % this.places];
-      const [row, column] = [Math.floor(place / grid), place % grid];
+      const [row, column] = [Math.floor(place / columns), place % columns];
       return [at.blockX(map) + column * at.cell, at.blockY(map) + row * at.cell];
     };
     const blocks = range(maps).map((map) => make(svg, "rect", {
       class: "block",
       x: at.blockX(map),
       y: at.blockY(map),
-      width: at.block,
-      height: at.block,
+      width: columns * at.cell,
+      height: rows * at.cell,
     }));
     // one path for all squares of a kind: a page that draws at every stroke cannot move each
     const squares = ["for", "against", "coupled"].map((kind) => {
@@ -402,7 +411,7 @@ class Explorer {
       node.addEventListener("click", () => this.chooseParent(parent));
       return { node, circle, text };
     });
-    const what = `${maps} maps of ${grid} × ${grid} children`;
+    const what = `${maps} maps of ${rows} × ${columns} children`;
     make(svg, "text", { class: "quiet", x: at.width / 2, y: at.height - 4 }, what);
     lines.addEventListener("pointerover", ({ target }) => {
       const { map, parent } = target.dataset;
@@ -413,11 +422,10 @@ class Explorer {
     lines.addEventListener("click", ({ target }) => this.chooseParent(+target.dataset.parent));
     blocks.forEach((block, map) => {
       const childAt = ({ clientX, clientY }) => {
-        const { left, top, width } = block.getBoundingClientRect();
-        const [column, row] = [clientX - left, clientY - top].map((along) => {
-          return clamp(Math.floor((along / width) * grid), 0, grid - 1);
-        });
-        return map * this.places + row * grid + column;
+        const { left, top, width, height } = block.getBoundingClientRect();
+        const row = clamp(Math.floor(((clientY - top) / height) * rows), 0, rows - 1);
+        const column = clamp(Math.floor(((clientX - left) / width) * columns), 0, columns - 1);
+        return map * this.places + row * columns + column;
       };
       block.addEventListener("pointermove", (event) => this.point(childAt(event)));
       block.addEventListener("pointerleave", () => this.point(null));
@@ -494,16 +502,16 @@ class Explorer {
     const { look, parent, graph: { at, corner, ray, mark }, page } = this;
     if (!look) return;
     const child = this.pointed ?? this.child ?? this.strongestChild();
-    const { step } = page.field;
-    const { grid } = page.children;
+    const { columns } = page.children;
     const place = child % this.places;
-    set(this.frame, { x: (place % grid) * step, y: Math.floor(place / grid) * step });
+    const [left, top] = this.fieldOf(place);
+    set(this.frame, { x: left, y: top });
     const [x, y] = corner(child);
     set(mark, { x, y });
     set(ray, { x1: x + at.cell / 2, y1: y, x2: at.classX(parent), y2: at.classY });
     if (this.pointed === null) byId("child").value = child;
-    const where = `map ${Math.floor(child / this.places)}, row ${Math.floor(place / grid)}, ` +
-      `column ${place % grid}`;
+    const where = `map ${Math.floor(child / this.places)}, row ${Math.floor(place / columns)}, ` +
+      `column ${place % columns}`;
     byId("child-number").textContent = child;
     set(byId("child"), { "aria-valuetext": `${child}, ${where}` });
     this.drawFormulas(this.formulas(child));
@@ -630,7 +638,7 @@ class Explorer {
   }
 
   drawReconstruction() {
-    const { look, parent, offsets, page: { image: { size } } } = this;
+    const { look, parent, offsets, page: { image: size } } = this;
     const drawn = this.drawnOf(parent);
     const difference = drawn.map((x, at) => x - look.image[at]);
     const over = byId("overlay").checked;

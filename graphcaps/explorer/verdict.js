@@ -8,6 +8,16 @@ function presentClasses(lengths, { lengthOfPresent }) {
     .slice(0, 2);
 }
 
+/** The predicted classes: so many longest capsules, or for 0 all that are longer than 0.5. */
+function predictedClasses(lengths, labelsPerImage) {
+  const order = range(lengths.length).sort((a, b) => lengths[b] - lengths[a] || a - b);
+  return labelsPerImage ? order.slice(0, labelsPerImage) : order.filter((j) => lengths[j] > 0.5);
+}
+
+const inOrder = (classes) => [...classes].sort((a, b) => a - b);
+const same = (some, others) => `${inOrder(some)}` === `${inOrder(others)}`;
+const namesOf = (classes, names) => inOrder(classes).map((j) => names[j]).join(" + ") || "none";
+
 /** Σ (x − x̂)² / Σ x² of an image and what is drawn of it; infinite for an empty image. */
 function relativeError(image, drawn) {
   let [difference, ink] = [0, 0];

@@ -8,13 +8,15 @@ from graphcaps.nets.losses import (
     reconstruction_loss,
     spread_loss,
 )
-from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
+from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput, CapsuleMaps, Convolution
 from graphcaps.nets.verdict import Verdict, judge, judge_images
 
 __all__ = [
     "CapsNet",
     "CapsNetConfig",
     "CapsNetOutput",
+    "CapsuleMaps",
+    "Convolution",
     "Decoder",
     "Verdict",
     "capsnet_loss",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphcaps.functional import multi_hot
-from graphcaps.nets.model import CapsNet, CapsNetOutput
+from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
 
 LENGTH_OF_PRESENT = 0.5  # the middle of the margins 0.1 and 0.9 of the loss
 LARGEST_ERROR = 0.45  # of a reconstruction, beside the squares of the image
@@ -44,6 +44,15 @@ class Verdict:
             return names[self.classes[0]]
         both = "two digits" if kind == "digit" else "two classes"
         return f"{both}, {names[self.classes[0]]} and {names[self.classes[1]]}"
+
+
+def has_verdict(config: CapsNetConfig) -> bool:
+    """Whether the thresholds of `judge` hold for a net: those for images of one digit each.
+
+    >>> has_verdict(CapsNetConfig()), has_verdict(CapsNetConfig(image_kind="picture"))
+    (True, False)
+    """
+    return config.image_kind == "digit" and config.labels_per_image == 1
 
 
 def judge(lengths: Tensor, image: Tensor, draw: Callable[[list[int]], Tensor] | None) -> Verdict:

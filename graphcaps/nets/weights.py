@@ -24,10 +24,32 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
         OSError: see `write_whole`.
     """
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in module.state_dict().items()
     }
     write_whole(path, safetensors.torch.save(tensors))
+
+
+def check_weights(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """See whether weights can be read again that `save_weights` would write.
+
+    Args:
+        module: on any device.
+        dtype: what they would be rounded to.
+
+    Raises:
+        ValueError: a dtype other than of floating point; weights that are not finite, or not any
+            more in that dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"weights are saved in a dtype of floating point; got {dtype}")
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.to(dtype or tensor.dtype).isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite{f' in {dtype}' if dtype else ''}, and "
+                "could not be loaded; save a net that was trained with a lower learning rate"
+                + (", or in another dtype" if dtype else "")
+            )
 
 
 def read_shapes(path: Path) -> dict[str, Shape]:

@@ -242,8 +242,8 @@ def at_a_glance(
 def reconstructions(
     images: Tensor,
     drawn: Tensor,
-    labels: Tensor,
-    predicted: Tensor,
+    labels: Tensor | Sequence[str],
+    predicted: Tensor | Sequence[str],
     classes: Sequence[str] = (),
 ) -> Figure:
     """Images, and below them the reconstructions from their longest capsules.
@@ -251,8 +251,8 @@ def reconstructions(
     Args:
         images: 0 to 1, `[N, C, H, W]`.
         drawn: reconstructions, the same shape.
-        labels: true classes, `[N]`.
-        predicted: classes of the longest capsules, `[N]`.
+        labels: true classes, `[N]`, or what stands for them.
+        predicted: classes of the longest capsules, `[N]`, or what stands for them.
         classes: their names; numbers if not given.
 
     Returns:
@@ -264,15 +264,18 @@ def reconstructions(
     panels = figure.subplots(2 * pairs, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    for number, (true, seen) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
+    named = [
+        [_name(classes, k) for k in given.tolist()] if isinstance(given, Tensor) else given
+        for given in (labels, predicted)
+    ]
+    for number, (true, seen) in enumerate(zip(*named, strict=True)):
         pair, column = divmod(number, columns)
         above, below = panels[2 * pair : 2 * pair + 2, column]
         _show(above, images[number])
         _show(below, drawn[number])
-        true_name, seen_name = (_name(classes, k) for k in (true, seen))
         wrong = true != seen
-        above.set_title(f"is {true_name}")
-        below.set_xlabel(f"read {seen_name}" + ("\n(wrong)" if wrong else ""))
+        above.set_title(f"is {true}")
+        below.set_xlabel(f"read {seen}" + ("\n(wrong)" if wrong else ""))
         for side in below.spines.values():
             side.set(visible=wrong, linewidth=2, color=INK)
         if column == 0:

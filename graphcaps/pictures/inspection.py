@@ -10,7 +10,8 @@ from torch import Tensor
 from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
-from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
+from graphcaps.nets.model import CapsNet, CapsNetConfig
+from graphcaps.votes import with_coordinates
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -25,16 +26,19 @@ class VoteMap:
             or `contribution_map` counts.
         stride: distance of neighbouring positions in the image, in pixels.
         field: height and width of a position's receptive field, in pixels.
+        start: row and column where the first receptive field starts; negative with padding.
     """
 
     amount: Tensor
     stride: int
     field: int
+    start: int = 0
 
     def centres(self) -> tuple[Tensor, Tensor]:
         """Row and column of every position's receptive field's centre, in pixels, `[H·W]`."""
         rows, columns = (
-            self.stride * torch.arange(count) + (self.field - 1) / 2 for count in self.amount.shape
+            self.start + self.stride * torch.arange(count) + (self.field - 1) / 2
+            for count in self.amount.shape
         )
         row, column = torch.meshgrid(rows, columns, indexing="ij")
         return row.flatten(), column.flatten()
@@ -58,10 +62,9 @@ def votes_by_position(
     >>> votes_by_position(torch.ones(7, 72, 8), torch.ones(3, 7, 720), config).shape
     torch.Size([3, 7, 10, 6, 6])
     """
-    grid = config.grid_size()
     strength = length(u) if a is None else a
     voted = c.unflatten(-1, (-1, config.classes)) * strength.unsqueeze(-1)
-    return voted.movedim(-1, -2).unflatten(-1, (config.capsule_maps, grid, grid)).sum(dim=-3)
+    return voted.movedim(-1, -2).unflatten(-1, (config.child_maps, *config.grid_size())).sum(dim=-3)
 
 
 def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
@@ -81,8 +84,14 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
     >>> amounts.shape, round(float(amounts[0, 0]), 3)
     (torch.Size([6, 6]), 0.566)
     """
-    amount = votes_by_position(u, c, config)[parent]
-    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+    return map_of(votes_by_position(u, c, config)[parent], config)
+
+
+def map_of(amount: Tensor, config: CapsNetConfig) -> VoteMap:
+    """Votes by position, `[H, W]`, with where the positions of a net's capsule maps look."""
+    return VoteMap(
+        amount, config.field_stride(), config.receptive_field(), start=config.field_start()
+    )
 
 
 def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
@@ -100,10 +109,9 @@ def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) 
     >>> contribution_map(torch.full((720,), 0.01), 3, config).amount.shape
     torch.Size([6, 6])
     """
-    grid = config.grid_size()
     of_parent = contributions.unflatten(0, (-1, config.classes))[:, parent]
-    amount = of_parent.unflatten(0, (config.capsule_maps, grid, grid)).sum(dim=0)
-    return VoteMap(amount, stride=PRIMARY_STRIDE, field=config.receptive_field())
+    amount = of_parent.unflatten(0, (config.child_maps, *config.grid_size())).sum(dim=0)
+    return map_of(amount, config)
 
 
 @torch.no_grad()
@@ -172,8 +180,11 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
         return dense.index_put((child, parent), of_kinds[kind])
 
     def dense(u: Tensor, a: Tensor | None = None) -> tuple[Tensor, ...]:
+        weight: Tensor = layer.weight
+        if layer.coordinates is not None:
+            u, weight = with_coordinates(u, weight, layer.coordinates, layer.rows)
         rows = u.unflatten(2, (layer.rows, -1))
-        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(layer.weight)).flatten(3)
+        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(weight)).flatten(3)
         mask = by_edge(torch.ones(structure.kinds, dtype=torch.bool, device=u.device))
         return layer.routing.dense(u_hat, a, mask, by_edge)
 

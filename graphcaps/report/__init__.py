@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from graphcaps.data.datasets import Dataset
+from graphcaps.data.splits import Dataset
 from graphcaps.explorer import check_writable, write_page
 from graphcaps.nets.model import CapsNet
 from graphcaps.report.page import render

@@ -75,8 +75,9 @@ def explorer_data(records: Records) -> dict[str, Any]:
 def _example(example: Example) -> dict[str, Any]:
     return {
         "number": example.number,
-        "label": example.label,
+        "labels": example.labels,
         "predicted": example.predicted,
+        "main": example.main,
         "image": base64_of(example.image.numpy().tobytes()),
         "poses": _rounded(example.poses),
         "lengths": _rounded(example.lengths),
@@ -103,7 +104,7 @@ def rounding_error(records: Records) -> float:
     largest = 0.0
     for example in records.examples:
         masked = torch.zeros_like(example.poses)
-        masked[:, example.predicted] = example.poses[:, example.predicted]
+        masked[:, example.main] = example.poses[:, example.main]
         exact = _decode(records.decoder, masked.flatten(1))
         here = _decode(rounded, masked.flatten(1).round(decimals=DECIMALS))
         largest = max(largest, 255 * float((exact - here).abs().max()))

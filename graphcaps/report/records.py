@@ -7,12 +7,12 @@ import networkx
 import torch
 from torch import Tensor, nn
 
-from graphcaps.data.datasets import Dataset, Split
-from graphcaps.functional import length
+from graphcaps.data.splits import Dataset, Split
+from graphcaps.functional import length, multi_hot
 from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.pictures.inspection import differences_from_dense, tweak_pose
 from graphcaps.training.checkpoints import RunFolder
-from graphcaps.training.evaluation import Score, as_input, check_fits, evaluate
+from graphcaps.training.evaluation import Score, as_input, evaluate, fitted
 from graphcaps.training.settings import as_json
 
 EXAMPLES = 20
@@ -28,8 +28,8 @@ class Example:
 
     Attributes:
         number: its place in the test set, from 0.
-        label: the true class.
-        predicted: the class of the longest capsule after the last iteration.
+        labels: the true class, or all of them.
+        predicted: the predicted class after the last iteration, or all of them, the longest first.
         image: uint8 `[C, H, W]`.
         poses: class capsules v, `[R, J, D]`.
         lengths: how sure the net is of each class, |v| or activations, `[R, J]`.
@@ -40,13 +40,23 @@ class Example:
     """
 
     number: int
-    label: int
-    predicted: int
+    labels: tuple[int, ...]
+    predicted: tuple[int, ...]
     image: Tensor
     poses: Tensor
     lengths: Tensor
     coupling: Tensor
     amounts: Tensor
+
+    @property
+    def main(self) -> int:
+        """The class of the longest capsule after the last iteration."""
+        return int(self.lengths[-1].argmax())
+
+    @property
+    def right(self) -> bool:
+        """Whether the predicted classes are exactly the true ones."""
+        return sorted(self.labels) == sorted(self.predicted)
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,10 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         FileNotFoundError: there is no run in the folder.
         ValueError: images or classes that are not those of the net.
     """
+    if model.config.routing is None:
+        raise ValueError("this net has no capsules, whose routing a report shows: it is a control")
     settings = as_json(run.settings())
-    check_fits(model, data)
+    data = fitted(data, model)
     if len(data.classes) != model.config.classes:
         raise ValueError(
             f"the net has {model.config.classes} classes, but {data.name} has "
@@ -118,7 +130,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         )
     model.eval()
     score = evaluate(model, data.test)
-    chosen = choose_examples(score.lengths, score.labels)
+    chosen = choose_examples(score.lengths, score.labels, score.wrong)
     examples = look_inside(model, data.test, chosen)
     first = as_input(data.test.images[:LOOKED_AT], model)
     with torch.no_grad():
@@ -143,22 +155,27 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
         coupling=trace.c.cpu(),
         graph=of_examples.networkx(0, last, children=strongest),
         drawn=output.reconstruction,
-        tweaked=None
-        if model.decoder is None
-        else tweak_pose(model, output.poses[0], shown.predicted),
+        tweaked=None if model.decoder is None else tweak_pose(model, output.poses[0], shown.main),
         differences=differences_from_dense(model.capsules, *children),
         decoder=decoder_layers(model),
     )
 
 
 def choose_examples(
-    lengths: Tensor, labels: Tensor, *, count: int = EXAMPLES, mistakes: int = MISTAKES
+    lengths: Tensor,
+    labels: Tensor,
+    wrong: Tensor | None = None,
+    *,
+    count: int = EXAMPLES,
+    mistakes: int = MISTAKES,
 ) -> list[int]:
     """Which test images to look into: right ones of every class, then the surest mistakes.
 
     Args:
         lengths: of all class capsules of all images, `[N, J]`.
-        labels: true classes, `[N]`.
+        labels: true classes, `[N]`, or 0 and 1 in `[N, J]`, of which the first counts.
+        wrong: which images are misclassified, `[N]`; those whose longest capsule is not of the
+            true class, if not given.
         count: how many to choose, or all if there are fewer.
         mistakes: at most so many misclassified ones, those with the longest wrong capsule.
 
@@ -171,12 +188,16 @@ def choose_examples(
     [0, 2, 1]
     """
     longest, predicted = lengths.max(dim=1)
-    wrong = (predicted != labels).nonzero().flatten()
+    if wrong is None:
+        wrong = predicted != labels
+    right_ones = (~wrong).tolist()
+    wrong = wrong.nonzero().flatten()
+    labels = labels if labels.dim() == 1 else labels.argmax(dim=1)
     surest = wrong[longest[wrong].argsort(descending=True, stable=True)][:mistakes].tolist()
     nth_of_class = []  # (how many of its class came before, class, place)
     seen = [0] * lengths.shape[1]
     for place, label in enumerate(labels.tolist()):
-        if predicted[place] == label:
+        if right_ones[place]:
             nth_of_class.append((seen[label], label, place))
             seen[label] += 1
     first = sorted(nth_of_class)[: count - len(surest)]
@@ -206,12 +227,15 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
         strength = children[1] if len(children) == 2 else length(children[0])
         amounts = c * strength[:, :, None]
     lengths = model.confidence(trace.v, trace.a)
-    predicted = lengths[-1].argmax(dim=-1)
+    classes = (samples, model.config.classes)
+    predicted = multi_hot(model.classify(lengths[-1]), *classes).bool()
+    labels = multi_hot(split.labels[chosen], *classes)
+    longest_first = lengths[-1].argsort(dim=1, descending=True).tolist()
     return tuple(
         Example(
             number=number,
-            label=int(split.labels[number]),
-            predicted=int(predicted[b]),
+            labels=tuple(labels[b].nonzero().flatten().tolist()),
+            predicted=tuple(k for k in longest_first[b] if predicted[b, k]),
             image=split.images[number],
             poses=trace.v[:, b].cpu(),
             lengths=lengths[:, b].cpu(),

@@ -3,13 +3,13 @@
 const records = JSON.parse(byId("records").textContent);
 const { classes } = records;
 
-const isRight = ({ label, predicted }) => label === predicted;
+const isRight = ({ labels, predicted }) => same(labels, predicted);
 
 function describe(example) {
   const verdict = isRight(example)
     ? "classified correctly"
-    : `misclassified as ${classes[example.predicted]}`;
-  return `Test image ${example.number}, ${classes[example.label]}, ${verdict}`;
+    : `misclassified as ${namesOf(example.predicted, classes)}`;
+  return `Test image ${example.number}, ${namesOf(example.labels, classes)}, ${verdict}`;
 }
 
 /** What the explorer draws of an example, unpacked when it is first asked for. */
@@ -19,8 +19,8 @@ function lookOf(example) {
   const edges = coupling.length / count;
   return {
     title: `Test image ${example.number}`,
-    truth: example.label,
-    predicted: example.predicted,
+    truth: example.labels,
+    predicted: example.main,
     image: example.pixels,
     dim: example.poses[0][0].length,
     rounds: range(count).map((r) => ({
@@ -48,7 +48,7 @@ const explorer = new Explorer({
 function pick(example) {
   example.look ??= lookOf(example);
   example.input.checked = true;
-  paint(byId("picked"), example.pixels, records.image.size);
+  paint(byId("picked"), example.pixels, records.image);
   set(byId("picked"), { "aria-label": describe(example) });
   byId("picked-caption").textContent = `${describe(example)}.`;
   explorer.show(example.look);
@@ -72,8 +72,10 @@ function buildPicks() {
       role: "img",
       "aria-label": describe(example),
     });
-    paint(canvas, example.pixels, records.image.size);
-    const [truth, predicted] = [classes[example.label], classes[example.predicted]];
+    paint(canvas, example.pixels, records.image);
+    const [truth, predicted] = [example.labels, example.predicted].map((numbers) => {
+      return namesOf(numbers, classes);
+    });
     make(face, "span", { class: "name" }, right ? truth : `✗ ${truth} → ${predicted}`);
     example.input.addEventListener("change", () => pick(example));
   });

@@ -1,10 +1,13 @@
 """The figures of a report's page with their words, in the order in which they are shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from graphcaps.functional import multi_hot
 from graphcaps.pictures import figures
 from graphcaps.pictures.inspection import TWEAKS
 from graphcaps.report.records import Example, Records
@@ -41,14 +44,15 @@ def sections(records: Records) -> list[Section]:
 
 def _of_training(records: Records) -> list[Section]:
     classes, score = records.classes, records.score
-    of_true = score.lengths.gather(1, score.labels[:, None]).median()
+    of_class, labels = one_label_each(score.lengths, score.labels)
+    of_true = of_class.gather(1, labels[:, None]).median()
     lengths = Section(
         "Lengths of the class capsules",
         "The capsule of the true class should be longer than 0.9, all others shorter than 0.1 "
         "(dashed). Boxes hold half of the test images, whiskers 98 %.",
         f"Box plots for each class. The true class's capsule has a median length of {of_true:.2f} "
         "over all test images.",
-        figures.class_lengths(score.lengths, score.labels, classes),
+        figures.class_lengths(of_class, labels, classes),
     )
     epochs = [record for record in records.metrics if record.get("kind") == "epoch"]
     if not epochs:
@@ -66,9 +70,11 @@ def _of_training(records: Records) -> list[Section]:
 
 def _of_routing(records: Records) -> list[Section]:
     parents, shown = records.config.classes, records.examples[0]
-    labels = records.score.labels[: records.entropy.shape[1]]
+    images = records.entropy.shape[1]
+    shown_as = multi_hot(records.score.labels[:images], images, parents)
+    of_image, labels = shown_as.nonzero().unbind(1)
     means = records.entropy.flatten(1).mean(dim=1)
-    strongest, images = float(records.coupling.max()), len(labels)
+    strongest = float(records.coupling.max())
     if strongest - float(records.coupling.min()) < ROUNDING:
         return [
             Section(
@@ -85,7 +91,9 @@ def _of_routing(records: Records) -> list[Section]:
             f"How undecided the children are, over {images} test images: ln {parents} nats for one "
             "that couples to all classes alike, 0 for one that has decided.",
             "Mean entropy by iteration: " + ", ".join(f"{mean:.4f}" for mean in means) + " nats.",
-            figures.entropy_by_iteration(records.entropy, parents, labels, records.classes),
+            figures.entropy_by_iteration(
+                records.entropy[:, of_image], parents, labels, records.classes
+            ),
         ),
         Section(
             "Coupling coefficients",
@@ -118,14 +126,13 @@ def _of_the_decoder(records: Records) -> list[Section]:
             figures.reconstructions(
                 torch.stack([example.image for example in records.examples]) / 255,
                 records.drawn,
-                torch.tensor([example.label for example in records.examples]),
-                torch.tensor([example.predicted for example in records.examples]),
-                records.classes,
+                [_names(example.labels, records) for example in records.examples],
+                [_names(sorted(example.predicted), records) for example in records.examples],
             ),
         ),
         Section(
             "Tweaked poses",
-            f"Each dimension of the pose of {records.classes[shown.predicted]} moved by −0.25 to "
+            f"Each dimension of the pose of {records.classes[shown.main]} moved by −0.25 to "
             "0.25, as in figure 4 of the paper.",
             f"A grid of reconstructions of {_named(shown, records)}, a row for each dimension.",
             figures.tweaked_poses(records.tweaked, TWEAKS),
@@ -149,4 +156,28 @@ def _of_the_engines(records: Records) -> list[Section]:
 
 
 def _named(example: Example, records: Records) -> str:
-    return f"test image {example.number}, {records.classes[example.label]}"
+    return f"test image {example.number}, {_names(example.labels, records)}"
+
+
+def _names(classes: Sequence[int], records: Records) -> str:
+    return " + ".join(records.classes[k] for k in classes) or "none"
+
+
+def one_label_each(lengths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """An image with several true classes, once for each, the others' lengths set to 0.
+
+    Args:
+        lengths: of all class capsules, `[N, J]`.
+        labels: `[N]`, or 0 and 1 in `[N, J]`.
+
+    Returns:
+        Lengths, and the true class of each row.
+
+    >>> one_label_each(torch.tensor([[0.8, 0.7, 0.2]]), torch.tensor([[1, 1, 0]]))
+    (tensor([[0.8000, 0.0000, 0.2000], [0.0000, 0.7000, 0.2000]]), tensor([0, 1]))
+    """
+    if labels.dim() == 1:
+        return lengths, labels
+    image, label = labels.nonzero().unbind(1)
+    others = labels[image].bool().scatter(1, label[:, None], False)
+    return lengths[image].masked_fill(others, 0), label

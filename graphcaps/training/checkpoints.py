@@ -46,7 +46,7 @@ from graphcaps.files import (
     record,
     write_whole,
 )
-from graphcaps.nets.model import CONFIG, WEIGHTS, CapsNet
+from graphcaps.nets.model import BEST, CONFIG, WEIGHTS, CapsNet
 from graphcaps.nets.weights import load_weights
 from graphcaps.training.settings import RunSettings, as_json, check_started
 
@@ -112,6 +112,10 @@ class Result:
 METRICS: Any = Annotated[StepMetrics | EpochMetrics, Field(discriminator="kind")]
 
 
+class RunLockedError(RuntimeError):
+    """Another process trains in a run's folder."""
+
+
 class RunFolder:
     """The folder of one training run.
 
@@ -121,7 +125,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.best = path / "best"
+        self.best = path / BEST
         self._settings = path / "settings.json"
         self._checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
@@ -215,7 +219,7 @@ class RunFolder:
                 file.close()
                 raise
             file.close()
-        raise RuntimeError(f"another process is training in {self.path}")
+        raise RunLockedError(f"another process is training in {self.path}")
 
     def settings(self) -> RunSettings:
         """What the run was started with.

@@ -1,11 +1,12 @@
 """Evaluation of a model on labelled images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from graphcaps.data.datasets import Dataset, Split
+from graphcaps.data.splits import Dataset, Split
+from graphcaps.functional import all_right, multi_hot, predicted_classes
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.nets.losses import capsnet_loss
 from graphcaps.nets.model import CapsNet
@@ -16,8 +17,19 @@ class Score:
     """The results of a model on a set of images."""
 
     lengths: Tensor  # of all class capsules, [N, J], on the CPU
-    labels: Tensor  # [N], on the CPU
+    labels: Tensor  # [N], or 0 and 1 in [N, J], on the CPU
     loss: float  # averaged over the images
+    labels_per_image: int = 1  # see `predicted_classes`
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predicted classes, like `labels`."""
+        return predicted_classes(self.lengths, self.labels_per_image)
+
+    @property
+    def wrong(self) -> Tensor:
+        """Whether the predicted classes of an image are not exactly the right ones, `[N]`."""
+        return ~all_right(self.predicted, self.labels)
 
     @property
     def images(self) -> int:
@@ -26,18 +38,25 @@ class Score:
 
     @property
     def errors(self) -> int:
-        """Number of images whose longest capsule is not that of the true class."""
-        return int((self.lengths.argmax(dim=1) != self.labels).sum())
+        """Number of images whose predicted classes are not exactly the true ones."""
+        return int(self.wrong.sum())
 
     def confusion(self) -> Tensor:
-        """Number of images of each true class (row) predicted as each class (column), `[J, J]`."""
-        counts = torch.zeros(self.lengths.shape[1], self.lengths.shape[1], dtype=torch.int64)
-        read = self.lengths.argmax(dim=1)
-        return counts.index_put((self.labels, read), torch.tensor(1), accumulate=True)
+        """Number of images of each true class (row) predicted as each class (column), `[J, J]`.
+
+        With several classes in an image, each one that is missed counts once for each one that is
+        predicted and not there.
+        """
+        true, read = (
+            multi_hot(labels, *self.lengths.shape).double()
+            for labels in (self.labels, self.predicted)
+        )
+        both = true * read
+        return ((true - both).T @ (read - both) + both.sum(dim=0).diag()).long()
 
     @property
     def accuracy(self) -> float:
-        """The fraction of images whose longest capsule is that of the true class."""
+        """The fraction of images whose predicted classes are exactly the true ones."""
         return 1 - self.errors / self.images
 
 
@@ -51,13 +70,13 @@ def as_input(images: Tensor, model: CapsNet) -> Tensor:
     Returns:
         A tensor of the same shape.
     """
-    weight = model.capsules.weight
+    weight = next(model.parameters())
     return images.to(weight.device).to(weight.dtype) / 255
 
 
 @torch.no_grad()
 def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
-    """Classify every image by its longest capsule; the loss includes its reconstruction.
+    """Classify every image by its longest capsules; the loss includes its reconstruction.
 
     Args:
         model: evaluated in evaluation mode; its mode is restored.
@@ -87,17 +106,21 @@ def evaluate(model: CapsNet, split: Split, *, batch_size: int = 200) -> Score:
     model.train(was_training)
     found = torch.cat(lengths).cpu()
     check_lengths(found)
-    return Score(found, split.labels.cpu(), loss / len(split.labels))
+    per_image = model.config.labels_per_image
+    return Score(found, split.labels.cpu(), loss / len(split.labels), per_image)
 
 
-def check_fits(model: CapsNet, data: Dataset) -> None:
-    """Check that a model can be evaluated on a data set.
+def fitted(data: Dataset, model: CapsNet) -> Dataset:
+    """The data set with the classes of a model, so that the model can be evaluated on it.
+
+    If the model has names of classes, the labels become their numbers in the model, so that the
+    data may lack some of them.
 
     Raises:
         ValueError: the test images have another size, or more classes than the model.
     """
     config = model.config
-    here = [config.image_channels, config.image_size, config.image_size]
+    here = list(config.image_shape)
     there = list(data.test.images.shape[1:])
     if here != there:
         raise ValueError(
@@ -109,6 +132,32 @@ def check_fits(model: CapsNet, data: Dataset) -> None:
             f"the net has {config.classes} classes, but {data.name} has {len(data.classes)}: "
             "name the data set it was trained on with --dataset"
         )
+    if data.labels_per_image != config.labels_per_image:
+        raise ValueError(
+            f"the net predicts {_many(config.labels_per_image)} in an image, but the images of "
+            f"{data.name} show {_many(data.labels_per_image)}: name the data set it was trained on "
+            "with --dataset"
+        )
+    names = config.class_names
+    if names is None or names == data.classes:
+        return data
+    unknown = [name for name in data.classes if name not in names]
+    if unknown or data.labels_per_image != 1:
+        unknown = unknown or list(data.classes)
+        raise ValueError(
+            f"the net does not know these classes of {data.name}: {', '.join(unknown)}; it knows "
+            f"{', '.join(names)}. Name the data set it was trained on with --dataset"
+        )
+    numbers = torch.tensor([names.index(name) for name in data.classes])
+    train, holdout, test = (
+        split._replace(labels=numbers[split.labels])
+        for split in (data.train, data.holdout, data.test)
+    )
+    return replace(data, classes=names, train=train, holdout=holdout, test=test)
+
+
+def _many(classes: int) -> str:
+    return {0: "any number of classes", 1: "1 class"}.get(classes, f"{classes} classes")
 
 
 def check_lengths(lengths: Tensor) -> None:

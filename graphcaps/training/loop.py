@@ -19,11 +19,14 @@ from tqdm import tqdm
 
 from graphcaps import __version__
 from graphcaps._dgl import dgl
-from graphcaps.data.datasets import Dataset, draw_shifts, load_dataset, shift
+from graphcaps.data.datasets import load_dataset
+from graphcaps.data.splits import Dataset, draw_shifts, shift
 from graphcaps.engines import choose as choose_engine
+from graphcaps.files import read_record
+from graphcaps.functional import all_right
 from graphcaps.layers import NonFinitePosesError
 from graphcaps.nets.losses import capsnet_loss
-from graphcaps.nets.model import CapsNet
+from graphcaps.nets.model import CONFIG, CapsNet, CapsNetConfig, find_net
 from graphcaps.streams import LenientStream, say
 from graphcaps.training.capture import Captured
 from graphcaps.training.checkpoints import (
@@ -43,6 +46,7 @@ from graphcaps.training.settings import (
     check_settings,
     choose_preset,
     describe_data,
+    image_size_of,
     make_recipe,
     make_schedule,
     resume_settings,
@@ -64,6 +68,7 @@ class TrainingInterrupt(KeyboardInterrupt):
         saved = "nothing is saved yet" if checkpoint is None else f"saved as {checkpoint}"
         super().__init__(f"stopped; {saved}")
         self.run = run
+        self.again: str | None = None  # the command to go on with; None: that of the run
 
 
 def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict[str, Any]:
@@ -96,12 +101,15 @@ def train(settings: TrainSettings, given: Collection[str] | None = None) -> dict
         preset, why = choose_preset(settings, workers.device)
         run = workers.agree(_new_run(settings, preset))
         with workers.leader_in(run.locked()):
-            data = _load_data(settings, workers)
+            data = _load_data(settings, workers, run)
             recipe = make_recipe(settings, preset, len(data.train.labels))
             trainer = Trainer(settings, recipe, data, workers, run)
             if workers.leads:
                 run.create(RunSettings(settings, recipe, _versions(), describe_data(data)))
-            return trainer.train(f"Training the {preset} net: {why}.")
+            what = f"Training the {preset} net: {why}."
+            if settings.start_from is not None:
+                what = f"Training the net of {settings.start_from} further, as preset {preset} is."
+            return trainer.train(what)
 
 
 def _resume(asked: TrainSettings, given: Collection[str] | None) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def _resume(asked: TrainSettings, given: Collection[str] | None) -> dict[str, An
             if workers.leads:
                 say(f"{run.path} is finished; nothing is left to do")
             return finished
-        data = _load_data(settings, workers)
+        data = _load_data(settings, workers, run)
         check_data(data, started)
         trainer = Trainer(settings, started.recipe, data, workers, run)
         return trainer.train(trainer.resume())
@@ -164,15 +172,7 @@ class Trainer:
         self.batch_size, self.epochs = recipe.batch_size, recipe.epochs
         self.steps_per_epoch = len(data.train.labels) // self.batch_size
         torch.manual_seed(settings.seed)
-        self.model = CapsNet.from_preset(
-            recipe.preset,
-            engine=settings.engine,
-            image_channels=data.train.images.shape[1],
-            image_size=data.train.images.shape[2],
-            classes=len(data.classes),
-            routing=settings.routing,
-            iterations=settings.iterations,
-        ).to(workers.device)
+        self.model = _make_net(settings, recipe, data, run).to(workers.device)
         on_gpu = workers.device.type != "cpu"
         if on_gpu:
             self.model.to(memory_format=torch.channels_last)  # fastest for convolutions on a GPU
@@ -194,8 +194,9 @@ class Trainer:
         self._captured: Captured | None = None
         self._writer: Any = None
         self.parallel = DistributedDataParallel(self.model) if workers.size > 1 else self.model
-        self._images = data.train.images.to(workers.device)
+        self._images = data.train.images.to(workers.device).contiguous()
         self._labels = data.train.labels.to(workers.device)
+        self.shift = data.shift if settings.shift is None else settings.shift
 
     def describe(self) -> str:
         """A description of the run in two lines."""
@@ -269,6 +270,8 @@ class Trainer:
         try:
             with bar, self._tensorboard(), _noting_signals(self._signals, bar):
                 for epoch in range(self.step // self.steps_per_epoch, self.epochs):
+                    if self.best_accuracy >= (self.settings.until_accuracy or math.inf):
+                        break
                     bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
                     self._train_epoch(epoch, bar)
                     self._end_epoch(epoch, bar)
@@ -276,7 +279,17 @@ class Trainer:
         except KeyboardInterrupt:
             raise TrainingInterrupt(self.run.last_checkpoint(), self.run.path) from None
 
+    def _draw_images(self, epoch: int) -> None:
+        """The images of an epoch, if each has its own, from seed and number alone."""
+        if self.data.redraw is None:
+            return
+        seed = -1 - (self.settings.seed * 1_000_003 + epoch)  # none that a plan has
+        images, labels = self.data.redraw(torch.Generator().manual_seed(seed))
+        self._images.copy_(images)  # in place, for what a CUDA graph reads stays where it is
+        self._labels.copy_(labels)
+
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
+        self._draw_images(epoch)
         order, shifts = self._plan(epoch)
         for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
             chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
@@ -315,7 +328,7 @@ class Trainer:
         """The order and shifts of an epoch, which depend only on the seed and its number."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._labels), generator=generator)
-        shifts = draw_shifts(len(order), self.settings.shift, generator)
+        shifts = draw_shifts(len(order), self.shift, generator)
         return order.to(self.workers.device), shifts.to(self.workers.device)
 
     def _take_step(self, chosen: Tensor, shifts: Tensor) -> None:
@@ -346,7 +359,7 @@ class Trainer:
             loss = capsnet_loss(output, images, labels, kind=self.model.loss)
         except NonFinitePosesError:
             return torch.full((), torch.nan), torch.zeros(())
-        return loss, (output.lengths.argmax(dim=1) == labels).sum()
+        return loss, all_right(self.model.classify(output.lengths), labels).sum()
 
     def _loss_and_gradients(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
@@ -434,7 +447,7 @@ class Trainer:
                     test_loss=score.loss,
                     best_epoch=self.best_epoch,
                     holdout_accuracy=self.best_accuracy,
-                    epochs=self.epochs,
+                    epochs=self.step // self.steps_per_epoch,
                     seconds=round(self.seconds, 1),
                     run=str(self.run.path),
                 )
@@ -536,11 +549,46 @@ class Trainer:
             yield
 
 
+def _make_net(settings: TrainSettings, recipe: Recipe, data: Dataset, run: RunFolder) -> CapsNet:
+    """A net for the data: the preset's, or the one to train further."""
+    of_data: dict[str, Any] = dict(
+        image_channels=data.train.images.shape[1],
+        image_size=tuple(data.train.images.shape[2:]),
+        classes=len(data.classes),
+        class_names=data.classes,
+        image_kind=data.image_kind,
+        labels_per_image=data.labels_per_image,
+    )
+    asked: dict[str, Any] = {"routing": settings.routing, "iterations": settings.iterations}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if settings.start_from is None:
+        return CapsNet.from_preset(recipe.preset, engine=settings.engine, **(of_data | asked))
+    folder = _source_of(settings.start_from, run)
+    config = read_record(folder / CONFIG, CapsNetConfig)
+    if folder.is_relative_to(run.path):
+        return CapsNet(config, engine=settings.engine)
+    for name, value in asked.items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"the net of {settings.start_from} has {name} {getattr(config, name)}, not "
+                f"{value}: leave --{name} out, or train a net from its start"
+            )
+    if config.names == data.classes:
+        del of_data["classes"]  # which would draw the class capsules anew
+    return CapsNet.load(folder, engine=settings.engine, **of_data)
+
+
+def _source_of(start_from: str, run: RunFolder | None) -> Path:
+    """Where the net to train further is told: of a run that goes on, in its last checkpoint."""
+    saved = None if run is None else run.last_checkpoint()
+    return saved or find_net(start_from)
+
+
 def _new_run(settings: TrainSettings, preset: str) -> RunFolder:
     """A folder for a new run."""
     path = settings.run_dir
     if path is None:
-        name = f"{Path(settings.dataset).name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{Path(settings.dataset).stem}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = Path("runs") / name
     run = RunFolder(path)
     run.check_free()
@@ -557,18 +605,34 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _load_data(settings: TrainSettings, workers: Workers) -> Dataset:
+def _load_data(settings: TrainSettings, workers: Workers, run: RunFolder) -> Dataset:
     """Fetch what is missing on the leader, then read it on every process."""
     if workers.leads:
-        data = load_dataset(settings.dataset, settings.data_dir)
+        data = load_data_of(settings, run)
     workers.wait()
-    return data if workers.leads else load_dataset(settings.dataset, settings.data_dir)
+    return data if workers.leads else load_data_of(settings, run)
+
+
+def load_data_of(settings: TrainSettings, run: RunFolder | None = None) -> Dataset:
+    """The data that a training with such settings sees.
+
+    Args:
+        settings: of the training.
+        run: its folder, for a net that is trained further.
+
+    Raises:
+        As `load_dataset`.
+    """
+    size, channels = image_size_of(settings), None
+    if settings.start_from is not None:
+        config = read_record(_source_of(settings.start_from, run) / CONFIG, CapsNetConfig)
+        channels, *of_net = config.image_shape
+        size = size or (of_net[0], of_net[1])
+    return load_dataset(settings.dataset, settings.data_dir, image_size=size, channels=channels)
 
 
 def _check_data(data: Dataset) -> None:
     shape = data.train.images.shape
-    if shape[2] != shape[3]:
-        raise ValueError(f"expected square images; {data.name} has {shape[2]} × {shape[3]} pixels")
     for name, split in (("validation", data.holdout), ("test", data.test)):
         if split.images.shape[1:] != shape[1:]:
             raise ValueError(

@@ -13,9 +13,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from graphcaps.data.datasets import DATASETS, Dataset
+from graphcaps.data.datasets import DATASETS
+from graphcaps.data.splits import Dataset
 from graphcaps.files import record
-from graphcaps.flags import TrainSettings
+from graphcaps.flags import Preset, TrainSettings
+from graphcaps.nets.model import pretrained_names
 from graphcaps.routing import options_of
 
 
@@ -24,7 +26,7 @@ from graphcaps.routing import options_of
 class Recipe:
     """How a net is trained: the numbers of a preset, or those that were asked for."""
 
-    preset: Literal["paper", "small"]
+    preset: Preset
     epochs: int
     batch_size: int  # over all processes
     learning_rate: float
@@ -54,6 +56,13 @@ class RunSettings:
 RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
+    "efficient": Recipe("efficient", 4, 100, 3e-3, "one-cycle"),
+    "em-small": Recipe("em-small", 4, 100, 3e-3, "one-cycle"),
+    "em": Recipe("em", 4, 100, 3e-3, "one-cycle"),
+    "deep": Recipe("deep", 4, 100, 3e-3, "one-cycle"),
+    "photo": Recipe("photo", 20, 16, 1e-3, "one-cycle"),
+    "cnn": Recipe("cnn", 4, 100, 3e-3, "one-cycle"),
+    "cnn-paper": Recipe("cnn-paper", 30, 128, 1e-3, "exponential"),
 }
 FEWEST_STEPS = 400  # small data sets get more epochs
 LIMITS = {
@@ -64,6 +73,7 @@ LIMITS = {
     "seed": (0, 2**32 - 1),
     "checkpoint_every": (1, 1_000_000_000),
 }
+LARGEST_IMAGE = 4096  # pixels, height and width
 LARGEST_RATE = torch.finfo(torch.float32).max  # the weights' dtype
 MAY_CHANGE_ON_RESUME = ("run_dir", "data_dir", "engine", "device", "tensorboard")
 OF_ONE_START = ("resume", "cuda_graph")  # not taken from the run
@@ -91,10 +101,16 @@ def check_settings(settings: TrainSettings) -> None:
     Raises:
         ValueError: a number out of range, an unknown routing, a path that is not UTF-8.
     """
-    options_of(settings.routing)
+    if settings.routing is not None:
+        options_of(settings.routing)
     _check_numbers(settings, LIMITS)
+    image_size_of(settings)
+    if settings.until_accuracy is not None and not 0 < settings.until_accuracy <= 1:
+        raise ValueError(
+            f"until_accuracy must be above 0 and at most 1; got {settings.until_accuracy}"
+        )
     _check_rate(settings.learning_rate)
-    for name in ("dataset", "data_dir", "run_dir"):
+    for name in ("dataset", "data_dir", "run_dir", "start_from"):
         path = str(getattr(settings, name))
         try:
             path.encode()
@@ -103,6 +119,26 @@ def check_settings(settings: TrainSettings) -> None:
                 f"expected a path in UTF-8 as {name}, because it is written to the run's files; "
                 f"got {os.fsencode(path)!r}"
             ) from None
+
+
+def image_size_of(settings: TrainSettings) -> tuple[int, int] | None:
+    """Height and width that images are scaled to, if that is asked for.
+
+    Raises:
+        ValueError: other than one or two numbers, or numbers out of their limits.
+
+    >>> image_size_of(TrainSettings(image_size=(32,)))
+    (32, 32)
+    """
+    size = settings.image_size
+    if size is None:
+        return None
+    if len(size) not in (1, 2) or not all(1 <= pixels <= LARGEST_IMAGE for pixels in size):
+        raise ValueError(
+            f"expected an image_size of one number of pixels or two, height and width, from 1 to "
+            f"{LARGEST_IMAGE}; got {short_repr(size)}"
+        )
+    return size[0], size[-1]
 
 
 def check_started(started: RunSettings) -> None:
@@ -152,6 +188,7 @@ def given_fields(arguments: Sequence[str]) -> set[str]:
     """
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
     names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    names |= {"start_from"} if "from" in names else set()
     return names & {field.name for field in fields(TrainSettings)}
 
 
@@ -192,11 +229,16 @@ def resume_settings(
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """The same settings with absolute paths, valid when the run is resumed from another folder."""
-    folder = Path(settings.dataset)
+    path = Path(settings.dataset)
     dataset = settings.dataset
-    if dataset not in DATASETS and folder.is_dir():
-        dataset = str(folder.resolve())
-    return replace(settings, dataset=dataset, data_dir=settings.data_dir.resolve())
+    if dataset not in DATASETS and path.exists():
+        dataset = str(path.resolve())
+    start = settings.start_from
+    if start is not None and start not in pretrained_names():
+        start = str(Path(start).resolve())
+    return replace(
+        settings, dataset=dataset, data_dir=settings.data_dir.resolve(), start_from=start
+    )
 
 
 def as_json(started: RunSettings) -> dict[str, Any]:

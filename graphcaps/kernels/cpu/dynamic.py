@@ -63,7 +63,7 @@ def dynamic_routing_backward(
         for r in range(last, 0, -1) if through_all else ():
             inputs = parts.inputs()._replace(p=V[r - 1])
             of_sums = Totals(parts.empty(0), q[0], parts.empty(0))
-            dp = parts.couple_gradient_pass(inputs, False, of_sums, none._replace(p=True))[4]
+            dp = parts.couple_gradient_pass(inputs, False, False, of_sums, none._replace(p=True))[4]
             H = H + dp
             q.insert(0, parts.in_lanes(_squash_gradient(sums[r - 1], H)))
         du, dweight = parts.dynamic_gradient_pass(V, q, last + 1, needed)
