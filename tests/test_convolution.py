@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps.convolution import COMPETITIONS
+from graphcaps.pictures.inspection import dense_form
 from graphcaps.structure import Structure
 
 # a stride that leaves children out at the border, a padded one, and a kernel as large as the grid
@@ -270,6 +271,16 @@ def test_coordinates_are_added_to_the_votes(rows):
     assert_close(trace.u_hat, without.u_hat + added)
     assert layer.layer.weight.shape == plain.weight.shape
     assert "layer.coordinates" in layer.state_dict()
+
+
+def test_the_dense_form_of_a_layer_knows_coordinates_and_refuses_other_competitions():
+    layer = make("strided", "image", "em", "scatter", coordinates=True)
+    u, a = (x.flatten(1, 3) for x in capsules(layer))
+    poses, _, activations = dense_form(layer.layer)(u, a)
+    assert_close(poses, layer.layer(u, a).poses)
+    assert_close(activations, layer.layer(u, a).activations)
+    with pytest.raises(ValueError, match="other edges compete"):
+        dense_form(make("strided", "window", "em", "scatter").layer)
 
 
 def test_layers_with_activations_stack():

@@ -11,6 +11,7 @@ from graphcaps import engines
 from graphcaps.functional import length
 from graphcaps.layers import CapsuleLayer
 from graphcaps.nets.model import PRIMARY_STRIDE, CapsNet, CapsNetConfig
+from graphcaps.votes import with_coordinates
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
 TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
@@ -129,6 +130,9 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
         A function of u `[B, I, K]` and of a `[B, I]`, if the routing has activations, that gives
         poses `[B, J, D]`, the last coupling `[B, I, J]`, and activations `[B, J]`, likewise.
 
+    Raises:
+        ValueError: a graph in which other edges compete than those of each child.
+
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
     >>> v, c = dense_form(layer)(torch.rand(2, 6, 4))
@@ -136,6 +140,11 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
     (torch.Size([2, 3, 5]), torch.Size([2, 6, 3]))
     """
     structure = layer.structure
+    if not structure.by_child:
+        raise ValueError(
+            "the dense form couples each child to all its parents; this graph says that other "
+            "edges compete, see routing_graph"
+        )
     size = (structure.children, structure.parents)
 
     def by_edge(of_kinds: Tensor) -> Tensor:
@@ -148,8 +157,11 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
         return dense.index_put((child, parent), of_kinds[kind])
 
     def dense(u: Tensor, a: Tensor | None = None) -> tuple[Tensor, ...]:
+        weight: Tensor = layer.weight
+        if layer.coordinates is not None:
+            u, weight = with_coordinates(u, weight, layer.coordinates, layer.rows)
         rows = u.unflatten(2, (layer.rows, -1))
-        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(layer.weight)).flatten(3)
+        u_hat = torch.einsum("bipk,ijkd->bijpd", rows, by_edge(weight)).flatten(3)
         mask = by_edge(torch.ones(structure.kinds, dtype=torch.bool, device=u.device))
         return layer.routing.dense(u_hat, a, mask, by_edge)
 
