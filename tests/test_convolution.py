@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graphcaps as gc
+from graphcaps import engines
 from graphcaps.convolution import COMPETITIONS
 from graphcaps.pictures.inspection import dense_form
 from graphcaps.structure import Structure
@@ -333,3 +334,11 @@ def test_a_graph_may_say_which_edges_compete():
         layer(torch.rand(1, 2, 4))
     with pytest.raises(ValueError, match="competition needs one number per edge, 2; got 1"):
         gc.routing_graph([0, 1], [0, 1], competition=[0])
+
+
+def test_the_kernels_for_cuda_refuse_other_competitions():
+    structure = Structure(gc.conv_graph(3, 3, 1, 2, 2, competition="window"))
+    cuda = torch.device("cuda")
+    reason = engines.why_not("fused", cuda, structure=structure)
+    assert reason == "its kernels know no competition but that of the edges of a child"
+    assert engines.choose("auto", cuda, structure=structure) in {"builtin", "scatter"}
