@@ -10,7 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import graphcaps as gc
+from graphcaps import engines
 from graphcaps.convolution import COMPETITIONS
+from graphcaps.pictures.inspection import dense_form
 from graphcaps.structure import Structure
 
 # a stride that leaves children out at the border, a padded one, and a kernel as large as the grid
@@ -272,6 +274,16 @@ def test_coordinates_are_added_to_the_votes(rows):
     assert "layer.coordinates" in layer.state_dict()
 
 
+def test_the_dense_form_of_a_layer_knows_coordinates_and_refuses_other_competitions():
+    layer = make("strided", "image", "em", "scatter", coordinates=True)
+    u, a = (x.flatten(1, 3) for x in capsules(layer))
+    poses, _, activations = dense_form(layer.layer)(u, a)
+    assert_close(poses, layer.layer(u, a).poses)
+    assert_close(activations, layer.layer(u, a).activations)
+    with pytest.raises(ValueError, match="other edges compete"):
+        dense_form(make("strided", "window", "em", "scatter").layer)
+
+
 def test_layers_with_activations_stack():
     options = dict(routing="em", rows=2, coordinates=True, **POSES)
     net = nn.Sequential(
@@ -322,3 +334,11 @@ def test_a_graph_may_say_which_edges_compete():
         layer(torch.rand(1, 2, 4))
     with pytest.raises(ValueError, match="competition needs one number per edge, 2; got 1"):
         gc.routing_graph([0, 1], [0, 1], competition=[0])
+
+
+def test_the_kernels_for_cuda_refuse_other_competitions():
+    structure = Structure(gc.conv_graph(3, 3, 1, 2, 2, competition="window"))
+    cuda = torch.device("cuda")
+    reason = engines.why_not("fused", cuda, structure=structure)
+    assert reason == "its kernels know no competition but that of the edges of a child"
+    assert engines.choose("auto", cuda, structure=structure) in {"builtin", "scatter"}

@@ -161,6 +161,9 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
         A function of u `[B, I, K]` and of a `[B, I]`, if the routing has activations, that gives
         poses `[B, J, D]`, the last coupling `[B, I, J]`, and activations `[B, J]`, likewise.
 
+    Raises:
+        ValueError: a graph in which other edges compete than those of each child.
+
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
     >>> v, c = dense_form(layer)(torch.rand(2, 6, 4))
@@ -168,6 +171,11 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
     (torch.Size([2, 3, 5]), torch.Size([2, 6, 3]))
     """
     structure = layer.structure
+    if not structure.by_child:
+        raise ValueError(
+            "the dense form couples each child to all its parents; this graph says that other "
+            "edges compete, see routing_graph"
+        )
     size = (structure.children, structure.parents)
 
     def by_edge(of_kinds: Tensor) -> Tensor:
