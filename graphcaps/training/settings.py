@@ -316,7 +316,10 @@ def as_json(started: RunSettings) -> dict[str, Any]:
     """What a run is started with, as values that JSON has."""
     values = asdict(started)
     named = values["settings"].items()
-    values["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in named}
+    values["settings"] = {
+        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+        for k, v in named
+    }
     return values
 
 
