@@ -114,7 +114,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Classify each image, or say what it is not, and print the lengths of all class capsules."""
+    """Classify each image and print the lengths of all class capsules."""
 
     #: PNG or JPEG files of any size. Digits may be dark on light or light on dark.
     images: Annotated[
