@@ -175,7 +175,7 @@ def test_help_fits_the_terminal(command, columns, graphcaps, monkeypatch):
 def test_help_is_in_sentences_that_only_the_terminal_breaks(graphcaps, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # so that each is one line
     # a flag and its text are on one line, or on two if the flag is long
-    flag = r"(?:--[a-z]\S*|IMAGE|RUN-DIR)(?: \S+)*"
+    flag = r"(?:--[a-z]\S*|IMAGE|\[?RUN-DIR\]?|TABLE\S*)(?: \S+)*"
     entry = re.compile(rf"^(?:{flag}(?: {{2,}}|\n)|• \w+ +)(.+)$", re.MULTILINE)
     for command in COMMANDS:
         _, out, _ = graphcaps(*command, "--help")
