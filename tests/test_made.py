@@ -72,6 +72,16 @@ def test_partners_are_drawn_evenly_from_all_digits_of_other_classes():
         made.overlay_pairs(Split(images[:3], torch.zeros(3, dtype=torch.int64)), seeded())
 
 
+def test_both_digits_of_a_pair_are_moved_by_up_to_4_pixels_evenly():
+    dots = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
+    dots[:, :, 14, 14] = 100
+    pairs = made.overlay_pairs(Split(dots, torch.arange(2000) % 2), seeded())
+    for axis in (2, 3):
+        places = pairs.images.long().sum(dim=(0, 1, 5 - axis)) // 100
+        assert places[14:23].sum() == places.sum() == 4000  # 18 ± 4
+        assert (places[14:23] - 4000 / 9).abs().max() < 5 * math.sqrt(4000 / 9)
+
+
 def test_a_placed_digit_loses_no_pixel_and_lies_anywhere(digits):
     placed = made.place(digits, seeded())
     assert placed.images.shape == (294, 1, 40, 40)
@@ -113,6 +123,8 @@ def test_affine_maps_are_those_of_the_published_ranges(monkeypatch):
         assert high - 0.01 * (high - low) < found.max() <= high
     areas = out.double().sum(dim=(1, 2, 3)) / square[0].double().sum()
     assert_close(areas, torch.linalg.det(matrix), rtol=0.02, atol=0.0)  # no ink is lost
+    edges = out.any(dim=0)[0]
+    assert edges[0].any() and edges[-1].any() and edges[:, 0].any() and edges[:, -1].any()
 
 
 def test_a_warped_image_is_the_map_applied_to_every_pixel():

@@ -542,13 +542,14 @@ def _make_hidden(config: CapsNetConfig, grid: tuple[int, int], engine: str) -> n
 
 
 def _draw_larger(layer: CapsuleLayer) -> None:
-    """Draw matrices from N(0, n/K), n votes for a parent, K numbers in a row of a child's pose.
+    """Draw matrices from N(0, n/4K), n votes for a parent, K numbers in a row of a child's pose.
 
-    The mean of n independent votes then is as large as a child's pose. With the usual 0.1, poses
-    shrink from layer to layer to far below the smallest variance of EM, and nothing is learned.
+    The mean of n independent votes then is half as large as a child's pose. With a deviation of 0.1
+    poses shrink from layer to layer to far below the smallest variance of EM, and nothing is
+    learned.
     """
     votes = layer.structure.edges / layer.structure.parents
-    nn.init.normal_(layer.weight, std=math.sqrt(votes / layer.weight.shape[1]))
+    nn.init.normal_(layer.weight, std=math.sqrt(votes / layer.weight.shape[1]) / 2)
 
 
 def _make_class_capsules(

@@ -245,7 +245,10 @@ def as_json(started: RunSettings) -> dict[str, Any]:
     """A run's settings as JSON values."""
     values = asdict(started)
     named = values["settings"].items()
-    values["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in named}
+    values["settings"] = {
+        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+        for k, v in named
+    }
     return values
 
 
