@@ -530,7 +530,7 @@ def types(content):
         for name in path:
             value = value[name]
         if value is not None:
-            leaves[path] = type(value)
+            leaves[path] = list if isinstance(value, tuple) else type(value)
     return leaves
 
 

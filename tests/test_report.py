@@ -293,10 +293,11 @@ def test_names_of_classes_cannot_break_the_page(model, data, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_whatever_comes_from_a_file_is_text_in_the_page(records, finished):
+def test_whatever_comes_from_a_file_is_text_in_the_page(records, finished, monkeypatch):
     pages = []
     for text in (HOSTILE, "PLAIN"):
         section = report.Section(text, text, text, Figure())
+        monkeypatch.setitem(gc.ROUTINGS, text, gc.DynamicRouting)
         pages.append(report.render(filled_with(text, records, finished), [section]))
     hostile, plain = map(Reader, pages)
     assert hostile.elements == plain.elements

@@ -10,6 +10,7 @@ from browser import Page, find_chromium
 from matplotlib.figure import Figure
 from reports import HOSTILE, filled_with, lively_model, random_data, write_run
 
+import graphcaps as gc
 from graphcaps import report
 
 pytestmark = pytest.mark.skipif(
@@ -401,9 +402,10 @@ def test_many_classes_and_many_capsule_maps_are_drawn_without_overlaps(browser, 
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_whatever_comes_from_a_file_is_text_and_runs_nothing(made, tmp_path, finished):
+def test_whatever_comes_from_a_file_is_text_and_runs_nothing(made, tmp_path, finished, monkeypatch):
     section = report.Section(HOSTILE, HOSTILE, HOSTILE, Figure(figsize=(2, 2)))
     path = tmp_path / "hostile.html"
+    monkeypatch.setitem(gc.ROUTINGS, HOSTILE, gc.DynamicRouting)
     page = report.render(filled_with(HOSTILE, made.records, finished), [section])
     path.write_text(page, encoding="utf-8")
     made.browser.open(path)
