@@ -80,8 +80,12 @@ class Groups:
 
 
 def _index_add(x: Tensor, dim: int, index: Tensor, count: int) -> Tensor:
-    size = (*x.shape[:dim], count, *x.shape[dim + 1 :])
-    return x.new_zeros(size).index_add(dim, index, x)
+    zeros = x.new_zeros((*x.shape[:dim], count, *x.shape[dim + 1 :]))
+    if torch.onnx.is_in_onnx_export():
+        # index_add becomes ScatterND, and onnxruntime's threads lose terms that meet in one row
+        index = index.view(*[1] * dim, -1, *[1] * (x.dim() - dim - 1)).expand_as(x)
+        return zeros.scatter_add(dim, index, x)
+    return zeros.index_add(dim, index, x)
 
 
 class Structure:

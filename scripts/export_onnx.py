@@ -21,7 +21,7 @@ from tyro.conf import Positional
 from graphcaps import CapsNet, CapsNetOutput
 from graphcaps.data import load_dataset
 
-BATCH = 500
+BATCH = 100
 FEWEST_HALVED = 1000  # numbers of a tensor; smaller ones take no room
 
 
@@ -87,6 +87,7 @@ def main() -> None:
         halve(options.output)
     images = load_dataset(options.dataset).test.images / 255
     found = read(options.output, images)
+    model.capsules.engine = "auto"
     with torch.inference_mode():
         lengths = torch.cat([model(x).lengths for x in images.split(BATCH)])
     alike = int((found.lengths.argmax(dim=1) == lengths.argmax(dim=1)).sum())
