@@ -149,7 +149,7 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Write a net as one HTML file in which digits are drawn and routed live, without a network."""
+    """Write a net as one HTML file in which digits are drawn and routed live."""
 
     #: Folder of a run, whose best epoch is shown, or a folder with model.safetensors.
     run_dir: Annotated[
@@ -166,14 +166,11 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Train all nets of a table on its data sets with its seeds, and write the table.
-
-    A training that was interrupted is continued by the same command. Several processes may work on
-    one table.
-    """
+    """Train all nets of a table on its data sets with its seeds, and write the table."""
 
     #: TOML file with data sets, seeds, rows of settings and a control, such as
     #: results/routings.toml. Each result is written to a folder of its name, the table to NAME.md.
+    #: The same command continues an interrupted table, and several processes may work on one.
     table: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TABLE.toml")]
     #: Folder where the runs are kept.
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare")
