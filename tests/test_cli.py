@@ -533,7 +533,7 @@ def no_work(monkeypatch):
         pytest.fail("worked before it looked at the output")
 
     monkeypatch.setattr(commands, "load_dataset", work)
-    monkeypatch.setattr(commands, "_load", work)
+    monkeypatch.setattr(commands, "find_net", work)
 
 
 @pytest.mark.usefixtures("no_work")
