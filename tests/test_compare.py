@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +286,23 @@ def test_the_tables_of_this_repository_can_be_trained(name):
     comparison = compare.read_comparison(ROOT / "results" / name)
     assert len(compare.places_of(comparison)) == 4 * 3 * len(comparison.rows)
     assert compare.settings_of(comparison, compare.Place("dynamic-2", "mnist", 1)).iterations == 2
+
+
+class Told(torch.nn.Module):
+    """A net whose children couple as they are told to."""
+
+    config = CapsNetConfig(classes=4)
+
+    def __init__(self, coupling):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.trace = SimpleNamespace(c=coupling.flatten(2), entropy=lambda: torch.ones(1, 2, 3))
+
+    def forward(self, images, return_trace):
+        return None, self.trace
+
+
+def test_a_class_is_dead_that_gets_less_than_a_tenth_of_an_equal_share():
+    coupling = torch.tensor([0.9, 0.08, 0.02, 0.0]).expand(1, 2, 3, 4)  # equal would be 0.25
+    found = compare.coupling_of(Told(coupling), load_dataset(str(DIGITS)).test)
+    assert found == (1.0, 1.0, 2.0)
