@@ -170,6 +170,7 @@ class CompareSettings:
 
     #: TOML file with data sets, seeds, rows of settings and a control, such as
     #: results/routings.toml. Each result is written to a folder of its name, the table to NAME.md.
+    #: The same command continues an interrupted table, and several processes may work on one.
     table: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TABLE.toml")]
     #: Folder where the runs are kept.
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare")

@@ -25,13 +25,16 @@ def lively_model(**changes):
 
 
 def random_data(model, images=40, classes=None):
-    """Images of the net's size; a third of the labels are what the net says, the others drawn."""
+    """Images of the net's size; of three labels two are what the net says, the third is another."""
     config = model.config
     shape = (images, *config.image_shape)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     with torch.no_grad():
-        labels = model(pixels / 255).lengths.argmax(dim=1)
-    labels[::3] = torch.randint(0, config.classes, labels[::3].shape)
+        labels = model.classify(model(pixels / 255).lengths)
+    if labels.dim() == 1:
+        labels[::3] = torch.randint(0, config.classes, labels[::3].shape)
+    else:
+        labels[::3] = labels[::3].roll(1, dims=1)
     split = Split(pixels, labels)
     names = classes or tuple(map(str, range(config.classes)))
     return Dataset("random", names, split, split, split)

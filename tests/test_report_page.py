@@ -374,11 +374,35 @@ def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_pa
     expected = shown.drawn_by_torch(first, 2, first.main).transpose(1, 2, 0)
     assert np.abs(shown.pixels("reconstruction") - expected).max() <= GREY_LEVELS
     assert names[first.labels[0]] in shown.said()
+    shown.check_drawing(first, 2, first.main)
     starts = shown.run("[...document.querySelectorAll('.bar')].map(e => e.offsetLeft)")
     assert len(set(starts)) == 1
     for width in (390, 1280):
         browser.open(shown.path, width=width)
         assert shown.run("document.documentElement.scrollWidth") == width
+    assert_quiet(shown)
+
+
+def test_images_of_several_classes_are_told_with_all_of_them(browser, tmp_path):
+    model = lively_model(labels_per_image=2, classes=4)
+    model.capsules.weight.mul_(0.1)  # lengths that differ when they are rounded
+    shown = Shown(browser, tmp_path, model, images=12)
+    examples = shown.records.examples
+    told = [
+        [" + ".join(map(str, sorted(numbers))) for numbers in (example.labels, example.predicted)]
+        for example in examples
+    ]
+    picks = shown.run("[...document.querySelectorAll('.pick .name')].map(e => e.textContent)")
+    assert picks == [a if a == b else f"✗ {a} → {b}" for a, b in told]
+    assert 0 < sum(a != b for a, b in told) < len(told)
+    for number, verdict in ((0, "right"), (len(told) - 1, "wrong ✗")):
+        shown.run(f"document.querySelectorAll('.pick input')[{number}].click()")
+        labels, predicted = told[number]
+        said = shown.said()
+        assert f"true class {labels}. Iteration 3: {predicted};" in said and f": {verdict}." in said
+        assert shown.text("verdict") == predicted
+        true = shown.run("[...document.querySelectorAll('#lengths .true input')].map(e => e.value)")
+        assert " + ".join(true) == labels
     assert_quiet(shown)
 
 

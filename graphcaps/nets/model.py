@@ -225,7 +225,7 @@ class CapsNetConfig:
     @property
     def has_activations(self) -> bool:
         """Whether capsules have activations beside their poses."""
-        return self.routing is not None and ROUTINGS[self.routing].activations
+        return self.routing in ROUTINGS and ROUTINGS[self.routing].activations
 
     @property
     def child_maps(self) -> int:
