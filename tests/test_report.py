@@ -249,7 +249,7 @@ def test_the_page_says_how_the_run_ended_and_how_it_was_made(records):
     errors = records.score.errors
     assert f"{1 - errors / 40:.2%} of 40 test images of random classified correctly" in text
     assert f"{errors} errors" in text
-    assert "weights of epoch 1, the best on the hold-out" in text
+    assert "weights of epoch 1, the best on the validation set" in text
     assert "own test" not in text
     assert "not finished" not in text
     assert "best" in text

@@ -215,7 +215,7 @@ def test_the_holdout_selects_the_best_epoch_and_the_test_set_is_used_once(tmp_pa
 
     def scripted(model, split, **_):
         evaluated.append(len(split.labels))
-        if len(split.labels) == 26:  # the hold-out
+        if len(split.labels) == 26:  # the validation set
             saved.append(model.capsules.weight.detach().clone())
             wrong = torch.arange(100) < round(100 * (1 - next(accuracies)))
             lengths = torch.stack([wrong, ~wrong], dim=1).float()

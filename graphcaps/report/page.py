@@ -140,7 +140,7 @@ def _lead(records: Records) -> str:
         else ""
     )
     best = _best_epoch(records)
-    weights = "" if best is None else f", weights of epoch {best}, the best on the hold-out"
+    weights = "" if best is None else f", weights of epoch {best}, the best on the validation set"
     found = (
         f" of {images:,} test images of {records.data} classified correctly: {errors:,} "
         f"{'error' if errors == 1 else 'errors'}. "
@@ -237,7 +237,7 @@ def _epochs(records: Records) -> list[dict[str, Any]]:
 
 
 def _best_epoch(records: Records) -> int | None:
-    """The first of those with the highest accuracy on the hold-out, as training chooses it."""
+    """The first of those with the highest validation accuracy, as training chooses it."""
     epochs = _epochs(records)
     if not epochs:
         return None
@@ -254,8 +254,8 @@ def _epochs_table(records: Records) -> str:
             "epoch",
             "training loss",
             "training accuracy",
-            "hold-out loss",
-            "hold-out accuracy",
+            "validation loss",
+            "validation accuracy",
             "best",
         ),
         (

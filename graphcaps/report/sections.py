@@ -60,8 +60,8 @@ def _of_training(records: Records) -> list[Section]:
     curves = Section(
         "Learning curves",
         "Loss and errors from step to step, on training images as they were shifted and on the "
-        "hold-out after each epoch.",
-        f"Two charts over {epochs[-1]['step']:,} steps. Errors on the hold-out go from "
+        "validation set after each epoch.",
+        f"Two charts over {epochs[-1]['step']:,} steps. Errors on the validation set go from "
         f"{1 - epochs[0]['holdout_accuracy']:.2%} to {1 - epochs[-1]['holdout_accuracy']:.2%}.",
         figures.learning_curves(records.metrics),
     )
