@@ -125,7 +125,7 @@ def collect(run: RunFolder, model: CapsNet, data: Dataset) -> Records:
     data = fitted(data, model)
     if len(data.classes) != model.config.classes:
         raise ValueError(
-            f"the net tells {model.config.classes} classes and {data.name} has "
+            f"the net has {model.config.classes} classes, but {data.name} has "
             f"{len(data.classes)}: name the data set it was trained on with --dataset"
         )
     model.eval()
