@@ -22,7 +22,6 @@ from graphcaps import CapsNet, CapsNetOutput
 from graphcaps.data import load_dataset
 
 BATCH = 100
-FEWEST_HALVED = 1000  # numbers of a tensor; smaller ones take no room
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,12 @@ def export(model: CapsNet, path: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Store the large tensors of a file in half precision; a node casts each to single."""
+    """Store a net's matrices and kernels in half precision; a node casts each to single."""
     model = onnx.load(path)
     graph = model.graph
     for tensor in graph.initializer:
-        numbers = numpy_helper.to_array(tensor)
-        if tensor.data_type == TensorProto.FLOAT and numbers.size >= FEWEST_HALVED:
-            name = tensor.name
+        if tensor.data_type == TensorProto.FLOAT and tensor.name.endswith(".weight"):
+            name, numbers = tensor.name, numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(numbers.astype(np.float16), f"{name}.half"))
             cast = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
             graph.node.insert(0, cast)
