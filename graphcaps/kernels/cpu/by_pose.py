@@ -7,16 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from graphcaps.kernels.cpu.parts import (
-    TERMS,
-    Array,
-    Inputs,
-    Needed,
-    Outputs,
-    Parts,
-    Sums,
-    Totals,
-)
+from graphcaps.kernels.cpu.parts import TERMS, Array, Parts, Passes, Sums, Totals
 
 LANE = 16  # numbers of a vector
 SAMPLES = 8  # that pass through a group one after the other
@@ -57,12 +48,28 @@ class PosesInLanes(Parts):
             vote=len(u) * self.width,
             cost=16,
         )
-        self.spread_weight = self._spread(self.weight)
+        self._spread_weight = self._spread(self.weight)
 
     @staticmethod
     def lanes_of(pose: int) -> int:
         """How many lanes so many numbers take, in whole vectors."""
         return math.ceil(pose / LANE) * LANE
+
+    @property
+    def passes(self) -> Passes:
+        """See `Parts.passes`."""
+        from graphcaps.kernels.cpu import pose_passes
+
+        return Passes(
+            pose_passes.couple_pass,
+            pose_passes.couple_gradient_pass,
+            pose_passes.dynamic_gradient_pass,
+        )
+
+    @property
+    def matrices(self) -> Array:
+        """See `Parts.matrices`."""
+        return self._spread_weight
 
     def in_lanes(self, x: Array) -> Array:
         """`[B, J, d]` to `[B, J, width]`, flat, with zeros beyond d; `[B, J]` as it is."""
@@ -72,99 +79,56 @@ class PosesInLanes(Parts):
         lanes[..., : x.shape[2]] = x
         return lanes.reshape(-1)
 
-    def couple_pass(self, inputs: Inputs, leak: bool, wanted: Sequence[bool]) -> list[Array]:
-        """See `Parts.couple_pass`."""
-        from graphcaps.kernels.cpu import pose_passes
+    def scratch(self, *, gradients: bool = False, iterations: int | None = None) -> Scratch:
+        """See `Parts.scratch`."""
+        edges = math.ceil(max(1, self.facts.most) / LANE) * LANE
+        pose = self.sizes.child_dim * self.width
+        terms = max(TERMS, math.isqrt(edges)) + 1
+        rounds = iterations or 1
+        return Scratch(
+            x=self.zeros(pose),
+            y=self.empty(edges * self.width),
+            c=self.empty(rounds * edges),
+            a=self.empty(edges),
+            rows=self.empty(4 * LANE),
+            g=self.empty(gradients * rounds * edges),
+            dx=self.zeros(gradients * pose),
+            dy=self.empty(gradients * terms * self.width),
+        )
 
-        totals = [self._zero_totals(wanted, self.sizes.samples) for _ in self.groups]
-        calls = [
-            (
-                self.u.reshape(-1),
-                self.spread_weight,
-                inputs,
-                self.edges,
-                groups,
-                self.sizes,
-                leak,
-                self.lanes_as_type,
-                self._scratch(),
-                self._zero_sums(wanted),
-                own,
-            )
-            for groups, own in zip(self.groups, totals, strict=True)
+    def zero_totals(self, wanted: Sequence[bool]) -> Totals:
+        """See `Parts.zero_totals`."""
+        return self._zeros_of_parents(wanted, self.sizes.samples)
+
+    def zero_sums(self, wanted: Sequence[bool]) -> Sums:
+        """See `Parts.zero_sums`."""
+        samples = min(SAMPLES, self.sizes.samples)
+        sums = self._zeros_of_parents(wanted, samples)
+        return Sums(*sums, np.zeros(self.sizes.parents, np.int32))
+
+    def add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
+        """See `Parts.add_up`."""
+        nodes = self.sizes.samples, self.sizes.parents
+        dims = ((1, 1), (self.width, self.pose), (self.width, self.pose))
+        return [
+            np.ascontiguousarray(sum(threads[1:], start=threads[0]).reshape(*nodes, width)[..., :d])
+            if w
+            else self.empty(0)
+            for threads, (width, d), w in zip(zip(*totals, strict=True), dims, wanted, strict=True)
         ]
-        self.run(pose_passes.couple_pass, calls)
-        return self._add_up(totals, wanted)
 
-    def couple_gradient_pass(
-        self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
-    ) -> tuple[Array, ...]:
-        """See `Parts.couple_gradient_pass`."""
-        from graphcaps.kernels.cpu import pose_passes
+    def new_gradient(self, size: int) -> Array:
+        """See `Parts.new_gradient`; numbers are added to."""
+        return self.zeros(size)
 
-        wanted = needed.k, needed.p or needed.q, needed.q  # Q comes with S
-        groups, dweights = self.private_matrices(needed.weight, self.spread_weight.size)
-        totals = [self._zero_totals(wanted, self.sizes.samples) for _ in groups]
-        samples, nodes = self.sizes[:2]
-        du = self.zeros(self.u.size * needed.u)
-        da = self.zeros(samples * nodes * needed.a)
-        of_kinds = [self.zeros_of_kinds(needed) for _ in groups]
-        calls = [
-            (
-                self.u.reshape(-1),
-                self.spread_weight,
-                inputs,
-                self.edges,
-                groups[t],
-                self.sizes,
-                leak,
-                detach_coupling,
-                of_sums,
-                self.lanes_as_type,
-                self._scratch(gradients=True),
-                self._zero_sums(wanted),
-                totals[t],
-                self.zero_matrix_sums(needed.weight, self.spread_weight.size),
-                Outputs(du, dweights[t], da, *of_kinds[t]),
-            )
-            for t in range(len(groups))
-        ]
-        self.run(pose_passes.couple_gradient_pass, calls)
-        dk, dp, dq = self._add_up(totals, (needed.k, needed.p, needed.q))
-        dbeta, dprior = (sum(x).astype(self.dtype) for x in zip(*of_kinds, strict=True))
-        return du, self._gather(dweights, needed.weight), da, dk, dp, dq, dbeta, dprior
-
-    def dynamic_gradient_pass(
-        self, V: Sequence[Array], q: Sequence[Array], iterations: int, needed: Sequence[bool]
-    ) -> tuple[Array, Array]:
-        """See `Parts.dynamic_gradient_pass`."""
-        from graphcaps.kernels.cpu import pose_passes
-
-        of_u, of_weight = needed
-        groups, dweights = self.private_matrices(of_weight, self.spread_weight.size)
-        du = self.zeros(self.u.size * of_u)
-        of_all_V = np.concatenate([self.empty(0), *V])
-        of_all_q = np.concatenate(q)
-        calls = [
-            (
-                self.u.reshape(-1),
-                self.spread_weight,
-                self.edges,
-                those,
-                self.sizes,
-                of_all_V,
-                of_all_q,
-                iterations,
-                self.lanes_as_type,
-                self._scratch(gradients=True, iterations=iterations),
-                self.zero_matrix_sums(of_weight, self.spread_weight.size),
-                du,
-                dweight,
-            )
-            for those, dweight in zip(groups, dweights, strict=True)
-        ]
-        self.run(pose_passes.dynamic_gradient_pass, calls)
-        return du, self._gather(dweights, of_weight)
+    def gather_matrices(self, private: Sequence[Array]) -> Array:
+        """See `Parts.gather_matrices`; those of all rows of a pose are added up, too."""
+        dweight = self.add_matrices(private)
+        kinds, child_dim, parent_dim = self.weight.shape
+        if dweight.size == 0 or parent_dim == self.width:
+            return dweight
+        by_row = dweight.reshape(kinds, child_dim, self.width)[..., : self.pose]
+        return by_row.reshape(kinds, child_dim, self.sizes.rows, parent_dim).sum(axis=2).reshape(-1)
 
     def _spread(self, weight: Array) -> Array:
         """`[M, K, D]` to `[M, K, width]`, flat: each matrix once for every row of a pose."""
@@ -176,48 +140,7 @@ class PosesInLanes(Parts):
             spread[..., row * parent_dim : (row + 1) * parent_dim] = weight
         return spread.reshape(-1)
 
-    def _gather(self, dweights: Sequence[Array], needed: bool) -> Array:
-        """The gradients of all ranges and all rows of a pose added up, `[M, K, D]`, flat."""
-        dweight = self.add_matrices(dweights)
-        kinds, child_dim, parent_dim = self.weight.shape
-        if not needed or parent_dim == self.width:
-            return dweight
-        by_row = dweight.reshape(kinds, child_dim, self.width)[..., : self.pose]
-        return by_row.reshape(kinds, child_dim, self.sizes.rows, parent_dim).sum(axis=2).reshape(-1)
-
-    def _scratch(self, gradients: bool = False, iterations: int = 1) -> Scratch:
-        edges = math.ceil(max(1, self.facts.most) / LANE) * LANE
-        pose = self.sizes.child_dim * self.width
-        terms = max(TERMS, math.isqrt(edges)) + 1
-        return Scratch(
-            x=self.zeros(pose),
-            y=self.empty(edges * self.width),
-            c=self.empty(iterations * edges),
-            a=self.empty(edges),
-            rows=self.empty(4 * LANE),
-            g=self.empty(gradients * iterations * edges),
-            dx=self.zeros(gradients * pose),
-            dy=self.empty(gradients * terms * self.width),
-        )
-
-    def _zero_totals(self, wanted: Sequence[bool], samples: int) -> Totals:
-        """Of a thread, for so many samples; those that are not wanted are empty."""
+    def _zeros_of_parents(self, wanted: Sequence[bool], samples: int) -> Totals:
         count = samples * self.sizes.parents
         dims = (1, self.width, self.width)
         return Totals(*(self.zeros(count * d * w) for d, w in zip(dims, wanted, strict=True)))
-
-    def _zero_sums(self, wanted: Sequence[bool]) -> Sums:
-        """Of a thread, for as many samples as are taken at a time."""
-        samples = min(SAMPLES, self.sizes.samples)
-        return Sums(*self._zero_totals(wanted, samples), np.zeros(self.sizes.parents, np.int32))
-
-    def _add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
-        """The totals of all threads, as `[B, J, d]`; empty where not wanted."""
-        nodes = self.sizes.samples, self.sizes.parents
-        dims = ((1, 1), (self.width, self.pose), (self.width, self.pose))
-        return [
-            np.ascontiguousarray(sum(threads[1:], start=threads[0]).reshape(*nodes, width)[..., :d])
-            if w
-            else self.empty(0)
-            for threads, (width, d), w in zip(zip(*totals, strict=True), dims, wanted, strict=True)
-        ]

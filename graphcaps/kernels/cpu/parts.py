@@ -189,6 +189,14 @@ class MatrixSums(NamedTuple):
     terms: Array  # how many each matrix has
 
 
+class Passes(NamedTuple):
+    """The loops over a range of competitions, compiled."""
+
+    couple: Callable
+    couple_gradient: Callable
+    dynamic_gradient: Callable
+
+
 class Parts(ABC):
     """Poses, matrices and edges of a call; its competitions in ranges, a thread for each.
 
@@ -205,7 +213,12 @@ class Parts(ABC):
         terms_of_an_edge: how many terms it gives to the gradient of its matrix.
         vote: numbers that a vote takes, for all samples.
         cost: of a multiplication, relative to those of samples in lanes.
+
+    Attributes:
+        lanes_as_type: a tuple for each number of which the passes are compiled apart.
     """
+
+    lanes_as_type: tuple[int, ...]
 
     def __init__(
         self,
@@ -242,25 +255,131 @@ class Parts(ABC):
         self.groups = self.ranges(worth)
         self._threads: Executor | None = None
 
+    @property
+    @abstractmethod
+    def passes(self) -> Passes:
+        """The compiled functions; importing them needs numba."""
+
+    @property
+    @abstractmethod
+    def matrices(self) -> Array:
+        """The matrices as the passes take them, flat."""
+
     @abstractmethod
     def in_lanes(self, x: Array) -> Array:
         """Features of parents, `[B, J, d]` or `[B, J]`, as the passes take them."""
 
     @abstractmethod
-    def couple_pass(self, inputs: Inputs, leak: bool, wanted: Sequence[bool]) -> list[Array]:
-        """N `[B, J, 1]`, S and Q `[B, J, P·D]`, those that are wanted; else empty."""
+    def scratch(self, *, gradients: bool = False, iterations: int | None = None) -> Any:
+        """What a thread works in, for one pass or for the last pass of so many iterations."""
 
     @abstractmethod
+    def zero_totals(self, wanted: Sequence[bool]) -> Totals:
+        """Of a thread, for all samples; those that are not wanted are empty."""
+
+    @abstractmethod
+    def zero_sums(self, wanted: Sequence[bool]) -> Sums:
+        """Of a thread, for as many samples as are taken at a time."""
+
+    @abstractmethod
+    def add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
+        """The totals of all threads, as `[B, J, d]`; empty where not wanted."""
+
+    @abstractmethod
+    def new_gradient(self, size: int) -> Array:
+        """Of poses or activations, as the passes write or add to it."""
+
+    @abstractmethod
+    def gather_matrices(self, private: Sequence[Array]) -> Array:
+        """The gradients of all ranges added up, `[M, K, D]`, flat; empty if they are."""
+
+    def couple_pass(self, inputs: Inputs, leak: bool, wanted: Sequence[bool]) -> list[Array]:
+        """N `[B, J, 1]`, S and Q `[B, J, P·D]`, those that are wanted; else empty."""
+        totals = [self.zero_totals(wanted) for _ in self.groups]
+        calls = [
+            (
+                self.u.reshape(-1),
+                self.matrices,
+                inputs,
+                self.edges,
+                groups,
+                self.sizes,
+                leak,
+                self.lanes_as_type,
+                self.scratch(),
+                self.zero_sums(wanted),
+                own,
+            )
+            for groups, own in zip(self.groups, totals, strict=True)
+        ]
+        self.run(self.passes.couple, calls)
+        return self.add_up(totals, wanted)
+
     def couple_gradient_pass(
         self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
     ) -> tuple[Array, ...]:
         """The gradients of all inputs, those that are needed; from those of N, S and Q in lanes."""
+        wanted = needed.k, needed.p or needed.q, needed.q  # Q comes with S
+        groups, dweights = self.private_matrices(needed.weight)
+        totals = [self.zero_totals(wanted) for _ in groups]
+        samples, nodes = self.sizes[:2]
+        du = self.new_gradient(self.u.size * needed.u)
+        da = self.new_gradient(samples * nodes * needed.a)
+        of_kinds = [self.zeros_of_kinds(needed) for _ in groups]
+        calls = [
+            (
+                self.u.reshape(-1),
+                self.matrices,
+                inputs,
+                self.edges,
+                groups[t],
+                self.sizes,
+                leak,
+                detach_coupling,
+                of_sums,
+                self.lanes_as_type,
+                self.scratch(gradients=True),
+                self.zero_sums(wanted),
+                totals[t],
+                self.zero_matrix_sums(needed.weight),
+                Outputs(du, dweights[t], da, *of_kinds[t]),
+            )
+            for t in range(len(groups))
+        ]
+        self.run(self.passes.couple_gradient, calls)
+        dk, dp, dq = self.add_up(totals, (needed.k, needed.p, needed.q))
+        dbeta, dprior = (sum(x).astype(self.dtype) for x in zip(*of_kinds, strict=True))
+        return du, self.gather_matrices(dweights), da, dk, dp, dq, dbeta, dprior
 
-    @abstractmethod
     def dynamic_gradient_pass(
         self, V: Sequence[Array], q: Sequence[Array], iterations: int, needed: Sequence[bool]
     ) -> tuple[Array, Array]:
         """The gradients of u and weight, empty where not needed; see `dynamic.py`."""
+        of_u, of_weight = needed
+        groups, dweights = self.private_matrices(of_weight)
+        du = self.new_gradient(self.u.size * of_u)
+        of_all_V = np.concatenate([self.empty(0), *V])
+        of_all_q = np.concatenate(q)
+        calls = [
+            (
+                self.u.reshape(-1),
+                self.matrices,
+                self.edges,
+                those,
+                self.sizes,
+                of_all_V,
+                of_all_q,
+                iterations,
+                self.lanes_as_type,
+                self.scratch(gradients=True, iterations=iterations),
+                self.zero_matrix_sums(of_weight),
+                du,
+                dweight,
+            )
+            for those, dweight in zip(groups, dweights, strict=True)
+        ]
+        self.run(self.passes.dynamic_gradient, calls)
+        return du, self.gather_matrices(dweights)
 
     def inputs(
         self,
@@ -320,19 +439,19 @@ class Parts(ABC):
         kinds = len(self.weight)
         return np.zeros(kinds * needed.beta), np.zeros(kinds * needed.prior)
 
-    def zero_matrix_sums(self, wanted: bool, size: int) -> MatrixSums:
-        """Of a thread, for all matrices of so many numbers."""
+    def zero_matrix_sums(self, wanted: bool) -> MatrixSums:
+        """Of a thread, for all matrices."""
         wanted = wanted and not self.facts.apart
-        return MatrixSums(self.zeros(size * wanted), np.zeros(len(self.weight) * wanted, np.int32))
+        sums = self.zeros(self.matrices.size * wanted)
+        return MatrixSums(sums, np.zeros(len(self.weight) * wanted, np.int32))
 
-    def private_matrices(
-        self, wanted: bool, size: int
-    ) -> tuple[list[tuple[int, int]], list[Array]]:
+    def private_matrices(self, wanted: bool) -> tuple[list[tuple[int, int]], list[Array]]:
         """Ranges of competitions, and the gradient of all matrices that each of them adds to.
 
         Where children share matrices, each range has its own, of which there are no more than take
         the memory of the poses, or those of a few threads: there are fewer ranges then.
         """
+        size = self.matrices.size
         if not wanted or self.facts.apart:
             shared = self.zeros(size * wanted)
             return self.groups, [shared] * len(self.groups)
