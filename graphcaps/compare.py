@@ -157,12 +157,12 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def places_of(comparison: Comparison) -> list[Place]:
-    """All cells, in the order in which they are trained: row by row."""
+    """All cells, in the order in which they are trained: all of one seed, then of the next."""
     return [
         Place(row, dataset, seed)
-        for row in comparison.rows
-        for dataset in comparison.datasets
         for seed in comparison.seeds
+        for dataset in comparison.datasets
+        for row in comparison.rows
     ]
 
 

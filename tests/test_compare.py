@@ -281,11 +281,16 @@ def test_peak_memory_is_that_since_it_was_asked_for_and_photos_take_less_than_4_
     assert memory.peak() - before < 4e9
 
 
-@pytest.mark.parametrize("name", ["routings.toml", "routings-long.toml"])
+@pytest.mark.parametrize("name", ["routings.toml", "presets.toml", "routings-long.toml"])
 def test_the_tables_of_this_repository_can_be_trained(name):
     comparison = compare.read_comparison(ROOT / "results" / name)
-    assert len(compare.places_of(comparison)) == 4 * 3 * len(comparison.rows)
-    assert compare.settings_of(comparison, compare.Place("dynamic-2", "mnist", 1)).iterations == 2
+    cells = len(comparison.datasets) * 3 * len(comparison.rows)
+    assert len(compare.places_of(comparison)) == cells  # which checks the settings of each
+
+
+def test_one_seed_of_every_net_is_trained_before_the_next():
+    places = compare.places_of(compare.read_comparison(ROOT / "results" / "routings.toml"))
+    assert [place.seed for place in places] == sorted(place.seed for place in places)
 
 
 class Told(torch.nn.Module):
