@@ -36,11 +36,7 @@ LONGEST_FILES = (
 
 
 def pytest_configure(config):
-    """Keep compiled kernels until their sources change, for the processes that tests start too.
-
-    Each worker keeps its own: where two processes add to a folder of numba's at the same moment,
-    the code for one type may be found under another.
-    """
+    """Cache compiled kernels until their sources change, for the processes that tests start too."""
     if not config.pluginmanager.has_plugin("cacheprovider"):
         return
     sources = sorted((Path(__file__).parents[1] / "graphcaps" / "kernels").rglob("*.py"))
@@ -49,8 +45,7 @@ def pytest_configure(config):
     for other in folder.iterdir():
         if other.name != version:
             shutil.rmtree(other, ignore_errors=True)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    os.environ["NUMBA_CACHE_DIR"] = str(folder / version / worker)
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / version)
 
 
 def pytest_collection_modifyitems(items):

@@ -401,14 +401,14 @@ MUTANTS = [
         "structure.py",
         "        with made_to_be_kept():\n            self.graph, wanted",
         "        if True:\n            self.graph, wanted",
-        "test_layers.py -k meta",
+        "test_layers.py -k 'meta or inference'",
     ),
     (
         "what is kept of a graph is made on the default device",
         "structure.py",
         "    with made_to_be_kept():\n        return",
         "    if True:\n        return",
-        "test_layers.py -k meta",
+        "test_tracing.py test_torch_func.py",
     ),
     # traces and transforms
     (

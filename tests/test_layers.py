@@ -187,6 +187,18 @@ def test_a_layer_made_on_the_meta_device_routes_once_its_weights_are_loaded(engi
         assert torch.equal(other(u), layer(u))
 
 
+@pytest.mark.parametrize("engine", ["builtin", "scatter", "fused"])  # DGL's UDFs cannot run there
+def test_a_layer_may_run_first_under_the_meta_device(engine):
+    layer = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    u = torch.randn(2, 4, 4)
+    with torch.device("meta"):
+        v = layer(u)
+    again = gc.CapsuleLayer(any_graph(), 4, 5, engine=engine)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(v, again(u))
+    assert torch.equal(v, layer(u))
+
+
 @pytest.mark.parametrize("build", [any_graph, lambda: gc.batch_graph(any_graph(), 2)])
 def test_a_graph_is_built_alike_under_the_meta_device(build):
     with torch.device("meta"):

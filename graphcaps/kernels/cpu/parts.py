@@ -483,8 +483,10 @@ def optional_array(x: Tensor | None) -> Array | None:
 def _aligned(make: Callable, size: Sequence[int], dtype: np.dtype) -> Array:
     """A new array that starts with a line of the cache, so that no vector lies across two."""
     count = math.prod(size) * dtype.itemsize
+    if count == 0:  # most are: what is absent
+        return np.empty(size, dtype)
     memory = make(count + LINE, np.uint8)
-    first = -memory.ctypes.data % LINE
+    first = -memory.__array_interface__["data"][0] % LINE
     return memory[first : first + count].view(dtype).reshape(size)
 
 
