@@ -157,7 +157,7 @@ def test_cells_that_were_made_with_other_settings_are_not_taken_for_these(table,
     graphcaps(table)
     table.write_text(table.read_text().replace("epochs = 1", "epochs = 2"))
     status, _, err = graphcaps(table)
-    assert status == 1 and "was made with other settings than" in err
+    assert status == 1 and "was trained with other settings than" in err
     for path in table.with_suffix("").iterdir():
         path.unlink()
     status, _, err = graphcaps(table)
@@ -170,7 +170,7 @@ def test_cells_that_were_made_with_other_settings_are_not_taken_for_these(table,
         ('"even"\n', '"odd"\n', "control: expected one of even, plain; got odd"),
         ('routing = "uniform"', 'routeing = "uniform"', "even on .*routeing: unknown field"),
         ('routing = "uniform"', 'routing = "magic"', "even on .*: unknown routing 'magic'"),
-        ('routing = "uniform"', "seed = 1", "seed: given by the cell"),
+        ('routing = "uniform"', "seed = 1", "seed: set by the cell"),
         ("epochs = 1", "epochs = 0", "epochs must be at least 1"),
         ("epochs = 1", 'epochs = "1"', "epochs: expected a valid integer"),
         ("epochs = 1", "epochs = 2020-01-01", "expected TOML with numbers and text"),
