@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and configuration for all tests."""
 
 import hashlib
 import math
@@ -36,10 +36,10 @@ LONGEST_FILES = (
 
 
 def pytest_configure(config):
-    """Keep compiled kernels until their sources change, for the processes that tests start too.
+    """Cache compiled kernels across test runs, also for the processes that tests start.
 
-    Each worker keeps its own: where two processes add to a folder of numba's at the same moment,
-    the code for one type may be found under another.
+    Each worker has its own cache: if two processes write to a cache folder of numba at the same
+    time, code may be stored under the wrong type.
     """
     if not config.pluginmanager.has_plugin("cacheprovider"):
         return
@@ -65,7 +65,7 @@ def same_random_numbers():
 
 @pytest.fixture(params=["samples", "poses"])
 def in_lanes(request, monkeypatch):
-    """What stands side by side on the CPU, whatever is faster."""
+    """Force a memory layout of the CPU kernels, samples or poses in lanes, on every call."""
     cost = math.inf if request.param == "samples" else 0
     monkeypatch.setattr(lay_out, "COST_OF_A_POSE", cost)
     return SamplesInLanes if request.param == "samples" else PosesInLanes

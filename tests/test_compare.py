@@ -1,4 +1,4 @@
-"""Comparisons: cells that are trained once, kept one by one, and the table that is made of them."""
+"""Comparisons: each cell is trained once and saved, and the table is written from the cells."""
 
 import json
 import math
@@ -294,7 +294,7 @@ def test_one_seed_of_every_net_is_trained_before_the_next():
 
 
 class Told(torch.nn.Module):
-    """A net whose children couple as they are told to."""
+    """A net whose children have a given coupling."""
 
     config = CapsNetConfig(classes=4)
 

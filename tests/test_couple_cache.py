@@ -1,4 +1,4 @@
-"""What the CPU's loops are compiled to, on disk: kept, found again, and never a cause to stop."""
+"""The cache of compiled CPU loops: files are written and reused, and no failure stops a program."""
 
 import errno
 import resource
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(function=lanes.lay_in_lanes):
-    """As another process would: without what this one has compiled."""
+    """Start as a new process would, without the code that this one has compiled."""
     return compiled.entry(function.py_func)
 
 

@@ -59,11 +59,11 @@ def judge(lengths: Tensor, image: Tensor, draw: Callable[[list[int]], Tensor] | 
     """Decide which classes an image shows from its class capsules and their reconstructions.
 
     A class is present if its capsule is at least `LENGTH_OF_PRESENT` long; of more than two such
-    classes, the two longest count. The reconstructions of the present classes, combined by the pixelwise
-    maximum, must resemble the image, `Σ (x − x̂)² ≤ LARGEST_ERROR · Σ x²`; otherwise the image shows
-    no class. The reason is that capsules are long for many images that they cannot reconstruct
-    (Frosst, Sabour & Hinton 2018, arXiv:1811.06969, detect adversarial images in this way). An
-    image without ink shows no class.
+    classes, the two longest count. The reconstructions of the present classes, combined by the
+    pixelwise maximum, must resemble the image, `Σ (x − x̂)² ≤ LARGEST_ERROR · Σ x²`; otherwise the
+    image shows no class. The reason is that capsules are long for many images that they cannot
+    reconstruct (Frosst, Sabour & Hinton 2018, arXiv:1811.06969, detect adversarial images in this
+    way). An image without ink shows no class.
 
     Args:
         lengths: lengths of the class capsules, `[J]`.
