@@ -1,4 +1,4 @@
-"""Brings docstrings into the form that the documentation's parser reads."""
+"""Converts docstrings to the form that mkdocstrings parses."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ SEVERAL = re.compile(r"^ {4}((?:\w+, )+\w+): (.*\n(?: {8}.*\n)*)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Shows examples as code, and arguments that share a description one by one."""
+    """Renders examples as code, and splits arguments that share a description."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of an object."""

@@ -1,4 +1,4 @@
-"""What the documentation takes from outside its folder, and how formulas and help are shown."""
+"""Adds READMEs and notebooks to the documentation, and renders formulas and the program's help."""
 
 import html
 import os
@@ -19,14 +19,14 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Draw fenced blocks of the language `math`."""
+    """Register a formatter for fenced blocks of the language `math`."""
     fence = {"name": "math", "class": "math", "format": _formula}
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages and notebooks of the repository, at their own paths, and the files they link to."""
+    """Add the repository's pages and notebooks at their own paths, and the files they link to."""
     names = {path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern)}
     for page in sorted(name for name in names if name.endswith(".md")):
         folder = Path(page).parent
@@ -42,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _notebook(name: str) -> dict[str, str | bytes]:
-    """A notebook as a page, with the pictures of its outputs; it is not run."""
+    """Convert a notebook to a page with the images of its outputs, without executing it."""
     folder, stem = Path(name).parent, Path(name).stem
     resources = {"output_files_dir": f"{stem}_files"}
     text, made = MarkdownExporter().from_filename(str(ROOT / name), resources=resources)
@@ -51,7 +51,7 @@ def _notebook(name: str) -> dict[str, str | bytes]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to notebooks to their pages, and show the program's help where a comment asks."""
+    """Point links to notebooks to their pages, and replace comments that name a help command."""
     markdown = re.sub(r"(\]\([^)\s]*)\.ipynb\b", r"\1.md", markdown)
     return re.sub(r"<!-- (graphcaps .*?) -->", lambda found: _help(found[1]), markdown)
 
@@ -67,20 +67,20 @@ def _help(command: str) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Draw the formulas inside a line, as arithmatex marks them."""
+    """Render inline formulas, which arithmatex marks."""
     marked = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
     return marked.sub(lambda found: _mathml(html.unescape(found[1]), "inline"), content)
 
 
 def _formula(source: str, language: str, css_class: str, *_: object, **__: object) -> str:
-    """A block of LaTeX, whose lines are those of `aligned`."""
+    """Render a block of LaTeX, with a line for each line of `aligned`."""
     lines = re.sub(r"\\(begin|end)\{aligned\}", "", source).split("\\\\\n")
     rows = (f"<div>{_mathml(line.strip().removeprefix('&'), 'block')}</div>" for line in lines)
     return f'<div class="{html.escape(css_class)}">{"".join(rows)}</div>'
 
 
 def _mathml(source: str, display: str) -> str:
-    """LaTeX as MathML, which browsers draw by themselves."""
+    """Convert LaTeX to MathML, which browsers render without scripts."""
     drawn = latex2mathml.converter.convert(source, display=display)
     drawn = drawn.replace("<mi>ln</mi>", '<mi>ln</mi><mspace width="0.17em"/>')
     return drawn.replace('display="block"', 'displaystyle="true"', 1)

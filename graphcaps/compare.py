@@ -1,26 +1,26 @@
-"""A table of nets compared: a training for each row, data set and seed, and what came of them.
+"""Trains and compares nets: one training for each row, data set and seed of a table.
 
-A comparison is a TOML file:
+A comparison is described by a TOML file:
 
     datasets = ["mnist", "multi-mnist"]
     seeds = [0, 1, 2]
-    control = "uniform"             # the row that the others are compared with
+    control = "uniform"             # the row with which the others are compared
 
-    [settings]                      # of all trainings: flags of graphcaps train, with _ for -
+    [settings]                      # for all trainings: flags of graphcaps train, with _ for -
     preset = "small"
     epochs = 4
 
-    [rows.uniform]                  # what a row has besides
+    [rows.uniform]                  # additional settings of a row
     routing = "uniform"
 
     [rows.dynamic]
     routing = "dynamic"
 
-    [columns.affine-mnist]          # what a data set has besides; not needed
+    [columns.affine-mnist]          # additional settings of a data set; optional
     until_accuracy = 0.992
 
-Beside NAME.toml are written NAME/ROW--DATASET--SEED.json, one file for each cell as soon as it is
-finished, and NAME.md, the table, from these files alone.
+The result of each training, a cell of the table, is written to NAME/ROW--DATASET--SEED.json beside
+NAME.toml. The table, NAME.md, is written from these files only.
 """
 
 import json
@@ -57,7 +57,7 @@ from graphcaps.training.settings import check_settings
 from graphcaps.training.workers import joined_workers
 
 LARGEST_TABLE = 1 << 20  # bytes of a TOML file
-LOOKED_AT = 200  # images of the validation set whose coupling is summed up
+LOOKED_AT = 200  # images of the validation set whose coupling is evaluated
 DECIDED = 0.5  # a child that couples by more than this to one class has decided
 DEAD = 0.1  # a class that gets less than this share of equal coupling is dead
 CONFIDENCE = 0.95
@@ -68,7 +68,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*")
 @record
 @dataclass(frozen=True)
 class Comparison:
-    """What a TOML file asks for; settings are fields of `TrainSettings`."""
+    """The content of a TOML file; settings are fields of `TrainSettings`."""
 
     datasets: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -91,7 +91,7 @@ class Comparison:
 
 
 class Place(NamedTuple):
-    """Which cell: a training of a row's net on a data set with a seed."""
+    """A cell's position in the table: row, data set and seed."""
 
     row: str
     dataset: str
@@ -99,20 +99,20 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its file, without the ending."""
+        """The name of the cell's file, without the extension."""
         return f"{self.row}--{_named(self.dataset)}--{self.seed}"
 
 
 @record
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What came of one training, the content of a cell's file."""
+    """The result of one training, which is the content of a cell's file."""
 
     row: str
     dataset: str
     seed: int
-    settings: dict[str, Any]  # as the file gives them
-    recipe: dict[str, Any]  # what that comes to
+    settings: dict[str, Any]  # as the TOML file gives them
+    recipe: dict[str, Any]  # the resulting numbers, defaults included
     versions: dict[str, str]
     diverged: str | None = None  # why there is no result
     parameters: int | None = None
@@ -122,9 +122,9 @@ class Cell:
     holdout_accuracy: float | None = None
     best_epoch: int | None = None
     epochs: int | None = None
-    seconds_per_epoch: float | None = None  # median, with the evaluation of the validation set
+    seconds_per_epoch: float | None = None  # median, including evaluation on the validation set
     peak_memory: int | None = None  # bytes: of the process, or of the tensors on a GPU
-    load: float | None = None  # the machine's mean number of running processes, at the end
+    load: float | None = None  # load average of the machine at the end
     cores: int | None = None
     entropy: float | None = None  # of a child's last coupling, in nats, on the validation set
     decided: float | None = None  # share of children whose largest coupling is above 0.5
@@ -132,15 +132,15 @@ class Cell:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Read what a TOML file asks for, and see whether every cell can be trained so.
+    """Read a TOML file, and check that every cell can be trained with its settings.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: it is something else; unknown fields, and settings that a training cannot
-            have, are named.
-        OSError: it may not be read.
+        ValueError: the file is not such a TOML file, or has unknown fields or invalid settings,
+            which the message names.
+        OSError: the file cannot be read.
     """
     try:
         content = tomllib.loads(read_bounded(path, LARGEST_TABLE).decode())
@@ -157,7 +157,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def places_of(comparison: Comparison) -> list[Place]:
-    """All cells, in the order in which they are trained: all of one seed, then of the next."""
+    """All cells in the order in which they are trained: all of the first seed, then the next."""
     return [
         Place(row, dataset, seed)
         for seed in comparison.seeds
@@ -170,35 +170,35 @@ def settings_of(comparison: Comparison, place: Place) -> TrainSettings:
     """The settings of a cell's training.
 
     Raises:
-        ValueError: a field that a training does not have, or that only a cell gives.
+        ValueError: the file sets an unknown field, or one that the cell or the command sets.
     """
     given = given_for(comparison, place)
     for name in OF_A_CELL:
         if name in given:
-            raise ValueError(f"{name}: given by the cell or the command, not by the file")
+            raise ValueError(f"{name}: set by the cell or the command, not in the file")
     asked = given | {"dataset": place.dataset, "seed": place.seed}
     return parse_record(json.dumps(asked).encode(), TrainSettings, "settings")
 
 
 def given_for(comparison: Comparison, place: Place) -> dict[str, Any]:
-    """The settings that a file gives for a cell: those of all, of its data set, of its row."""
+    """The settings in the file that apply to a cell: common ones, its data set's, its row's."""
     of_column = comparison.columns.get(place.dataset, {})
     return comparison.settings | of_column | comparison.rows[place.row]
 
 
 def compare(table: Path, asked: TrainSettings, runs_dir: Path) -> None:
-    """Train all cells of a table that are not there yet, and write each and the table.
+    """Train the cells of a table that are missing, and write their files and the table.
 
-    A cell that was begun is gone on with; one that another process trains is left to it.
+    An unfinished cell is resumed; a cell that another process is training is skipped.
 
     Args:
         table: the TOML file.
         asked: data_dir, engine and device of all trainings.
-        runs_dir: where their runs are kept, one folder for each.
+        runs_dir: the folder for the runs, one folder for each.
 
     Raises:
         ValueError, OSError, RuntimeError: as `train`.
-        TrainingInterrupt: a signal came; everything is saved.
+        TrainingInterrupt: a signal ended training; everything is saved.
     """
     comparison = read_comparison(table)
     folder, elsewhere = table.with_suffix(""), 0
@@ -211,8 +211,8 @@ def compare(table: Path, asked: TrainSettings, runs_dir: Path) -> None:
             made_with = read_record(file, Cell).settings
             if made_with != given:
                 raise ValueError(
-                    f"{file} was made with other settings than {table} has now: {made_with}, not "
-                    f"{given}; remove it, and its run in {runs_dir / table.stem / place.name}"
+                    f"{file} was trained with other settings than {table} has now: {made_with}, "
+                    f"not {given}; remove it, and its run in {runs_dir / table.stem / place.name}"
                 )
             continue
         say(f"Cell {number} of {len(places)}: {place.row} on {place.dataset}, seed {place.seed}.")
@@ -240,18 +240,18 @@ def compare(table: Path, asked: TrainSettings, runs_dir: Path) -> None:
 
 
 def train_cell(place: Place, settings: TrainSettings, given: dict[str, Any]) -> Cell:
-    """Train one cell, or go on with it, and look at what came of it.
+    """Train one cell, or resume its training, and evaluate the net.
 
     Args:
-        place: which cell.
-        settings: with the run's folder.
-        given: those that the file gives.
+        place: the cell.
+        settings: all settings, including the run's folder.
+        given: the settings in the file.
 
     Returns:
-        The cell. A training that diverged is one, too.
+        The cell, also if training diverged.
 
     Raises:
-        RunLockedError: another process trains it.
+        RunLockedError: another process is training it.
         Others: as `train`.
     """
     assert settings.run_dir is not None
@@ -262,7 +262,7 @@ def train_cell(place: Place, settings: TrainSettings, given: dict[str, Any]) -> 
     begun = (run.path / "settings.json").exists()
     diverged = None
     try:
-        # a run that was begun with other settings is refused
+        # resuming refuses a run that was started with other settings
         names = {*given, "dataset", "seed", "data_dir", "engine", "device"}
         train(replace(settings, resume=begun), names)
     except TrainingDivergedError as error:
@@ -309,17 +309,16 @@ _FROM_RESULT = (
 
 @torch.no_grad()
 def coupling_of(model: CapsNet, split: Split) -> tuple[float | None, float | None, float | None]:
-    """How the children of the class capsules couple at the last iteration.
+    """Summarise the coupling of the class capsules' children at the last iteration.
 
     Args:
         model: the net.
-        split: images, of which the first 200 are looked at.
+        split: images, of which the first 200 are used.
 
     Returns:
-        The mean entropy of a child's coupling, in nats; the share of children that couple by more
-        than 0.5 to one class; the number of classes that get less than a tenth of the coupling
-        that equal shares would give them, over all images together. None for a net without
-        capsules.
+        The mean entropy of a child's coupling, in nats; the share of children with a coupling above
+        0.5 to one class; and the number of classes whose coupling, summed over all images, is less
+        than a tenth of what equal coupling gives. All are None for a net without capsules.
     """
     classes = model.config.classes
     if model.config.routing is None:
@@ -336,12 +335,12 @@ def coupling_of(model: CapsNet, split: Split) -> tuple[float | None, float | Non
 
 
 class PeakMemory:
-    """The most memory that was taken since this was made.
+    """Measures the peak memory since its creation.
 
-    On a GPU that of tensors there; else that of the whole process, where Linux tells it.
+    On a GPU this is the memory of its tensors, otherwise that of the whole process, on Linux.
 
     Args:
-        device: where is trained.
+        device: the device of the training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -355,7 +354,7 @@ class PeakMemory:
                 self._known = True
 
     def peak(self) -> int | None:
-        """In bytes; None where it is not known."""
+        """The peak in bytes, or None if it is not known."""
         if not self._known:
             return None
         if self._device.type == "cuda":
@@ -374,7 +373,7 @@ def read_cells(table: Path) -> list[Cell]:
     """The finished cells of a comparison.
 
     Raises:
-        ValueError: a file is broken.
+        ValueError: a file is damaged.
     """
     folder = table.with_suffix("")
     places = places_of(read_comparison(table))
@@ -386,12 +385,13 @@ def render(comparison: Comparison, cells: Sequence[Cell]) -> str:
     """The table of a comparison in Markdown.
 
     Args:
-        comparison: what was asked for.
-        cells: those that are finished.
+        comparison: the content of the TOML file.
+        cells: the finished cells.
 
     Returns:
-        For each data set, a line for each row: mean ± standard deviation over the seeds, and the
-        mean difference from the control, seed by seed, with its confidence interval.
+        For each data set, a table with one line for each row: mean ± standard deviation over the
+        seeds, and the mean of the differences from the control with the same seed, with its
+        confidence interval.
     """
     parts = []
     for dataset in comparison.datasets:
@@ -453,7 +453,7 @@ def _all(cells: Iterable[Cell], name: str) -> list[float]:
 
 
 def _spread(values: Sequence[float], factor: float, digits: int) -> str:
-    """Mean ± standard deviation, and of how many if it is one alone."""
+    """Mean ± standard deviation, or a single value, which is marked as such."""
     if not values:
         return ""
     mean = factor * statistics.fmean(values)
@@ -471,10 +471,10 @@ def _difference(pairs: Sequence[float]) -> str:
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The interval in which the mean lies with 95 % confidence, by Student's t.
+    """The 95 % confidence interval of the mean, by Student's t.
 
     Args:
-        values: two or more, as of a normal distribution.
+        values: two or more, assumed to be normally distributed.
 
     >>> low, high = confidence_interval([1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3)  # 2 ± 4.303 / √3
@@ -493,5 +493,5 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _named(dataset: str) -> str:
-    """A data set in the name of a file: of a path, its last part."""
+    """The name of a data set in file names: the last part, if it is a path."""
     return Path(dataset).stem

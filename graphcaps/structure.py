@@ -1,4 +1,4 @@
-"""A checked routing graph, and everything that engines prepare for it and keep."""
+"""A checked routing graph, with a cache for the data that engines prepare for it."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -18,20 +18,21 @@ from graphcaps.graph import (
 
 T = TypeVar("T")
 BATCH_SIZES_KEPT = 4  # those of training, evaluation, and the shorter last batch of each
-TERMS = 32  # summed one after the other, at least
+TERMS = 32  # the least length of a partial sum
 
 
 @dataclass(frozen=True)
 class Groups:
     """Edges of one child, parent, matrix or competition, summed in parts.
 
-    A sum of thousands of terms in float32, one after the other, errs more than the dense form; so
-    at most √n of a group's n edges, or 32, are one part, and the parts are summed apart.
+    Adding thousands of terms one by one in float32 is less precise than the dense form. The n edges
+    of a group are therefore divided into parts of at most √n edges, or 32 if that is more; each
+    part is summed first, then the sums of the parts.
 
     Attributes:
-        index: the number of the group of each edge, int64 `[E]`.
-        part: the part that each edge belongs to, int64 `[E]`; None if every group is one part.
-        owner: the group that each part belongs to, int64; None likewise.
+        index: the group of each edge, int64 `[E]`.
+        part: the part of each edge, int64 `[E]`; None if every group is a single part.
+        owner: the group of each part, int64; None if every group is a single part.
         count: number of groups.
     """
 
@@ -42,7 +43,7 @@ class Groups:
 
     @classmethod
     def of(cls, index: Tensor, count: int) -> "Groups":
-        """Part the edges of each group in the order in which they stand."""
+        """Divide the edges of each group into parts, in the order of the edges."""
         sizes = torch.bincount(index, minlength=count)
         largest = int(sizes.max()) if len(sizes) else 0
         if largest <= TERMS:
@@ -58,21 +59,21 @@ class Groups:
         return cls(index, first_part[index] + rank // terms, owner, count)
 
     def to(self, device: torch.device) -> "Groups":
-        """The same numbers on another device."""
+        """Copy to another device."""
         part, owner = (x if x is None else x.to(device) for x in (self.part, self.owner))
         return Groups(self.index.to(device), part, owner, self.count)
 
     def sum(self, x: Tensor, dim: int) -> Tensor:
-        """Add up the edges of every group along `dim`: from E to `count`."""
+        """Sum over the edges of every group along `dim`, whose size goes from E to `count`."""
         if self.part is None or self.owner is None:
             return _index_add(x, dim, self.index, self.count)
         parts = _index_add(x, dim, self.part, len(self.owner))
         return _index_add(parts, dim, self.owner, self.count)
 
     def expand(self, x: Tensor, dim: int) -> Tensor:
-        """What a group has, on each of its edges along `dim`: from `count` to E.
+        """Copy the values of every group to its edges along `dim`, from size `count` to E.
 
-        Its gradient is a sum over edges, and is taken in parts, too.
+        The gradient is a sum over edges, which is taken in parts as well.
         """
         if self.part is None or self.owner is None:
             return x.index_select(dim, self.index)
@@ -82,40 +83,40 @@ class Groups:
 def _index_add(x: Tensor, dim: int, index: Tensor, count: int) -> Tensor:
     zeros = x.new_zeros((*x.shape[:dim], count, *x.shape[dim + 1 :]))
     if torch.onnx.is_in_onnx_export():
-        # index_add becomes ScatterND, and onnxruntime's threads lose terms that meet in one row
+        # index_add is exported as ScatterND, in which onnxruntime's threads race for equal rows
         index = index.view(*[1] * dim, -1, *[1] * (x.dim() - dim - 1)).expand_as(x)
         return zeros.scatter_add(dim, index, x)
     return zeros.index_add(dim, index, x)
 
 
 class Structure:
-    """One sample's graph as layers use it: checked once, copied, never read again.
+    """The graph of one sample as layers use it: checked and copied once.
 
     Args:
-        graph: any DGL graph whose edges of type `etype` lead from children to parents; not written
-            on, and not looked at later: what is written on it afterwards changes nothing.
-        kinds: number of matrices that there are; as many as the graph asks for, if not given.
+        graph: any DGL graph whose edges of type `etype` lead from children to parents. It is
+            copied and not modified; later changes to it have no effect.
+        kinds: number of matrices; by default as many as the graph refers to.
         etype: see `as_routing_graph`.
 
     Attributes:
-        graph: a copy as `routing_graph` gives it, with `weight_index` and `type`, and
+        graph: a copy in the form of `routing_graph`, with `weight_index` and `type`, and
             `competition` if the graph has it.
         child_types: the node types of the children, with the number of children of each.
-        order: of the children, in the nodes of these types one after the other, int64 `[I]`.
-        children, parents, edges: I, J, E; of the whole graph, where it is a batch.
+        order: the index of each child in the concatenated nodes of these types, int64 `[I]`.
+        children, parents, edges: I, J, E; for a batch, of all its graphs together.
         kinds, types: number of matrices M, and of types of parents T.
         child, parent, weight_index: of each edge, int64 `[E]` on the CPU.
         parent_type: of each parent, int64 `[J]` on the CPU.
-        competition: the number of the competition that each edge takes part in, int64 `[E]` on the
-            CPU: its child, unless the graph says otherwise. Graphs of a batch never compete.
-        competitions: how many there are.
-        by_child: whether it is the edges of each child that compete.
-        graph_of_parent: which graph of a batch each parent belongs to, int64 `[J]` on the CPU.
-        graphs: number of graphs in the batch; 1 for a graph that is none.
-        complete: whether each edge has a matrix of its own, in the order of `complete_graph`.
+        competition: the competition of each edge, int64 `[E]` on the CPU: its child, unless the
+            graph defines another. Edges of different graphs in a batch never compete.
+        competitions: number of competitions.
+        by_child: whether the edges of each child compete.
+        graph_of_parent: the graph in the batch that each parent belongs to, int64 `[J]` on the CPU.
+        graphs: number of graphs in the batch; 1 if the graph is not a batch.
+        complete: whether each edge has its own matrix, in the order of `complete_graph`.
 
     Raises:
-        ValueError: no graph of this kind, or one that asks for more matrices.
+        ValueError: not a bipartite graph of this kind, or it refers to more matrices.
     """
 
     def __init__(
@@ -145,16 +146,16 @@ class Structure:
         self._kept_for_batch: dict[Hashable, Any] = {}
 
     def join(self, name: str, x: Tensor | Mapping[str, Tensor], dim: int) -> Tensor:
-        """A feature of the children, `[…, I, …]`, which may be given by their node type.
+        """Join a feature of the children, `[…, I, …]`, from the features of their node types.
 
         Args:
-            name: of the feature, for the message.
-            x: the feature, or that of each node type.
-            dim: along which the children stand, from the end.
+            name: name of the feature in error messages.
+            x: the feature as one tensor, or a tensor for each node type.
+            dim: the dimension of the children, negative.
 
         Raises:
-            ValueError: other node types or numbers of nodes, shapes or dtypes that differ; a
-                tensor for children of several node types.
+            ValueError: node types or numbers of nodes do not match, shapes or dtypes differ, or
+                `x` is one tensor although the children have several node types.
         """
         if isinstance(x, Tensor) and len(self.child_types) == 1:
             return x
@@ -167,11 +168,11 @@ class Structure:
                 return joined.index_select(dim, self.numbers("order", joined.device))
         raise ValueError(
             f"expected {name} as a dict, with one tensor for each node type that has children, "
-            f"{self.child_types}, alike in dtype and in all other sizes; got {told}"
+            f"{self.child_types}, which agree in dtype and in all other sizes; got {told}"
         )
 
     def prepare(self, device: torch.device) -> None:
-        """Make what calls on a device need, so that one that is traced has nothing to make."""
+        """Fill the cache for a device, because it cannot be filled while torch traces a call."""
         for by in ("child", "parent", "kind", "competition"):
             self.groups(by, device)
         for name in ("parent_type", "graph_of_parent", "order"):
@@ -181,26 +182,26 @@ class Structure:
             self.degree(device)
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made at the first call with this key and kept for the next ones."""
+        """Return the cached value for a key, calling `make` the first time."""
         if key not in self._kept:
             self._kept[key] = _made(make)
         return self._kept[key]
 
     def keep_for_batch(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The same for what depends on the batch size: what was not used for longest is dropped.
+        """The same for values that depend on the batch size, in a small least-recently-used cache.
 
-        Several threads may ask at once.
+        Several threads may call it at once.
         """
         found = self._kept_for_batch.pop(key, None)
         if found is None:
             found = _made(make)
-        self._kept_for_batch[key] = found  # the last used stands last
+        self._kept_for_batch[key] = found  # the most recently used is last
         for oldest in list(self._kept_for_batch)[:-BATCH_SIZES_KEPT]:
             self._kept_for_batch.pop(oldest, None)
         return found
 
     def groups(self, by: str, device: torch.device) -> Groups:
-        """The edges of each `"child"`, `"parent"`, `"kind"` (matrix) or `"competition"`."""
+        """Group the edges by `"child"`, `"parent"`, `"kind"` (matrix) or `"competition"`."""
         index, count = {
             "child": (self.child, self.children),
             "parent": (self.parent, self.parents),
@@ -223,15 +224,15 @@ class Structure:
         return self.keep(("rivals", device), count)
 
     def degree(self, device: torch.device) -> Tensor:
-        """Number of edges that each edge of a child competes with, int64 `[I]`.
+        """Number of edges that an edge of each child competes with, itself included, int64 `[I]`.
 
         Raises:
-            ValueError: a graph in which it is not the same for all edges of a child.
+            ValueError: the number differs between the edges of a child.
         """
         if not self._even:
             raise ValueError(
-                "the edges of a child compete with different numbers of edges, and have no one "
-                "degree; this routing needs a graph in which these numbers are equal"
+                "the edges of a child compete with different numbers of edges; this routing needs "
+                "a graph in which these numbers are equal"
             )
         return self.keep(("degree", device), lambda: self._most_rivals("amax").to(device))
 
@@ -247,7 +248,7 @@ class Structure:
         return none.scatter_reduce(0, self.child, rivals, most, include_self=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}, "_kept_for_batch": {}}  # made again on demand
+        return {**self.__dict__, "_kept": {}, "_kept_for_batch": {}}  # caches are filled on demand
 
 
 @torch.compiler.disable

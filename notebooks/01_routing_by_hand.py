@@ -9,10 +9,10 @@
 # %% [markdown]
 # # Routing by hand
 #
-# Twenty capsules below, the *children*, each vote for ten capsules above, the *parents*. Which
-# parent a child should vote for is not known: *routing by agreement* finds out (Sabour, Frosst and
-# Hinton 2017, procedure 1). Here it is built step by step with DGL, on random votes, for ten
-# iterations.
+# Twenty lower capsules, the *children*, vote for ten higher capsules, the *parents*. It is not
+# known in advance which parent a child belongs to; *routing by agreement* determines this from the
+# votes (Sabour, Frosst and Hinton 2017, procedure 1). This notebook implements it step by step with
+# DGL, on random votes, for ten iterations.
 
 # %%
 # %matplotlib inline
@@ -31,8 +31,9 @@ CHILDREN, PARENTS, DIM, ITERATIONS = 20, 10, 16, 10
 # %% [markdown]
 # ## The graph
 #
-# A bipartite graph `child -votes-> parent`, with an edge for each pair. On the edge from child $i$
-# to parent $j$ lies the vote $\hat u_{j|i}$: the pose that child $i$ expects parent $j$ to have.
+# The graph is bipartite, `child -votes-> parent`, with an edge for each pair. The edge from child
+# $i$ to parent $j$ carries the vote $\hat u_{j|i}$: the pose that child $i$ predicts for parent
+# $j$.
 
 # %%
 graph = gc.complete_graph(CHILDREN, PARENTS)
@@ -45,12 +46,13 @@ graph
 # The logits $b_{ij}$ start at zero. Then, ten times:
 #
 # - **coupling** $c_{ij} = \mathrm{softmax}_j \, b_{ij}$ over the parents of a child: an *edge
-#   softmax*, with `norm_by="src"`, because a child shares itself out. DGL's default, `dst`, makes
-#   the children of a parent compete, a mistake that published implementations have made;
+#   softmax*, with `norm_by="src"`, because each child distributes its vote over its parents. With
+#   DGL's default, `dst`, the children of a parent would compete; published implementations have
+#   made this mistake;
 # - **sum** $s_j = \sum_i c_{ij} \, \hat u_{j|i}$: a *message* on each edge, *reduced* at the
 #   parent;
-# - **squash** $v_j = \frac{|s_j|^2}{1+|s_j|^2} \frac{s_j}{|s_j|}$, so that a length is below 1: a
-#   *node function*;
+# - **squash** $v_j = \frac{|s_j|^2}{1+|s_j|^2} \frac{s_j}{|s_j|}$, which makes lengths less than 1:
+#   a *node function*;
 # - **agreement** $b_{ij} \leftarrow b_{ij} + \hat u_{j|i} \cdot v_j$: an *edge function*.
 
 # %%
@@ -71,8 +73,8 @@ for _ in range(ITERATIONS):
     coupling.append(graph.edata["c"])
 
 # %% [markdown]
-# That is all of it. The library does the same, and keeps what every iteration computed in a
-# `Trace`:
+# This is the whole algorithm. The library computes the same, and can record the results of every
+# iteration in a `Trace`:
 
 # %%
 u_hat = graph.edata["u_hat"]
@@ -82,23 +84,23 @@ torch.testing.assert_close(trace.c[:, 0], torch.stack(coupling)[..., 0])
 torch.testing.assert_close(trace.v[-1, 0], graph.nodes["parent"].data["v"])
 
 # %% [markdown]
-# A child's coupling sums to one over its parents, at every iteration:
+# The coupling of a child sums to one over its parents, at every iteration:
 
 # %%
 trace.c.view(ITERATIONS, CHILDREN, PARENTS).sum(dim=2).aminmax()
 
 # %% [markdown]
-# ## Entropy falls
+# ## The entropy decreases
 #
-# A child that does not know its parent spreads its coupling evenly, with an entropy of
-# $\ln 10 = 2.30$ nats. A child that has decided has entropy 0. Votes that agree with a parent's
-# output pull more coupling there, which pulls the output towards them.
+# Equal coupling to all ten parents has an entropy of $\ln 10 = 2.30$ nats; coupling to a single
+# parent has entropy 0. If a vote agrees with the output of a parent, the coupling to this parent
+# increases, which in turn moves the output towards the vote.
 
 # %%
 figures.entropy_by_iteration(trace.entropy(), PARENTS)
 
 # %% [markdown]
-# The exponential of the entropy is how many parents a child has *in effect*:
+# The exponential of the entropy is the *effective* number of parents of a child:
 
 # %%
 for number in (0, 2, 4, ITERATIONS - 1):
@@ -106,22 +108,23 @@ for number in (0, 2, 4, ITERATIONS - 1):
     print(f"iteration {number + 1:2}: {effective.mean():5.2f} parents in effect, on average")
 
 # %% [markdown]
-# ## Coupling moves to 0 and 1
+# ## Couplings approach 0 or 1
 
 # %%
 animation = figures.coupling_histogram_animation(trace.c, PARENTS)
 written = Path("01_histogram.gif").write_bytes(figures.gif(animation))
 
 # %% [markdown]
-# ![The distribution of the coupling, a frame for each of ten iterations: from one bar at 0.1 to two
-# heaps, at 0 and at 1](01_histogram.gif)
+# ![The distribution of the coupling, with one frame for each of ten iterations: from a single bar
+# at 0.1 to two peaks at 0 and 1](01_histogram.gif)
 
 # %% [markdown]
-# ## The graph, as routing goes on
+# ## The graph during routing
 #
-# Children below, parents above. An edge is as wide and dark as its coupling; the area of a parent
-# is the length of its output. First all edges are equal; in the end most children have one parent:
-# a *parse tree*. Children are drawn in the order of the parents that they end up with.
+# Children are at the bottom, parents at the top. Wide and dark edges have a strong coupling; the
+# area of a parent shows the length of its output. At first all edges are equal; in the end most
+# children have one parent, so that the strong edges form a *parse tree*. Children are sorted by
+# their final parents.
 
 # %%
 order = trace.children_by_parent(0, ITERATIONS - 1)
@@ -130,8 +133,8 @@ animation = figures.coupling_graph_animation(graphs)
 written = Path("01_coupling.gif").write_bytes(figures.gif(animation))
 
 # %% [markdown]
-# ![The coupling graph of 20 children and 10 parents, a frame for each of ten iterations: from equal
-# edges to one strong edge for most children](01_coupling.gif)
+# ![The coupling graph of 20 children and 10 parents, with one frame for each of ten iterations:
+# from equal edges to one strong edge for most children](01_coupling.gif)
 
 # %%
 figures.coupling_graph(graphs[-1], title="The last iteration")
@@ -142,7 +145,8 @@ print("strongest parent of each child:", trace.strongest_parent()[-1, 0].tolist(
 # %% [markdown]
 # ## What to try
 #
-# - Smaller votes (the factor 0.5): children decide later. Larger ones: sooner.
-# - `norm_by="dst"`: the coupling of a child no longer sums to one.
-# - Fewer edges: `gc.routing_graph(child=[...], parent=[...])` takes any bipartite graph, and the
-#   lines above stay as they are.
+# - Scale the votes (the factor 0.5): with smaller votes the coupling needs more iterations to
+#   approach 0 or 1, with larger votes fewer.
+# - Use `norm_by="dst"`: the coupling of a child no longer sums to one.
+# - Use fewer edges: `gc.routing_graph(child=[...], parent=[...])` creates any bipartite graph, and
+#   the code above works unchanged.

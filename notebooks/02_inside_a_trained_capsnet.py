@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Inside a trained CapsNet
 #
-# The net that comes with the library, on MNIST digits that it has never been trained on: what its
-# class capsules say, what their poses mean, which parts of an image vote for which digit, and
-# whether routing knows when it is wrong.
+# This notebook examines the pretrained net of the library on MNIST's test digits: the lengths of
+# its class capsules, the meaning of their poses, which parts of an image vote for which digit, and
+# whether the coupling differs between right and wrong predictions.
 
 # %%
 # %matplotlib inline
@@ -34,10 +34,10 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(digits.l
 print(f"{len(mistakes['labels'])} of the 10,000 test images are read wrongly")
 
 # %% [markdown]
-# ## Class capsules: a length is a claim
+# ## Class capsules: the length is the confidence
 #
-# The length of a class capsule says how sure the net is that its digit is there. Training pushes
-# the capsule of the true class above 0.9, the others below 0.1.
+# The length of a class capsule is the net's confidence that its digit is present. The training loss
+# pushes the capsule of the true class above 0.9 and the others below 0.1.
 
 # %%
 score = evaluate(model, digits)
@@ -45,10 +45,11 @@ print(f"{score.errors} errors in {score.images} digits")
 figures.class_lengths(score.lengths, score.labels)
 
 # %% [markdown]
-# ## Poses: the decoder draws the digit again
+# ## Poses: the decoder reconstructs the digit
 #
-# The 16 numbers of the longest capsule are enough for the decoder to draw the image, style and
-# all. The last three digits are ones that the net gets wrong: it draws what it believes.
+# From the 16 numbers of the longest capsule, the decoder reconstructs the image, including the
+# style of the digit. The net misclassifies the last three digits; it reconstructs them as the
+# predicted digit.
 
 # %%
 images = as_input(digits.images, model)
@@ -67,10 +68,11 @@ figures.reconstructions(
 )
 
 # %% [markdown]
-# ## Tweaked poses: what each dimension means
+# ## Tweaked poses: the meaning of each dimension
 #
-# One number of the pose is moved at a time, by −0.25 to 0.25 (figure 4 of the paper). No label
-# ever told the net about stroke width or slant; the dimensions found them.
+# One number of the pose at a time is changed by −0.25 to 0.25 (figure 4 of the paper). Dimensions
+# of the pose have come to represent properties such as stroke width or slant, without labels for
+# them.
 
 # %%
 three = int((digits.labels == 3).nonzero()[0])
@@ -78,12 +80,13 @@ drawn = inspection.tweak_pose(model, output.poses[three], parent=3)
 figures.tweaked_poses(drawn, inspection.TWEAKS)
 
 # %% [markdown]
-# ## Routing: most children stay undecided, a few decide
+# ## Routing: most children couple equally, a few do not
 #
 # After three iterations the mean entropy is still close to $\ln 10$. Nearly all primary capsules
-# are long, but most of their votes have stayed as short as training found them, so that their
-# logits stay near zero and they couple to all classes alike. A few votes have grown long: these
-# decide. Whoever says that a trained CapsNet routes its parts to wholes should look here first.
+# are long, but most of their votes are still as short as at initialisation, so that their logits
+# stay near zero and they couple equally to all classes. Only a few votes have become long, and
+# their children couple mostly to one class. This limits the common statement that a trained CapsNet
+# routes parts to wholes.
 
 # %%
 with torch.no_grad():
@@ -114,10 +117,10 @@ figures.coupling_graph(
 # %% [markdown]
 # ## Which parts vote for which digit
 #
-# For each position of the capsule maps: the coupling to a class × the length of the child, summed
-# over the maps. Discs stand at the centres of the receptive fields; the frame is the receptive
-# field of the strongest one. At the first iteration all classes get the same; at the last, some
-# positions have turned to the true class, and away from others.
+# The maps show, for each position of the capsule maps, the coupling to a class × the length of the
+# child, summed over the maps. Discs are at the centres of the receptive fields; the frame is the
+# receptive field of the strongest position. At the first iteration the maps of all classes are
+# equal; at the last, the coupling at some positions has moved from other classes to the true one.
 
 # %%
 maps = [
@@ -129,11 +132,11 @@ titles = [f"for {parent}, iteration {iteration}" for parent in (7, 3) for iterat
 figures.vote_maps(images[number], maps, titles)
 
 # %% [markdown]
-# ## Who carries the digit
+# ## Which children carry the digit
 #
-# The length of a class capsule comes from the length of its sum, $|s_j| = \sum_i c_{ij}\, \hat
-# u_{j|i} \cdot s_j / |s_j|$: each child's term is what it contributes. Most children contribute
-# next to nothing, and some votes point the other way (hollow).
+# The length of a class capsule is determined by the length of its weighted sum, $|s_j| = \sum_i
+# c_{ij}\, \hat u_{j|i} \cdot s_j / |s_j|$, in which each child has one term, its contribution. Most
+# children contribute almost nothing, and some have negative contributions (hollow discs).
 
 # %%
 contributions = trace.contributions()[:, number].unflatten(1, (-1, model.config.classes))
@@ -150,7 +153,7 @@ figures.vote_maps(images[number], maps, titles, label="contribution to |s|")
 # %% [markdown]
 # ## What does routing do? Errors by number of iterations
 #
-# The net was trained with three iterations. At test time the number is free:
+# The net was trained with three iterations. At test time the number can be chosen freely:
 
 # %%
 try:
@@ -171,15 +174,15 @@ with torch.no_grad():
 model.capsules.routing.iterations = 3
 
 # %% [markdown]
-# One iteration is equal coupling: no routing at all. The net reads nearly as well without it; more
-# iterations than it was trained with make it worse.
+# One iteration is equal coupling, which means no routing at all. The net is nearly as accurate
+# without routing; with more iterations than in training it makes more errors.
 
 # %% [markdown]
-# ## Does the pose move with the digit?
+# ## Is the pose equivariant?
 #
-# Capsules are meant to be *equivariant*: while the digit moves, its length should stay and its
-# pose change, smoothly. A 4 is shifted, then rotated. The net saw shifts of up to two pixels in
-# training, and no rotations but those of people's handwriting.
+# Capsules are meant to be *equivariant*: while a digit moves, the length of its capsule should stay
+# constant and its pose should change smoothly. Here a 4 is shifted, then rotated. In training, the
+# net saw shifts of up to two pixels, and no rotations except those in the handwriting itself.
 
 # %%
 four = int((digits.labels == 4).nonzero()[0])
@@ -210,14 +213,14 @@ figures.pose_by_change(
 )
 
 # %% [markdown]
-# Over four pixels to either side and twenty degrees of rotation the length holds, while some
-# dimensions of the pose follow the change steadily. Beyond that, the capsule lets go.
+# Up to about four pixels to either side and twenty degrees of rotation the length hardly changes,
+# while some dimensions of the pose change steadily. Beyond that, the capsule becomes short.
 
 # %% [markdown]
-# ## Two digits, one upon the other
+# ## Two overlapping digits
 #
-# The net was trained on single digits only. Laid over each other, two of them compete; the decoder
-# can still be asked for either class by its label.
+# The net was trained on single digits only. With two overlapping digits, their capsules compete;
+# the decoder can still reconstruct either class if given its label.
 
 # %%
 first, second = int((digits.labels == 0).nonzero()[0]), int((digits.labels == 1).nonzero()[0])
@@ -232,15 +235,15 @@ figures.drawn_capsules(
 )
 
 # %% [markdown]
-# It reads the 0 alone: the capsule of the 1 stays short, and what the decoder draws from it is no
-# digit.
+# The net recognises only the 0: the capsule of the 1 is short, and the decoder's reconstruction
+# from it is not a digit.
 
 # %% [markdown]
-# ## Does routing know when it is wrong?
+# ## Does the coupling indicate errors?
 #
-# For right and for wrong answers: the entropy of the coupling at the last iteration, averaged over
-# the children, each weighted by its length; and the lead of the longest class capsule over the
-# next.
+# For right and for wrong predictions, the cell prints the entropy of the coupling at the last
+# iteration, averaged over the children and weighted by their lengths, and the difference between
+# the lengths of the longest class capsule and the next.
 
 # %%
 with torch.no_grad():
@@ -260,6 +263,6 @@ for name, kept, seen, poses, said in (
     )
 
 # %% [markdown]
-# Both tell right from wrong, on average: children are less decided where the net errs, and two
-# class capsules are long at once. The differences in entropy are small, because most children
-# never decide.
+# On average, both differ between right and wrong predictions: if the net is wrong, the coupling has
+# a higher entropy, and two class capsules are long. The differences in entropy are small, because
+# most children couple almost equally in both cases.

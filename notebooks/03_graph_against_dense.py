@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Graph against dense
 #
-# A capsule layer as message passing on a graph, beside the same layer as dense tensors: the same
-# numbers, what each costs, and what the dense form cannot do.
+# This notebook compares a capsule layer as message passing on a graph with the same layer on dense
+# tensors: their results, their cost, and graphs for which there is no efficient dense form.
 
 # %%
 # %matplotlib inline
@@ -35,8 +35,8 @@ u = gc.squash(torch.randn(16, 1152, 8))
 # %% [markdown]
 # ## The same outputs, the same gradients
 #
-# An engine is *how* a message is passed, never what is computed. It holds no parameters: the same
-# layer runs on any of them.
+# An engine determines *how* messages are passed, not what is computed. It has no parameters, so the
+# same layer runs on any engine.
 
 # %%
 dense_votes = gc.reference.votes(u, layer.weight.unflatten(0, (1152, 10)))
@@ -47,18 +47,18 @@ for engine in ("udf", "builtin", "scatter", "fused"):
 layer.engine = "auto"
 
 # %% [markdown]
-# Against dense routing in float64, all forms in float32, the dense one among them, are a few
-# roundings away. No engine is less exact than the dense form in any way that matters.
+# Compared with dense routing in float64, all forms in float32, including the dense one, differ by a
+# few rounding errors. The engines are about as precise as the dense form.
 
 # %%
 figures.differences(inspection.differences_from_dense(layer, u))
 
 # %% [markdown]
-# ## What it costs
+# ## Time and memory
 #
-# `udf` is DGL's user-defined functions, the definition, literally; `builtin` DGL's sparse kernels;
-# `scatter` torch's index operations; `fused` a kernel that never stores a vote. Forward and
-# backward, 16 images, on the machine that ran this notebook:
+# `udf` uses DGL's user-defined functions and follows the definition literally, `builtin` uses DGL's
+# sparse kernels, `scatter` torch's index operations, and `fused` a kernel that never stores a vote.
+# Time of forward and backward for 16 images on the machine that ran this notebook:
 
 # %%
 poses = u.clone().requires_grad_()
@@ -75,8 +75,8 @@ seconds = repeat(code, globals=globals(), number=5, repeat=7)
 print(f"{'dense':8} {1e3 * sorted(seconds)[3] / 5:6.1f} ms")
 
 # %% [markdown]
-# Memory is measured in a process of its own for each form, by `scripts/bench_routing.py`; these
-# are its figures for 64 images (`benchmarks/routing-cpu.json`):
+# `scripts/bench_routing.py` measures the peak memory of each form in a separate process; these are
+# its results for 64 images (`benchmarks/routing-cpu.json`):
 
 # %%
 measured = json.loads(Path("../benchmarks/routing-cpu.json").read_text())
@@ -87,7 +87,7 @@ rows = [
 Markdown("| form | inference (MiB) | forward + backward (MiB) |\n|---|---|---|\n" + "\n".join(rows))
 
 # %% [markdown]
-# Time against the size of the layer, from the same file:
+# Time by the size of the layer, from the same file:
 
 # %%
 Image("../benchmarks/routing-cpu.png")
@@ -95,8 +95,8 @@ Image("../benchmarks/routing-cpu.png")
 # %% [markdown]
 # ## A pruned graph
 #
-# Drop nine of ten edges. A dense tensor would keep computing votes where there is no edge, and
-# mask them; a graph has one vote per edge, one matrix per edge, and no more.
+# Nine of ten edges are dropped. The dense form would compute the votes of missing edges, and mask
+# them; a graph only has votes and matrices for existing edges.
 
 # %%
 kept = torch.randperm(11520)[:1152]
@@ -110,8 +110,8 @@ for name, one in (("complete", layer), ("pruned", sparse_layer)):
 # %% [markdown]
 # ## Shared matrices
 #
-# `weight_index` says with which matrix an edge votes. Children at all positions of a capsule map
-# may share one, as in a convolution: 32 maps × 10 classes instead of 1152 × 10 matrices.
+# `weight_index` selects the matrix of each edge. Children at all positions of a capsule map can
+# share matrices, as in a convolution: 32 maps × 10 classes instead of 1152 × 10 matrices.
 
 # %%
 child = torch.arange(1152).repeat_interleave(10)
@@ -123,9 +123,9 @@ print(list(shared_layer.weight.shape), list(shared_layer(u).shape))
 # %% [markdown]
 # ## A ragged batch
 #
-# Graphs of different sizes in one batch, say scenes with different numbers of parts. Dense tensors
-# would have to be padded to the largest; DGL batches them as they are, and each is routed as it
-# would be alone.
+# A batch can contain graphs of different sizes, such as scenes with different numbers of parts.
+# Dense tensors would have to be padded to the largest; DGL batches the graphs without padding, and
+# each is routed independently of the others.
 
 # %%
 scenes = [gc.complete_graph(parts, 2) for parts in (3, 7, 1)]

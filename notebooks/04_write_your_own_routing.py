@@ -9,11 +9,11 @@
 # %% [markdown]
 # # Write your own routing
 #
-# A routing is a class with one method, `steps`. It never touches an edge: it asks for sums over
-# the edges, computes new parents from them, and asks again. So it runs on every graph and every
-# engine, the kernel that stores no votes among them, and needs neither a backward pass nor a kernel
-# of its own. Here are three: one of five lines, then two published routings that the library does
-# not have.
+# A routing is a class with one method, `steps`. It does not access edges: it requests sums over the
+# edges, computes new parents from them, and repeats this. It therefore runs on every graph and
+# every engine, including the kernel that stores no votes, and needs neither a backward pass nor a
+# kernel of its own. This notebook defines three routings: one of five lines, and two published ones
+# that the library does not include.
 
 # %%
 # %matplotlib inline
@@ -35,8 +35,8 @@ ENGINES = ("udf", "builtin", "scatter", "fused")
 # %% [markdown]
 # ## Five lines
 #
-# Every child first shares itself out equally. Then it couples more to the parents whose mean its
-# vote agrees with.
+# Every child first couples equally to all parents, then more strongly to parents whose mean agrees
+# with its vote.
 
 
 # %%
@@ -48,7 +48,7 @@ class TwoSteps(gc.Routing):
 
 
 # %% [markdown]
-# The layer takes it in the place of a name. All engines give the same numbers:
+# A layer accepts it in place of a name. All engines give the same results:
 
 # %%
 layer = gc.CapsuleLayer(gc.complete_graph(children=6, parents=3), 4, 5, routing=TwoSteps())
@@ -60,7 +60,7 @@ for engine in ENGINES:
 print(list(v.shape))
 
 # %% [markdown]
-# A trace shows what it did; the coupling of a child still sums to one over its parents:
+# A trace records its iterations; the coupling of a child still sums to one over its parents:
 
 # %%
 layer.engine = "auto"
@@ -70,27 +70,28 @@ trace.c.detach().view(2, 6, 3).sum(dim=2)
 # %% [markdown]
 # ## One pass over the edges
 #
-# `edges.couple` is the only operation on edges that a routing needs. Parents hand in up to four
-# features; with $y_{ij} = \hat u_{j|i} - r_j$, the vote about a reference point of its parent,
+# `edges.couple` is the only operation on edges that a routing needs. It takes up to four features
+# of the parents. With $y_{ij} = \hat u_{j|i} - r_j$, the vote relative to a reference point of its
+# parent,
 #
 # $$b_{ij} = k_j + p_j \cdot y_{ij} + q_j \cdot y_{ij}^2, \qquad
 # c_{ij} = \mathrm{softmax}_j \, b_{ij}, \qquad w_{ij} = a_i \, c_{ij},$$
 #
-# and they get back three sums,
+# and it returns three sums,
 #
 # $$N_j = \sum_i w_{ij}, \qquad S_j = \sum_i w_{ij} \, y_{ij}, \qquad
 # Q_j = \sum_i w_{ij} \, y_{ij}^2.$$
 #
-# What is left out counts as 0 (the activation $a$ as 1). A dot product with the parent is $p$, a
-# Gaussian is $q = -1/2\sigma^2$ about $r = \mu$, its normalisation goes into $k$; mean and variance
-# follow from $N$, $S$ and $Q$. Between the passes stand ordinary torch operations on tensors of the
-# parents, `[B·J, ·]`, and autograd goes through all of it.
+# Arguments that are not given count as 0 (the activation $a$ as 1). A dot product with the parent
+# is $p$; a Gaussian is $q = -1/2\sigma^2$ with $r = \mu$, and its normalisation is $k$; mean and
+# variance follow from $N$, $S$ and $Q$. Between the passes, ordinary torch operations work on
+# tensors of the parents, `[B·J, ·]`, and autograd differentiates all of it.
 #
 # ## Heinsen 2019: parents that explain the votes
 #
 # *An Algorithm for Routing Capsules in All Domains* (arXiv:1911.00792) fits a Gaussian to the votes
 # for each parent, as EM routing does, and weighs the data that a parent uses against the data that
-# it ignores. With $f$ the logistic function, three times:
+# it ignores. It repeats the following three times, where $f$ is the logistic function:
 #
 # $$D^{use}_{ij} = f(a_i) \, c_{ij}, \quad D^{ign}_{ij} = f(a_i) - D^{use}_{ij}, \quad
 # a_j = \sum_i \beta^{use} D^{use}_{ij} - \sum_i \beta^{ign} D^{ign}_{ij},$$
@@ -99,9 +100,10 @@ trace.c.detach().view(2, 6, 3).sum(dim=2)
 # c_{ij} = \mathrm{softmax}_j \big( \ln f(a_j) + \ln \mathcal{N}(\hat u_{j|i}; \mu_j, \sigma_j^2)
 # \big).$$
 #
-# The sum of $D^{use}$ is $N$. That of $D^{ign}$ is what $N$ lacks of $\sum_i f(a_i)$, which a pass
-# gives whose coupling is undone by the child's number of parents. Votes have a bias: the last
-# number of each pose is a constant 1, and the last row of a matrix its bias.
+# The sum of $D^{use}$ is $N$, and that of $D^{ign}$ is $\sum_i f(a_i) - N$. The sum of $f(a_i)$
+# over the children of a parent is computed by a pass with equal coupling, multiplied by each
+# child's number of parents. Votes have a bias: the last number of each pose is the constant 1, and
+# the last row of a matrix is its bias.
 
 
 # %%
@@ -141,12 +143,12 @@ class HeinsenRouting(gc.Routing):
 
 
 # %% [markdown]
-# The same on dense votes `[B, I, J, D]`, as the paper writes it. The author's code
-# (github.com/glassroom/heinsen_routing) has two forms: where the number of children is not fixed,
-# they share their matrices and $\beta$, one for each parent; where it is, each pair of child and
-# parent has its own. Here the graph says which edges share a matrix, and $\beta$ is always one for
-# each parent. With such $\beta$, both forms of the author's code give the numbers of this class to
-# 13 digits, poses that are matrices included.
+# The next cell implements the same on dense votes `[B, I, J, D]`, as in the paper. The author's
+# code (github.com/glassroom/heinsen_routing) has two forms: if the number of children is variable,
+# they share matrices and $\beta$, with one of each per parent; if it is fixed, each pair of child
+# and parent has its own. Here the graph defines which edges share a matrix, and there is one
+# $\beta$ for each parent. With $\beta$ set accordingly, both forms of the author's code agree with
+# this class to 13 digits, also for matrix poses.
 
 
 # %%
@@ -167,7 +169,7 @@ def heinsen_dense(u_hat, a, beta_use, beta_ignore, *, iterations=3, epsilon=1e-5
 
 
 # %% [markdown]
-# Values and gradients are equal to 10 digits on every engine:
+# Values and gradients agree to 10 digits on every engine:
 
 # %%
 graph = gc.complete_graph(children=30, parents=5)
@@ -191,11 +193,12 @@ for engine in ENGINES:
     torch.testing.assert_close(with_gradients(layer(u, a), inputs), dense, rtol=1e-10, atol=1e-10)
 
 # %% [markdown]
-# ### It reads digits
+# ### Classifying digits
 #
-# A small net on the 4,000 training images of `mnist-5k`: two convolutions give four capsules at
-# each of 5 × 5 positions, which tell ten parents what they see and where. All positions of a map
-# share their matrices, 4 × 10 in number. The class is the parent with the highest score.
+# A small net is trained on the 4,000 training images of `mnist-5k`. Two convolutions compute four
+# capsules at each of 5 × 5 positions, which vote for ten parents; their poses include the position.
+# All positions of a map share their matrices, of which there are 4 × 10. The predicted class is the
+# parent with the highest score.
 
 # %%
 MAPS, SIDE, POSE = 4, 5, 12
@@ -235,10 +238,10 @@ print(f"{sum(p.numel() for p in parameters):,} parameters; of 500 test images")
 print(f"{int((seen == digits.test.labels).sum())} are read rightly")
 
 # %% [markdown]
-# How much of the digit each class uses: $D^{use}$ at each position, summed over the maps. The first
-# iteration shares the data out equally; at the last, most of them belong to a few classes. Below
-# stand the scores $a_j$ of the last iteration: what a class uses counts for it, what it ignores
-# against it.
+# The figure shows how much of the digit each class uses: $D^{use}$ at each position, summed over
+# the maps. In the first iteration the data are divided equally between the classes; in the last,
+# most of them are used by a few classes. Below are the scores $a_j$ of the last iteration, which
+# grow with the data that a class uses and shrink with the data that it ignores.
 
 # %%
 shown = int((digits.test.labels == 4).nonzero()[0])
@@ -272,23 +275,23 @@ figure
 # ## Slot Attention: parents that compete for points
 #
 # *Object-Centric Learning with Slot Attention* (Locatello et al. 2020, arXiv:2006.15055) is not a
-# capsule network, yet the same pass: the *slots* are parents, and the inputs are children that all
-# vote with one and the same matrix. In its terms, an input has a key and a value, a slot has a
-# query, and the softmax runs over the slots. So let a vote be the value followed by the key,
-# $\hat u = W^\top x$ with $W = [W_v \, W_k]$, of which the coupling sees the key alone:
-# $p_j = [0, q_j / \sqrt{D}]$. Votes then have $D$ numbers more than a slot, which `vote_columns`
-# says. After each pass a slot moves by a GRU and a small MLP:
+# capsule network, but it can be computed by the same pass: the *slots* are parents, and the inputs
+# are children that all vote with the same matrix. In its terms, an input has a key and a value, a
+# slot has a query, and the softmax is over the slots. A vote is therefore the value followed by the
+# key, $\hat u = W^\top x$ with $W = [W_v \, W_k]$, and the coupling depends only on the key: $p_j =
+# [0, q_j / \sqrt{D}]$. Votes then have $D$ numbers more than a slot, which `vote_columns` declares.
+# After each pass a slot is updated by a GRU and a small MLP:
 #
 # $$\text{slot}_j \leftarrow \mathrm{GRU}(S_j / N_j, \text{slot}_j), \qquad
 # \text{slot}_j \leftarrow \text{slot}_j + \mathrm{MLP}(\text{slot}_j).$$
 #
-# Slots start from random numbers with a learned mean and scale, the same for all of them, so that
-# their number is free. The $\epsilon$ that the authors add to the attention is `beta`.
+# Slots are initialised randomly with a learned mean and scale, which all slots share, so that their
+# number can be changed. The $\epsilon$ that the authors add to the attention is `beta`.
 #
-# This is the algorithm of the paper; the LayerNorm of the inputs is left to what comes before the
-# layer. With the parameters of the authors' code (google-research, `slot_attention/model.py`) it
-# gives the same numbers to 13 digits. Two things differ by default: the $\epsilon$ of LayerNorm,
-# $10^{-5}$ in PyTorch and $10^{-3}$ in Keras, and the values that training starts from, some of
+# This is the algorithm of the paper, except for the LayerNorm of the inputs, which must be applied
+# before the layer. With the parameters of the authors' code (google-research,
+# `slot_attention/model.py`), the results agree to 13 digits. Two defaults differ: the $\epsilon$ of
+# LayerNorm, $10^{-5}$ in PyTorch and $10^{-3}$ in Keras, and the initial values of some parameters,
 # which are PyTorch's.
 
 
@@ -330,7 +333,7 @@ class SlotAttention(gc.Routing):
 
 
 # %% [markdown]
-# Again the same on dense tensors:
+# The same on dense tensors:
 
 
 # %%
@@ -365,11 +368,11 @@ for engine in ENGINES:
     torch.testing.assert_close(with_gradients([layer(x)], inputs), dense, rtol=1e-10, atol=1e-10)
 
 # %% [markdown]
-# ### It finds clusters
+# ### Finding clusters
 #
-# Sixty points in three clusters, somewhere on a ring. The net is to say where the clusters are, and
-# is never told: it is trained to make the points likely under a mixture of Gaussians whose centres
-# are read from the slots.
+# A sample has sixty points in three clusters, at random places on a ring. The net learns to locate
+# the clusters without labels: it is trained to maximise the likelihood of the points under a
+# mixture of Gaussians whose centres are computed from the slots.
 
 
 # %%
@@ -400,9 +403,9 @@ for _ in range(500):
     schedule.step()
 
 # %% [markdown]
-# Nothing that it has learned depends on the number of points or of slots: the same parameters fit a
-# layer with four slots. With two more iterations than in training, on new samples with three
-# clusters, and with four, which it has never seen:
+# The learned parameters do not depend on the number of points or slots: they can also be used in a
+# layer with four slots. The next cell uses two more iterations than in training, on new samples
+# with three clusters, and with four, which did not occur in training:
 
 # %%
 layers, shown = {}, {}
@@ -425,8 +428,9 @@ for clusters in (3, 4):
     shown[clusters] = points[first], own[:, first], centres[:, first]
 
 # %% [markdown]
-# The first sample of each that it groups rightly, iteration by iteration: a point has the mark of
-# the slot that it couples to most, and crosses are the centres that the slots tell.
+# The figure shows the first correctly grouped sample of each kind, iteration by iteration. The
+# marker of a point is that of the slot with the strongest coupling; crosses are the centres
+# computed from the slots.
 
 # %%
 figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -445,12 +449,12 @@ for panels, (clusters, (points, own, centres)) in zip(rows, shown.items(), stric
 figure
 
 # %% [markdown]
-# ## What it costs
+# ## Memory
 #
-# An engine that stores votes keeps, for the backward pass of every iteration, tensors with a number
-# for each edge and dimension. `fused` keeps tensors of children and parents, and computes each vote
-# again where it needs it. What autograd keeps beyond inputs and matrices, for 16 samples of a layer
-# of 1152 children and 10 parents with Heinsen's routing:
+# An engine that stores votes saves tensors with a number for each edge and dimension for the
+# backward pass of every iteration. `fused` only saves tensors of children and parents, and
+# recomputes the votes. The next cell prints the memory that autograd saves beyond inputs and
+# matrices, for 16 samples of a layer of 1152 children and 10 parents with Heinsen's routing:
 
 # %%
 layer = gc.CapsuleLayer(gc.complete_graph(1152, 10), 9, 16, routing=HeinsenRouting())
@@ -475,15 +479,15 @@ for engine in ("builtin", "scatter", "fused"):
     print(f"{engine:7} keeps {sum(kept.values()) / 1e6:7.1f} MB")
 
 # %% [markdown]
-# Slot Attention gains less. Its inputs share one matrix, so that a dense form computes a key and a
-# value for each input, not for each edge, while `fused` computes them for each edge again; what the
-# layer adds there is the graph, for sets of different sizes in one batch.
+# Slot Attention benefits less. Its inputs share one matrix, so a dense form computes a key and a
+# value for each input rather than for each edge, whereas `fused` recomputes them for each edge.
+# Here the advantage of the layer is the graph, which allows sets of different sizes in one batch.
 #
 # ## What to try
 #
-# - `TwoSteps` with `p=8 * equal.S / equal.N`: children decide sooner.
-# - Heinsen's routing on a pruned graph, or on a ragged batch: `layer(u, a, graph=...)`.
-# - Slot Attention with slots that start from values of their own: a parameter `[T, D]` in `build`,
-#   and `edges.of_type` of it in `steps`.
-# - [routing/README.md](../graphcaps/routing/README.md) tells all that `couple` and `edges` can do,
-#   and how a routing becomes one of the library's.
+# - Use `p=8 * equal.S / equal.N` in `TwoSteps`: the coupling becomes sharper.
+# - Use Heinsen's routing on a pruned graph or a ragged batch: `layer(u, a, graph=...)`.
+# - Give each slot its own initial value: a parameter `[T, D]` in `build`, and `edges.of_type` of it
+#   in `steps`.
+# - Read [routing/README.md](../graphcaps/routing/README.md), which describes everything that
+#   `couple` and `edges` can do, and how to add a routing to the library.

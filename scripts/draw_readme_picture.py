@@ -1,4 +1,4 @@
-"""Draw the picture that opens the README, from the net that ships and one test digit.
+"""Draw the README's figure of the pretrained net on one test digit.
 
 python scripts/draw_readme_picture.py
 """

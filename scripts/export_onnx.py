@@ -1,9 +1,9 @@
-"""Write a trained net as one ONNX file, and read test images with it and with torch.
+"""Export a trained net to an ONNX file, and compare its predictions on test images with torch's.
 
 python scripts/export_onnx.py mnist-small.onnx --half
 python scripts/export_onnx.py digits.onnx --net runs/NAME/best
 
-The file needs nothing but an ONNX runtime: on engine scatter, routing is torch's own operations.
+The file only needs an ONNX runtime, because routing on engine scatter uses torch's own operations.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Options:
-    """Export a net to ONNX, and compare what it reads in onnxruntime with what torch reads."""
+    """Export a net to ONNX, and compare its predictions in onnxruntime with torch's."""
 
     output: Positional[Path]
     """The file to be written."""
@@ -35,11 +35,11 @@ class Options:
     half: bool = False
     """Store the weights in half precision; they are computed with in single precision."""
     dataset: str = "mnist"
-    """Whose test images are read: a name, or a folder with IDX files."""
+    """Data set whose test images are classified: a name, or a folder with IDX files."""
 
 
 def export(model: CapsNet, path: Path) -> None:
-    """Write a net on engine scatter, for any number of images."""
+    """Export a net with engine scatter and a dynamic batch size."""
     images = torch.rand(2, *model.config.image_shape)
     torch.onnx.export(
         model.eval(),
@@ -54,7 +54,7 @@ def export(model: CapsNet, path: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Store a net's matrices and kernels in half precision; a node casts each to single."""
+    """Store a net's matrices and kernels in half precision; a Cast node converts each to single."""
     model = onnx.load(path)
     graph = model.graph
     for tensor in graph.initializer:
@@ -67,14 +67,14 @@ def halve(path: Path) -> None:
 
 
 def read(path: Path, images: Tensor) -> CapsNetOutput:
-    """What the file gives for images, in onnxruntime."""
+    """Run the file on images in onnxruntime."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     batches = (session.run(None, {"images": x.numpy()}) for x in images.split(BATCH))
     return CapsNetOutput(*(torch.from_numpy(np.concatenate(x)) for x in zip(*batches, strict=True)))
 
 
 def main() -> None:
-    """Write the file, read the test images, and print how they agree."""
+    """Write the file, classify the test images, and print how the results agree."""
     options = tyro.cli(Options)
     if options.net is None:
         model = CapsNet.from_pretrained("mnist-small", engine="scatter")
@@ -91,7 +91,7 @@ def main() -> None:
     alike = int((found.lengths.argmax(dim=1) == lengths.argmax(dim=1)).sum())
     print(
         f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB; {alike:,} of "
-        f"{len(images):,} test images are read alike, and lengths differ by at most "
+        f"{len(images):,} test images have the same prediction, and lengths differ by at most "
         f"{float((found.lengths - lengths).abs().max()):.1e}"
     )
 

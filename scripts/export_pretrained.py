@@ -1,4 +1,4 @@
-"""Turn a finished run into a net that ships with the library, with its model card.
+"""Export a finished run as a pretrained net of the library, with its model card.
 
 graphcaps train --preset small --epochs 20 --run-dir runs/mnist-small
 python scripts/export_pretrained.py runs/mnist-small graphcaps/nets/pretrained/mnist-small
@@ -63,7 +63,7 @@ class Options:
 
 
 def main() -> None:
-    """Write the folder and print what the card says."""
+    """Write the folder and print the card."""
     options = tyro.cli(Options)
     run = RunFolder(options.run)
     result = run.result()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair times, memory, the machine, files."""
+"""Functions that the benchmarks share: timing, peak memory, a description of the machine, files."""
 
 import json
 import os
@@ -20,12 +20,12 @@ PAUSE = 0.03  # seconds
 
 
 def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, one after the other in every round.
+    """Seconds of each function in each round; every round runs all functions, in random order.
 
-    Whatever else the machine does then meets all of them alike, and so does what another one leaves
-    behind, since every round has an order of its own. Each runs once before, untimed, and after a
-    pause: torch's threads keep cores busy for milliseconds after their work, which would be counted
-    for the next form.
+    Other load on the machine, and the effects of one function on the next, are thus distributed
+    evenly. Each function runs once before, untimed. There is a pause before each call, because
+    torch's threads keep spinning for some milliseconds after an operation, which would slow down
+    the next function.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -44,7 +44,7 @@ def alternating(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
 
 
 def in_a_row(function: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each of so many calls without a pause, after some that are not timed."""
+    """Seconds of each of `rounds` calls without a pause, after a warm-up."""
     seconds = []
     for timed in [False] * 3 + [True] * rounds:
         _synchronize()
@@ -68,7 +68,7 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_mib(function: Callable[[], Any]) -> float:
-    """MiB of memory that one call needs beyond what there is before it; Linux alone can tell."""
+    """Peak memory of one call in MiB, beyond the memory in use before it; on Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     kept = function()
@@ -78,13 +78,13 @@ def peak_mib(function: Callable[[], Any]) -> float:
 
 
 def in_own_process(script: str, *arguments: str) -> str:
-    """What a script prints when it runs alone, every large block given back as it is freed."""
+    """Run a script in its own process, without cached free memory, and return its output."""
     done = subprocess.run(
         [sys.executable, script, *arguments],
         check=False,
         capture_output=True,
         text=True,
-        # large blocks are then given back when they are freed, and count only while in use
+        # large blocks then return to the system when freed, and only count while in use
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     if done.returncode:
@@ -93,7 +93,7 @@ def in_own_process(script: str, *arguments: str) -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Hardware and versions, to stand beside every figure."""
+    """Hardware and versions, which are reported with every result."""
     return {
         "processor": _processor(),
         "threads": threads,
@@ -105,7 +105,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Results as JSON."""
+    """Write results as JSON."""
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

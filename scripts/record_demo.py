@@ -1,4 +1,4 @@
-"""Record the live demo while a digit is drawn, from a headless Chromium, for the README.
+"""Record the README's animation of the live demo in a headless Chromium.
 
 python scripts/record_demo.py
 """
@@ -21,16 +21,16 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from browser import Page, find_chromium  # noqa: E402
 
-WIDTH, HEIGHT = 1100, 915  # pixels of the window
-MILLISECONDS = 60  # of a frame
-STEP = 900  # milliseconds of an iteration
+WIDTH, HEIGHT = 1100, 915  # of the window, in pixels
+MILLISECONDS = 60  # per frame
+STEP = 900  # milliseconds per iteration
 LAST = 2500  # milliseconds of the last frame
 LARGEST = 1_500_000  # bytes
 COLOURS = 128
 ITERATIONS = 3  # of the net that ships
 STEPS = 7  # positions of the pen between two points
 
-# of the page, the part that is recorded: without what lies between drawing and routing
+# the part of the page that is recorded, without the panels between drawing and routing
 LEFT_OUT = (
     ".gallery, #routing-title, #trained, header, #said, .panels figcaption, .coupling .choice"
 )
@@ -50,7 +50,7 @@ class Options:
 
 
 def main() -> None:
-    """Write the animation and print how large it is."""
+    """Write the animation and print its size."""
     options = tyro.cli(Options)
     chromium = find_chromium()
     if chromium is None:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def record(page: Page) -> list[tuple[Image.Image, int]]:
-    """Draw the strokes, then step through the iterations; frames, and milliseconds of each."""
+    """Draw the strokes, then step through the iterations; return frames and their durations."""
     page.run(
         "new Promise(done => { const look = () => 'ready' in document.documentElement.dataset"
         " ? done() : setTimeout(look, 10); look() })"
@@ -116,13 +116,13 @@ def mouse(page: Page, kind: str, place: tuple[float, float]) -> None:
 
 
 def frame(page: Page) -> Image.Image:
-    """What the window shows once the drawing is routed."""
+    """Take a screenshot once the drawing has been routed."""
     page.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
 def save(frames: list[tuple[Image.Image, int]], output: Path) -> None:
-    """Write frames as a GIF of one palette."""
+    """Write frames as a GIF with a single palette."""
     palette = frames[-1][0].quantize(COLOURS)
     first, *others = [
         image.quantize(palette=palette, dither=Image.Dither.NONE) for image, _ in frames

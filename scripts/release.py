@@ -1,11 +1,11 @@
-"""Prepares a release up to its upload, which is left to a person.
+"""Prepare a release, except for the upload.
 
     python scripts/release.py 0.2.0     # make release VERSION=0.2.0
-    python scripts/release.py           # builds and tests the present state as it stands
+    python scripts/release.py           # build and test without a new version
 
-A version is written into the package, CITATION.cff and CHANGELOG.md. Then sdist and wheel are built
-and checked, the wheel is installed into a new environment, and the tests of the sdist run there.
-The commands that are left to do are printed at the end.
+The script writes the version into the package, CITATION.cff and CHANGELOG.md, builds and checks
+sdist and wheel, installs the wheel into a new environment, and runs the tests of the sdist there.
+Finally it prints the commands for commit, tag and upload.
 """
 
 import datetime
@@ -22,7 +22,7 @@ UNRELEASED = "## [Unreleased]\n"
 
 
 def with_version(texts: dict[str, str], version: str, date: str) -> dict[str, str]:
-    """The files that name the version, for a new one.
+    """Put a new version into the text of the files that contain the version.
 
     Args:
         texts: `graphcaps/__init__.py`, `CITATION.cff` and `CHANGELOG.md`.
@@ -45,7 +45,7 @@ def with_version(texts: dict[str, str], version: str, date: str) -> dict[str, st
         raise ValueError(f"expected a version above {found[1]}; got {version}")
     before, _, after = changelog.partition(UNRELEASED)
     if not after.strip() or after.strip().startswith("## "):
-        raise ValueError("CHANGELOG.md says nothing under Unreleased: write what has changed")
+        raise ValueError("CHANGELOG.md has nothing under Unreleased: describe the changes first")
     citation = re.sub(r"(?m)^version: .*$", f"version: {version}", citation)
     citation = re.sub(r"(?m)^date-released: .*$", f"date-released: {date}", citation)
     heading = f"{UNRELEASED}\n## [{version}] - {date}\n"
@@ -58,7 +58,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def set_version(version: str) -> None:
-    """Write the version into the files that name it; the checkout must be clean.
+    """Write the version into the files that contain it; the checkout must be clean.
 
     Raises:
         ValueError: as `with_version`, or the checkout has changes.
@@ -73,7 +73,7 @@ def set_version(version: str) -> None:
 
 
 def build() -> tuple[Path, Path]:
-    """Build sdist and wheel into `dist/`, and check what a package index would check."""
+    """Build sdist and wheel into `dist/`, and check their metadata as a package index would."""
     for old in DIST.glob("graphcaps-*"):
         old.unlink()
     _run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
@@ -94,7 +94,7 @@ def run_tests(sdist: Path, wheel: Path) -> None:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
         (source,) = folder.glob("graphcaps-*")
-        # from another folder, so that what is imported is what is installed
+        # from another folder, so that the installed package is imported
         parallel = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile")
         _run(python, "-m", "pytest", *parallel, source / "tests", cwd=folder)
 

@@ -1,8 +1,8 @@
-"""The recipe of Sabour et al. 2017 on one page, from MNIST to the test accuracy.
+"""Train a CapsNet on MNIST with the recipe of Sabour et al. 2017, in one short script.
 
     python scripts/train_mnist.py --epochs 30
 
-`graphcaps train --preset paper` has checkpoints, resuming, several processes and a run's folder.
+`graphcaps train --preset paper` adds checkpoints, resuming, several processes and a run folder.
 """
 
 from typing import Literal

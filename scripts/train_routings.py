@@ -1,8 +1,8 @@
-"""Train the small net for one epoch with every routing, and keep what came of it.
+"""Train the small net for one epoch with every routing, and save the results.
 
     python scripts/train_routings.py --output benchmarks/routings-mnist.json
 
-Runs are resumed or left as they are if they exist, so that it may be stopped at any time.
+Existing runs are resumed or reused, so the script can be interrupted at any time.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Write the tables of the READMEs, and a picture, from the JSON files of the benchmarks.
+"""Write the READMEs' tables and a figure from the JSON files of the benchmarks.
 
     python scripts/write_benchmarks.py
 
-What is measured stands between the lines `<!-- NAME -->` and `<!-- /NAME -->` of README.md and of
+The results are written between the lines `<!-- NAME -->` and `<!-- /NAME -->` of README.md and
 benchmarks/README.md.
 """
 
@@ -35,14 +35,14 @@ STYLES = {
 
 
 def main() -> None:
-    """Write both."""
+    """Write the tables and the figure."""
     for file in FILES:
         file.write_text(with_tables(file.read_text()))
     draw_sweeps(_read("routing-cpu")).savefig(BENCHMARKS / "routing-cpu.png", dpi=100)
 
 
 def with_tables(text: str) -> str:
-    """A README with the figures of the files in their places."""
+    """Fill the results into the text of a README."""
     routing, training = _read("routing-cpu"), _read("training-cpu")
     contents = {
         "claim": _claim(routing),
@@ -58,7 +58,7 @@ def with_tables(text: str) -> str:
     places = re.findall(r"^<!-- ([a-z-]+) -->$", text, flags=re.MULTILINE)
     for name in places:
         if name not in contents:
-            raise SystemExit(f"there are no figures for the place {name}; choose in {[*contents]}")
+            raise SystemExit(f"there are no results for {name}; choose one of {[*contents]}")
         start, stop = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if stop not in text:
             raise SystemExit(f"{start.strip()} has no end: add {stop}")
@@ -68,7 +68,7 @@ def with_tables(text: str) -> str:
 
 
 def draw_sweeps(results: dict[str, Any]) -> Figure:
-    """Time of forward and backward against batch, children, iterations and share of edges."""
+    """Plot the time of forward and backward by batch, children, iterations and share of edges."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, len(results["sweeps"]), sharey=True)
     for axes, (name, cases) in zip(panels, results["sweeps"].items(), strict=True):
@@ -151,7 +151,7 @@ def _kept(results: dict[str, Any]) -> str:
 
 
 def _on_a_gpu() -> str:
-    """What was measured beside what it was to be; a file that is not there was not measured."""
+    """A table of aims and results on a GPU; if a file is missing, its result was not measured."""
     found, memory = {}, "not measured"
     for batch in (128, 512):
         layer = _read_if_measured(f"routing-cuda-{batch}")

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests, driven over the pipe of the Chrome DevTools protocol."""
+"""A headless Chromium for the tests, controlled by the Chrome DevTools protocol over a pipe."""
 
 import base64
 import fcntl
@@ -31,11 +31,11 @@ def find_chromium():
 
 
 class Page:
-    """One tab: what it requests and what it complains about are noted from the start.
+    """A tab that records its requests and errors from the start.
 
     Attributes:
-        requests: addresses that were asked for.
-        complaints: exceptions, and what the console was told as warning or error.
+        requests: the addresses that were requested.
+        complaints: exceptions, and warnings and errors on the console.
     """
 
     def __init__(self, chromium):
@@ -106,7 +106,7 @@ class Page:
         self._loaded = False
 
     def resize(self, width, height, scale=1):
-        """Give the page a window of so many pixels; a narrow one is a phone's."""
+        """Set the size of the window in pixels; a narrow window emulates a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -116,7 +116,7 @@ class Page:
         )
 
     def run(self, script):
-        """The value of a JavaScript expression in the page, once it is there."""
+        """Evaluate a JavaScript expression in the page, awaiting promises."""
         done = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -124,7 +124,7 @@ class Page:
         return done["result"].get("value")
 
     def press(self, key, times=1):
-        """Press a key as a person does; what has the focus gets it."""
+        """Press a key, which goes to the focused element."""
         code = KEYS[key]
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
@@ -138,7 +138,7 @@ class Page:
                 )
 
     def drag(self, points):
-        """Press the mouse at the first of some points of the window, and move it along them."""
+        """Press the mouse button at the first point, and move along the others."""
         for kind, (x, y) in (
             ("mousePressed", points[0]),
             *(("mouseMoved", point) for point in points[1:]),
@@ -155,12 +155,12 @@ class Page:
             )
 
     def prefer(self, **features):
-        """Emulate what a reader prefers, such as `color_scheme="dark"`."""
+        """Emulate media features, such as `color_scheme="dark"`."""
         named = [{"name": n.replace("_", "-"), "value": v} for n, v in features.items()]
         self.call("Emulation.setEmulatedMedia", features=named)
 
     def screenshot(self, whole=False):
-        """A picture of the window, or of the whole page, as PNG."""
+        """Take a PNG screenshot of the window, or of the whole page."""
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         return base64.b64decode(picture["data"])
 

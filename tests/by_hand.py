@@ -1,15 +1,15 @@
-"""Every routing as its paper reads, in loops over Python floats, on any list of edges.
+"""Every routing as written in its paper, in loops over Python floats, on any list of edges.
 
-Slow and obvious; it shares no line with the library, not even its tensors. Edges are pairs (i, j);
-`u_hat` is a list of D floats for each edge, `a` a float for each child. Couplings are one float
-for each edge; what belongs to a parent is one entry for each parent.
+The code is slow and obvious, and shares nothing with the library, not even tensors. Edges are pairs
+(i, j); `u_hat` is a list of D floats for each edge, and `a` has a float for each child. Couplings
+have one float for each edge, results one entry for each parent.
 """
 
 import math
 
 
 def coupling_by_hand(edges, b, children, leak=False):
-    """Softmax of the logits over the edges of each child; a leak is one more of logit 0."""
+    """Softmax of the logits over the edges of each child; a leak adds one more logit, 0."""
     c = [0.0] * len(edges)
     for i in range(children):
         mine = [e for e, (child, _) in enumerate(edges) if child == i]

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and configuration for all tests."""
 
 import hashlib
 import math
@@ -36,7 +36,7 @@ LONGEST_FILES = (
 
 
 def pytest_configure(config):
-    """Cache compiled kernels until their sources change, for the processes that tests start too."""
+    """Cache compiled kernels across test runs, also for the processes that tests start."""
     if not config.pluginmanager.has_plugin("cacheprovider"):
         return
     sources = sorted((Path(__file__).parents[1] / "graphcaps" / "kernels").rglob("*.py"))
@@ -60,7 +60,7 @@ def same_random_numbers():
 
 @pytest.fixture(params=["samples", "poses"])
 def in_lanes(request, monkeypatch):
-    """What stands side by side on the CPU, whatever is faster."""
+    """Force a memory layout of the CPU kernels, samples or poses in lanes, on every call."""
     cost = math.inf if request.param == "samples" else 0
     monkeypatch.setattr(lay_out, "COST_OF_A_POSE", cost)
     return SamplesInLanes if request.param == "samples" else PosesInLanes

@@ -1,4 +1,4 @@
-"""What the tests of the pass share: graphs, features, and the pass written densely."""
+"""Helpers for tests of the pass over the edges: graphs, features, and a dense form of the pass."""
 
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 def complete(children: int, parents: int, kinds: int | None = None) -> Graph:
-    """Every child votes for every parent, with matrices of its own, or with so many in turn."""
+    """A complete graph with one matrix for each edge, or with `kinds` matrices in turn."""
     every = children * parents
     edges = [(e // parents, e % parents, e % (kinds or every)) for e in range(every)]
     return Graph(children, parents, edges, kinds or every)
@@ -51,7 +51,7 @@ def complete(children: int, parents: int, kinds: int | None = None) -> Graph:
 
 @st.composite
 def graphs(draw, most_nodes=6):
-    """Any graph: nodes without edges, edges in any order, several between the same two nodes."""
+    """Random graphs, with isolated nodes, edges in any order and parallel edges."""
     children, parents = draw(st.integers(1, most_nodes)), draw(st.integers(1, most_nodes))
     kinds = draw(st.integers(1, 5))
     ends = (st.integers(0, n - 1) for n in (children, parents, kinds))
@@ -90,7 +90,7 @@ def make_features(graph: Graph, size: Sizes, names=(), dtype=torch.float64, scal
 
 
 def couple(graph: Graph, size: Sizes, features: dict[str, Tensor], flags=()) -> tuple[Tensor, ...]:
-    """N, S and, if asked for, Q, by the kernel."""
+    """N, S and, if requested, Q, computed by the kernel."""
     rest = dict(features)
     u, weight, a = rest.pop("u"), rest.pop("weight"), rest.pop("a", None)
     votes = kernels.Votes(u, weight, graph.prepared(), a, size.rows)
@@ -101,7 +101,7 @@ def couple(graph: Graph, size: Sizes, features: dict[str, Tensor], flags=()) -> 
 def couple_densely(
     graph: Graph, size: Sizes, features: dict[str, Tensor], flags=()
 ) -> tuple[Tensor, ...]:
-    """The same by its definition: votes on all edges, and one softmax for each child."""
+    """The same by definition: votes on all edges, and one softmax for each child."""
     child, parent, kind = graph.columns
     get = features.get
     u = features["u"].unflatten(2, (size.rows, -1))

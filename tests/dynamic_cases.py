@@ -10,7 +10,7 @@ from graphcaps import reference
 
 
 class Case(NamedTuple):
-    """A graph by its edges, and how much is routed on it."""
+    """A graph given by its edges, and the sizes of the features that are routed on it."""
 
     children: int
     parents: int
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw, most_nodes=6):
-    """Any simple bipartite graph: nodes without edges, edges in any order."""
+    """Random simple bipartite graphs, with isolated nodes and edges in any order."""
     children = draw(st.integers(1, most_nodes))
     parents = draw(st.integers(1, most_nodes))
     every_edge = [(i, j) for i in range(children) for j in range(parents)]
@@ -65,5 +65,5 @@ ALGORITHMS = {"dynamic": _dynamic_densely, "uniform": _uniform_densely}
 
 
 def route_densely(case: Case, u_hat: Tensor, algorithm: str) -> Tensor:
-    """By the reference, from votes on the edges: v `[B, J, D]`."""
+    """The reference's v, `[B, J, D]`, from votes on the edges."""
     return ALGORITHMS[algorithm](case.dense(u_hat), case)

@@ -1,4 +1,4 @@
-"""Environments that hold what some requirements need and nothing else of what is installed.
+"""Creates environments that contain only the packages that some requirements need.
 
 python tests/environments.py FOLDER REQUIREMENT ...     # links the packages into the folder
 """
@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 
 def needed(requirements: list[str]) -> dict[str, Distribution]:
-    """Installed distributions that requirements need, with all that these need in turn."""
+    """The installed distributions that requirements need, including indirect dependencies."""
     found = {}
     todo = [(Requirement(text), "") for text in requirements]
     seen = set()
@@ -29,7 +29,7 @@ def needed(requirements: list[str]) -> dict[str, Distribution]:
 
 
 def link(requirements: list[str], folder: Path) -> None:
-    """Link the packages, and what pip knows about them, into a folder for Python's path."""
+    """Link packages and their metadata into a folder for PYTHONPATH."""
     folder.mkdir(parents=True, exist_ok=True)
     for installed in needed(requirements).values():
         for top in {file.parts[0] for file in installed.files or []}:

@@ -1,9 +1,9 @@
-"""Recording and replaying on the CPU, as a CUDA graph does it on a GPU.
+"""A stand-in for CUDA graphs that records and replays on the CPU.
 
-Of what runs while it records, only operations on tensors are kept, with the tensors themselves. A
-replay repeats these on the same memory, and nothing of the Python around them. What waits for a GPU
-is an error, as it is there: numbers that are read back, counts, tensors made of Python's numbers.
-What memory is given back in between, and kernels that are not torch's, it does not know.
+It records operations on tensors, with the tensors themselves; a replay repeats these on the same
+memory, without the Python code around them. As with CUDA, operations that synchronise are errors:
+reading values back, counting, and creating tensors from Python numbers. It does not detect memory
+that is freed in between, and does not record kernels other than torch's.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
 
 
 def has_mask(args):
-    """Indexing by True and False has to count them first."""
+    """Whether an index is a mask, which synchronises because True values are counted."""
     lists = [x for x in args if isinstance(x, (list, tuple))]
     return any(x is not None and x.dtype == torch.bool for indices in lists for x in indices)
 
@@ -68,7 +68,7 @@ def refuse(*args):
 
 
 def install(monkeypatch):
-    """Put these in the place of CUDA's; returns the graphs that are made."""
+    """Replace CUDA's graphs; returns the list of graphs that are created."""
     made = []
 
     def new_graph():

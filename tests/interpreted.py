@@ -1,4 +1,4 @@
-"""Where the numbers of Triton kernels are computed without a GPU, and how near they must come."""
+"""Runs Triton kernels in Triton's interpreter, without a GPU, and compares their results."""
 
 import torch
 import triton.language as tl
@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function):
-        """Without this, 3/4 of the time go into replacing what `tl` does at each call anew."""
+        """Patch `tl` once; the interpreter would patch it at each call, for 3/4 of the time."""
         modules = frozenset(id(x) for x in function.__globals__.values() if x in (tl, tl.core))
         if modules not in patched:
             patched.add(modules)
@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assert_near(got, truth, rival=None, units=16):
-    """Within so many units of the largest number, besides twice what a rival errs."""
+    """Check results within some ulp of the largest value, plus twice the error of a rival."""
     assert got.keys() == truth.keys()
     for name, right in truth.items():
         actual, other = got[name].cpu().double(), (rival or truth)[name].double()

@@ -1,11 +1,11 @@
-"""A plugin of pytest by which engine "fused" is the Triton kernels, in Triton's interpreter.
+"""A pytest plugin that makes engine "fused" use the Triton kernels, in Triton's interpreter.
 
 GRAPHCAPS_LAWS_BY_TRITON=1 TRITON_INTERPRET=1 pytest -p laws_by_triton tests/test_laws.py
 """
 
 
 def pytest_configure():
-    """Here, not at import: pytest imports every module in search of examples."""
+    """Patch here rather than at import, because pytest imports every module for doctests."""
     import interpreted  # noqa: F401, makes the interpreter faster
 
     from graphcaps import kernels

@@ -1,8 +1,8 @@
-"""Breaks the code one place at a time and lists what no test notices: `make mutants`.
+"""Mutation testing, `make mutants`: breaks the code and lists the changes that no test notices.
 
-The faults of `MUTANTS` are written by hand: those of published implementations, and those that no
-test noticed once. Besides these, a sample of all small changes to the files of `AUTOMATIC` is made.
-Each is made in a copy of the package, and the tests that should notice it are run there.
+The mutants in `MUTANTS` are written by hand: faults of published implementations, and faults that
+the tests once missed. In addition, a random sample of small changes to the files in `AUTOMATIC` is
+tried. Each change is made in a copy of the package, where the tests that should notice it are run.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Mutant(NamedTuple):
 
 
 def by_hand() -> list[Mutant]:
-    """The faults of the list."""
+    """The mutants of the list."""
     return [
         Mutant(name, file, old.encode(), new.encode(), tests)
         for name, file, old, new, tests in mutants_by_hand.MUTANTS
@@ -110,7 +110,7 @@ LEFT_OUT = {"detach", "clamp_min", "clamp", "contiguous", "square", "exp", "log"
 
 
 def changes(tree: ast.AST):
-    """Nodes of a file, and what may stand in their place; nothing in types and messages."""
+    """Nodes of a file and their replacements, except in annotations and messages."""
     for field, child in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list") or isinstance(tree, ast.Raise):
             continue
@@ -121,7 +121,7 @@ def changes(tree: ast.AST):
 
 
 def changes_of(node: ast.AST):
-    """What may stand in the place of one node."""
+    """The replacements of one node."""
     if isinstance(node, ast.BinOp) and type(node.op) in SWAPPED:
         yield node, f"({ast.unparse(ast.BinOp(node.left, SWAPPED[type(node.op)](), node.right))})"
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPPED:
@@ -144,7 +144,7 @@ def changes_of(node: ast.AST):
 
 
 def run_tests(folder: Path, tests: str) -> None:
-    """In a process of its own: exit with pytest's code, and write what it says to a file."""
+    """Run tests in this process, write the output to a file, and exit with pytest's code."""
     import pytest
 
     os.setsid()
@@ -161,7 +161,7 @@ def run_tests(folder: Path, tests: str) -> None:
 
 
 def code_of(folder: Path, tests: str) -> int | None:
-    """pytest's exit code; None where the time is over."""
+    """pytest's exit code, or None after a timeout."""
     process = FORKS.Process(target=run_tests, args=(folder, tests))
     process.start()
     process.join(TIME_LIMIT)
@@ -173,7 +173,7 @@ def code_of(folder: Path, tests: str) -> int | None:
 
 
 def noticed(folder: Path, mutant: Mutant) -> bool:
-    """Whether a test fails where the copy of the package has this fault."""
+    """Whether a test fails with this change in the copy of the package."""
     path = folder / "graphcaps" / mutant.file
     text = path.read_bytes()
     path.write_bytes(mutant.of(text))
@@ -187,7 +187,7 @@ def noticed(folder: Path, mutant: Mutant) -> bool:
 
 
 def main() -> int:
-    """Run all mutants that are asked for; 1 if some survive."""
+    """Run the selected mutants; returns 1 if some survive."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", help="those whose names have this in them")
     parser.add_argument("--list", action="store_true", help="print their names, and run none")

@@ -1,16 +1,16 @@
-"""Faults that `mutants.py` makes: a name, a file of the package, what stands there, what instead,
-and the tests that should fail then."""
+"""The mutants for `mutants.py`: name, file of the package, original text, replacement, and the
+tests that should fail."""
 
 REFERENCE = "test_results_and_gradients_equal_the_reference and (complete or sparse)"
 
 
 def laws(which: str) -> str:
-    """Tests of test_laws.py whose names fit."""
+    """Tests of test_laws.py that match an expression."""
     return f'test_laws.py -k "{which}"'
 
 
 def reference(which: str) -> str:
-    """The law of the reference, of variants and engines that fit."""
+    """The comparison with the reference, for variants and engines that match an expression."""
     return laws(f"{REFERENCE} and ({which})")
 
 

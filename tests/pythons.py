@@ -1,11 +1,11 @@
-"""Runs laws, layers and the bare package on every Python from 3.11 on that this machine has.
+"""Tests laws, layers and a bare installation on every Python 3.11 or newer on this machine.
 
     python tests/pythons.py             # make test-pythons
     python tests/pythons.py 3.13 3.14   # these only
 
 Each Python gets two environments in a temporary folder: one with all packages, in which the tests
-run, and an empty one, into which pip installs graphcaps as a user would. What torch requires, most
-of 6 GB, is linked from the first into the second instead of being installed twice.
+run, and an empty one, into which pip installs graphcaps as a user would. The packages that torch
+requires, most of 6 GB, are linked from the first into the second instead of installed twice.
 """
 
 import os
@@ -33,7 +33,7 @@ for engine in ("udf", "builtin", "scatter", "fused"):
 
 
 def find_pythons() -> dict[str, Path]:
-    """The first Python of each version on PATH and among those of pyenv, if it can make venvs."""
+    """The first Python of each version on PATH or in pyenv that can create venvs."""
     names = [f"python3.{minor}" for minor in range(11, 30)] + ["python3"]
     folders = [Path(folder) for folder in os.get_exec_path()]
     folders += sorted(_pyenv().glob("versions/*/bin"))
@@ -97,7 +97,7 @@ class Environment:
 
 
 def run_tests(whole: Environment) -> None:
-    """Install everything, as make does, and run the tests."""
+    """Install all packages, as make does, and run the tests."""
     whole.run("pip", "install", "--editable", f"{ROOT}[train,dev]")
     whole.run("python", "-m", "graphcaps.install_dgl")
     parallel = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "loadfile")
@@ -105,7 +105,7 @@ def run_tests(whole: Environment) -> None:
 
 
 def try_bare(bare: Environment, whole: Environment) -> None:
-    """Install the package alone, as a user does, and use it."""
+    """Install only the package, as a user would, and use it."""
     folder = bare.folder.parent
     whole.run("python", ROOT / "tests" / "environments.py", folder / "linked", "torch")
     (packages,) = bare.folder.glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""Runs for the tests of the report: nets that were not trained, but whose routing decides."""
+"""Runs for the tests of the report, with untrained nets whose coupling is far from equal."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def lively_model(**changes):
 
 
 def random_data(model, images=40, classes=None):
-    """Images of the net's size; of three labels two are what the net says, the third is another."""
+    """Random images of the net's size; of three labels, two are the net's predictions."""
     config = model.config
     shape = (images, *config.image_shape)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -72,7 +72,7 @@ HOSTILE = (
 
 
 def filled_with(text, records, finished):
-    """The records with `text` in the place of every text, and of numbers that are only shown."""
+    """The records with every string, and every number that is only shown, replaced by `text`."""
     config = dataclasses.replace(records.config)
     object.__setattr__(config, "routing", text)  # which a configuration itself would refuse
     parts = {text: {text: text, "list": [text]}, "recipe": {"epochs": text}}

@@ -1,4 +1,4 @@
-"""What the tests of routing share: graphs, engines, and every routing with its options."""
+"""Helpers for tests of routing: graphs, engines, and every routing with its options."""
 
 import os
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ WIDEST = DTYPES[-1]
 
 
 class Case(NamedTuple):
-    """A graph by its edges, with the matrix of each, and how much is routed on it."""
+    """A graph given by its edges and their matrices, and the sizes of the features on it."""
 
     children: int
     parents: int
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return self.dense(torch.ones(len(self.edges), dtype=torch.bool))
 
     def dense(self, on_edges: Tensor) -> Tensor:
-        """Features of one sample's edges, `[E, ...]`, as `[I, J, ...]`; 0 where there is none."""
+        """Convert edge features of one sample, `[E, ...]`, to `[I, J, ...]`; 0 without an edge."""
         dense = on_edges.new_zeros(self.children, self.parents, *on_edges.shape[1:])
         if not self.edges:
             return dense
@@ -72,7 +72,7 @@ CASES = {
 
 @st.composite
 def cases(draw, most_nodes=6):
-    """Any simple bipartite graph: nodes without edges, edges in any order, shared matrices."""
+    """Random simple bipartite graphs, with isolated nodes, edges in any order, shared matrices."""
     children = draw(st.integers(1, most_nodes))
     parents = draw(st.integers(1, most_nodes))
     every_edge = [(i, j) for i in range(children) for j in range(parents)]
@@ -82,14 +82,14 @@ def cases(draw, most_nodes=6):
 
 
 class Poses(NamedTuple):
-    """What a layer is given: u `[B, I, K]`, and a `[B, I]` for a routing with activations."""
+    """Inputs of a layer: u `[B, I, K]`, and a `[B, I]` for a routing with activations."""
 
     u: Tensor
     a: Tensor | None
 
 
 class Routed(NamedTuple):
-    """What a layer gives: v `[B, J, D]`, and a `[B, J]` of a routing with activations."""
+    """Outputs of a layer: v `[B, J, D]`, and a `[B, J]` for a routing with activations."""
 
     v: Tensor
     a: Tensor | None
@@ -129,7 +129,7 @@ def fits(variant: str, case: Case) -> bool:
 
 
 def make_layer(case: Case, variant: str, engine: str, dtype=WIDEST, /, **options):
-    """A layer whose matrices are large enough for routing to decide, and nothing is 0 or equal."""
+    """A layer with matrices so large that coupling is far from equal, and no parameter is 0."""
     routing, fixed = VARIANTS[variant]
     layer = gc.CapsuleLayer(
         case.graph,
@@ -157,7 +157,7 @@ def make_poses(case: Case, variant: str, dtype=WIDEST) -> Poses:
 
 
 def route(layer, poses: Poses) -> Routed:
-    """What the layer gives."""
+    """Route with the layer."""
     found = layer(*poses) if layer.routing.activations else layer(poses.u)
     return Routed(*found) if isinstance(found, tuple) else Routed(found, None)
 
@@ -197,12 +197,12 @@ def results_and_gradients(routed: Routed, layer, poses: Poses) -> dict[str, Tens
 
 
 def with_gradients(poses: Poses) -> Poses:
-    """The same, asking for gradients."""
+    """The same, with gradients required."""
     return Poses(*(x if x is None else x.detach().clone().requires_grad_() for x in poses))
 
 
 def assert_equal(got: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """All results and gradients, within rounding of the dtype and relative to the largest."""
+    """Compare all results and gradients, within rounding, relative to the largest value."""
     assert got.keys() == right.keys()
     tolerance = 1e-9 if torch.float64 == WIDEST else 2e-4
     for name, expected in right.items():

@@ -1,4 +1,4 @@
-"""Records of runs for the tests, with numbers that are of no matter where none is given."""
+"""Records of runs for the tests, with arbitrary default values."""
 
 from graphcaps.training.checkpoints import EpochMetrics, Result, StepMetrics
 from graphcaps.training.settings import RECIPES, RunSettings, TrainSettings

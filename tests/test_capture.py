@@ -1,4 +1,4 @@
-"""What is replayed is what would be computed; on the CPU, with a stand-in for CUDA's recording."""
+"""A replay computes the same as the function; on the CPU, with a stand-in for CUDA graphs."""
 
 import fake_cuda_graph
 import pytest

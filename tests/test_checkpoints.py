@@ -139,7 +139,7 @@ def test_damaged_checksums_are_a_damaged_checkpoint(run):
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a" * 50, None])
 def test_a_broken_training_state_without_a_checksum_is_named(run, content):
-    """As a checkpoint of graphcaps 0.1.0 can be."""
+    """Checkpoints of graphcaps 0.1.0 have no checksums."""
     checkpoint = run.save_checkpoint(1, tiny(), {"step": 1})
     (checkpoint / "SHA256SUMS").unlink()
     state = checkpoint / "training.pt"
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_written_keeps_its_content(tmp_path, monkeypatch):
 
 
 def checkpoint_and_die(run, model, fatal):
-    """In a process of its own: save step 2, killed at its n-th flush, rename or removal."""
+    """In a subprocess: save step 2 and be killed at the n-th flush, rename or removal."""
     child = os.fork()
     if not child:
         calls = []
@@ -258,7 +258,7 @@ def test_steps_are_ordered_as_numbers(run):
 
 @pytest.fixture(params=["copy", "zeros", "other digits", "link", "file", "empty", "not ours"])
 def by_hand(request, run):
-    """Something in the folder of checkpoints that training has not made, with such a name."""
+    """A file or folder in the checkpoint folder that was not written by training."""
     last = run.save_checkpoint(15, tiny(), {"step": 15})
     names = {
         "copy": "step-00000015-good",
@@ -313,7 +313,7 @@ def test_two_processes_cannot_train_in_one_folder(run):
 def test_the_lock_is_taken_where_only_files_open_for_writing_can_be_locked(
     run, monkeypatch, caplog
 ):
-    """As NFS and CIFS have it."""
+    """NFS and CIFS behave like this."""
     flock = fcntl.flock
 
     def networked(file, operation):
@@ -456,7 +456,7 @@ def test_an_empty_folder_is_free_for_a_run(tmp_path):
 
 
 def corrupted(content):
-    """JSON with one of its values of another type, or missing, or out of all limits."""
+    """JSON with one value of another type, missing, or out of range."""
     for value in (None, True, -1, 10**400, 0.5, "a", "", [], [1], {}, {"a": 1}):
         for path in ((), *paths_in(content)):
             yield ".".join(path), replaced(content, path, value)
@@ -523,7 +523,7 @@ def test_settings_that_no_training_can_have_are_refused_by_the_name_of_their_fil
 
 
 def types(content):
-    """The type at each place; None is of any type."""
+    """The type of each value; None matches any type."""
     leaves = {}
     for path in paths_in(content):
         value = content

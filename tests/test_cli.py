@@ -1,4 +1,4 @@
-"""The program as a person uses it: from flags to the screen."""
+"""The command-line program, from its arguments to its output."""
 
 import io
 import json
@@ -27,7 +27,7 @@ DIGITS = Path(__file__).parent / "digits"
 
 @pytest.fixture
 def graphcaps(monkeypatch, capsys):
-    """Run the program with these arguments: exit status, standard output, standard error."""
+    """Run the program; returns exit status, standard output and standard error."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["graphcaps", *map(str, arguments)])
@@ -45,7 +45,7 @@ def graphcaps(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A net trained by the program on the shipped digits, well enough to tell some."""
+    """A net trained by the program on the digits in tests/, well enough to recognise some."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     command = [
         sys.executable,
@@ -297,7 +297,7 @@ sys.exit(main())
 
 @pytest.fixture
 def digit(tmp_path):
-    """A picture of a digit whose name no text can hold."""
+    """An image of a digit whose file name is not valid text."""
     pixels = load_dataset(str(DIGITS)).test.images[0, 0].numpy()
     path = tmp_path / os.fsdecode(b"digit-\xff\x1b[2J-\xc3\x97.png")  # × in UTF-8
     Image.fromarray(pixels).save(path, format="png")
@@ -527,7 +527,7 @@ def test_a_run_of_another_machine_makes_no_folder_of_that_machine_here(copied, g
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Whatever takes long fails."""
+    """Make all slow functions fail, so that a test shows that none of them is called."""
 
     def work(*_, **__):
         pytest.fail("worked before it looked at the output")

@@ -1,4 +1,4 @@
-"""Comparisons: cells that are trained once, kept one by one, and the table that is made of them."""
+"""Comparisons: each cell is trained once and saved, and the table is written from the cells."""
 
 import json
 import math
@@ -157,7 +157,7 @@ def test_cells_that_were_made_with_other_settings_are_not_taken_for_these(table,
     graphcaps(table)
     table.write_text(table.read_text().replace("epochs = 1", "epochs = 2"))
     status, _, err = graphcaps(table)
-    assert status == 1 and "was made with other settings than" in err
+    assert status == 1 and "was trained with other settings than" in err
     for path in table.with_suffix("").iterdir():
         path.unlink()
     status, _, err = graphcaps(table)
@@ -170,7 +170,7 @@ def test_cells_that_were_made_with_other_settings_are_not_taken_for_these(table,
         ('"even"\n', '"odd"\n', "control: expected one of even, plain; got odd"),
         ('routing = "uniform"', 'routeing = "uniform"', "even on .*routeing: unknown field"),
         ('routing = "uniform"', 'routing = "magic"', "even on .*: unknown routing 'magic'"),
-        ('routing = "uniform"', "seed = 1", "seed: given by the cell"),
+        ('routing = "uniform"', "seed = 1", "seed: set by the cell"),
         ("epochs = 1", "epochs = 0", "epochs must be at least 1"),
         ("epochs = 1", 'epochs = "1"', "epochs: expected a valid integer"),
         ("epochs = 1", "epochs = 2020-01-01", "expected TOML with numbers and text"),
@@ -294,7 +294,7 @@ def test_one_seed_of_every_net_is_trained_before_the_next():
 
 
 class Told(torch.nn.Module):
-    """A net whose children couple as they are told to."""
+    """A net whose children have a given coupling."""
 
     config = CapsNetConfig(classes=4)
 

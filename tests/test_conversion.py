@@ -1,4 +1,4 @@
-"""Graphs made elsewhere are routed as the same graphs rebuilt by hand."""
+"""DGL graphs with other node and edge types are routed like the same graphs rebuilt by hand."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ RINGS = ("ring", "in", "molecule")
 
 
 class Guest(NamedTuple):
-    """A graph from elsewhere, the same by hand, and which children are nodes of which type."""
+    """A graph with other node types, the same graph by hand, and the node type of each child."""
 
     graph: dgl.DGLGraph
     by_hand: dgl.DGLGraph
@@ -34,7 +34,7 @@ class Guest(NamedTuple):
 
 
 def molecule(atoms, rings, features=False):
-    """Of atoms and rings; each atom is in both parents, each ring in the second."""
+    """A graph of atoms and rings: atoms vote for both parents, rings for the second."""
     graph = dgl.heterograph(
         {
             IN: (list(range(atoms)) * 2, [0] * atoms + [1] * atoms),
@@ -51,7 +51,7 @@ def molecule(atoms, rings, features=False):
 
 
 def molecule_by_hand(atoms, rings, features=False):
-    """Its atoms, then its rings, as children; atoms vote with matrix 1, rings with matrix 0."""
+    """The same by hand: children are atoms, then rings; atoms have matrix 1, rings matrix 0."""
     return gc.routing_graph(
         [*range(atoms), *range(atoms), *range(atoms, atoms + rings)],
         [0] * atoms + [1] * atoms + [1] * rings,
@@ -64,7 +64,7 @@ def molecule_by_hand(atoms, rings, features=False):
 
 
 def shared(child, parent, children, parents, kinds=None):
-    """By hand: edges share one matrix, unless `kinds` says otherwise, and parents one type."""
+    """A graph by hand in which edges share one matrix, unless `kinds` is given."""
     return gc.routing_graph(
         child,
         parent,
@@ -139,7 +139,7 @@ every_guest = pytest.mark.parametrize("guest", GUESTS.values(), ids=GUESTS)
 
 
 def make_layer(guest, variant, engine, **changes):
-    """A layer for the guest, whose parameters are large enough for routing to decide."""
+    """A layer with parameters so large that its coupling is far from equal."""
     routing, options = VARIANTS[variant]
     own = dict(graph=guest.graph, etype=guest.etype) | changes
     layer = gc.CapsuleLayer(
@@ -166,7 +166,7 @@ def make_poses(guest, variant):
 
 
 def route(layer, guest, poses, **graph):
-    """What the layer gives for a guest's nodes."""
+    """Route the features of a guest's nodes."""
     given = [poses.u] if poses.a is None else list(poses)
     if guest.nodes is not None:
         given = [

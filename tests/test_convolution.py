@@ -55,10 +55,10 @@ def capsules(layer, batch=2):
 
 
 class Unfolded:
-    """Votes for every window, `[B, maps, k·k, windows, parent maps, D]`, and who competes.
+    """Votes for every window, `[B, maps, k·k, windows, parent maps, D]`, and their competition.
 
-    Windows are cut out of padded images by torch's own `unfold`; what a child's copies in several
-    windows share is added up by `fold`.
+    Windows are extracted from padded maps by torch's `unfold`; sums over a child's copies in
+    several windows are taken by `fold`.
     """
 
     def __init__(self, layer, u, a, grid, competition):
@@ -83,7 +83,7 @@ class Unfolded:
         return columns.unflatten(0, x.shape[:2]).unflatten(2, (-1, k * k)).permute(0, 1, 3, 4, 2)
 
     def sum_where_it_competes(self, x):
-        """`[B, maps, k·k, windows, J]` to the sum over who competes, on each edge."""
+        """Sum `[B, maps, k·k, windows, J]` over the edges that compete, for each edge."""
         x = x * self.there
         if self.competition == "window":
             return x.sum(dim=-1, keepdim=True)
@@ -106,7 +106,7 @@ class Unfolded:
 
 
 def on_votes(x):
-    """`[B, J, windows, ·]` to what stands beside votes."""
+    """Broadcast `[B, J, windows, ·]` to the shape of votes."""
     return x.transpose(1, 2)[:, None, None]
 
 
@@ -218,7 +218,7 @@ def test_children_that_no_window_reaches_have_no_effect_and_no_gradient():
 
 @pytest.mark.parametrize(("routing", "filling"), [("dynamic", 0.0), ("em", 5.0)])
 def test_padding_is_children_of_no_effect(routing, filling):
-    """Zero poses for dynamic routing; activation 0 for EM, whatever the pose."""
+    """Padding has zero poses for dynamic routing, and activation 0 with any pose for EM."""
     options = dict(competition="window", routing=routing, dtype=torch.float64)
     sizes = dict(child_maps=2, parent_maps=3, child_dim=4, parent_dim=4, kernel_size=3)
     padded = gc.ConvCapsules(4, 5, padding=1, **sizes, **options)
@@ -278,7 +278,7 @@ def test_the_dense_form_of_a_layer_knows_coordinates_and_refuses_other_competiti
     layer = make("strided", "image", "dynamic", "scatter", coordinates=True)
     u = capsules(layer)[0].flatten(1, 3)
     assert_close(dense_form(layer.layer)(u)[0], layer.layer(u))
-    with pytest.raises(ValueError, match="other edges compete"):
+    with pytest.raises(ValueError, match="another competition"):
         dense_form(make("strided", "window", "dynamic", "scatter").layer)
 
 
@@ -321,14 +321,14 @@ def test_capsules_on_another_grid_are_refused():
 
 
 def test_a_graph_may_say_which_edges_compete():
-    """Any edges may: here 0 with 3 and 1 with 2, which are those of no one child."""
+    """Here edge 0 competes with 3 and 1 with 2, and neither pair belongs to one child."""
     graph = gc.routing_graph([0, 0, 1, 1], [0, 1, 0, 1], competition=[4, 7, 7, 4])
     structure = Structure(graph)
     assert structure.competition.tolist() == [0, 1, 1, 0]
     assert structure.rivals(torch.device("cpu")).tolist() == [2, 2, 2, 2]
     uneven = gc.routing_graph([0, 0, 1], [0, 1, 0], competition=[0, 1, 1])
     layer = gc.CapsuleLayer(uneven, 4, 4, routing="self_attention", engine="scatter")
-    with pytest.raises(ValueError, match="have no one degree"):
+    with pytest.raises(ValueError, match="compete with different numbers of edges"):
         layer(torch.rand(1, 2, 4))
     with pytest.raises(ValueError, match="competition needs one number per edge, 2; got 1"):
         gc.routing_graph([0, 1], [0, 1], competition=[0])

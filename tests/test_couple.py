@@ -56,7 +56,7 @@ IRREGULAR = Graph(
 
 @pytest.fixture(autouse=True)
 def several_threads(monkeypatch):
-    """Even the smallest graph is parted among threads."""
+    """Divide even the smallest graph among threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
@@ -123,7 +123,7 @@ def test_a_gradient_that_alone_is_wanted_is_the_same(in_lanes, wanted):
 
 
 def test_nothing_of_a_single_edge_but_its_coupling_depends_on_the_logit():
-    """One edge without rival has all of its child's coupling; with a leak it has a rival."""
+    """A single edge has a coupling of 1, except with a leak."""
     graph, size = Graph(1, 1, [(0, 0, 0)], 1), Sizes(batch=1)
     features = make_features(graph, size, ("k",))
     for flags, constant in (((), True), (("leak",), False)):
@@ -175,7 +175,7 @@ def test_without_samples_or_edges_all_is_zero(batch):
 @every_dtype
 @pytest.mark.parametrize("others", [9, 69])
 def test_a_sample_is_alike_alone_and_in_a_batch_and_never_sees_another(dtype, others):
-    """Bit by bit where as many lanes are computed, else within rounding."""
+    """Bitwise if the number of lanes is the same, otherwise within rounding."""
     graph, size = complete(40, 3, kinds=7), Sizes(batch=others + 1, rows=2)
     features = make_features(graph, size, FEATURES, dtype=dtype, scale=0.2)
     together = couple(graph, size, features, FLAGS)
@@ -247,7 +247,7 @@ def test_equal_calls_give_equal_bits():
     ],
 )
 def test_float32_errs_no_more_than_the_dense_form(children, parents, kinds, batch):
-    """Root mean squares; 4 units of float32 are allowed besides the dense form's own error."""
+    """By root mean squares; 4 ulp are allowed in addition to the error of the dense form."""
     graph = complete(children, parents, kinds)
     size = Sizes(batch, rows=2, child_dim=4, parent_dim=4)
     features = make_features(graph, size, FEATURES, dtype=torch.float32, scale=0.25)
@@ -269,7 +269,7 @@ def _mean(x):
 
 @pytest.mark.parametrize("isolated", [0, 50_000])
 def test_a_long_sum_is_exact_however_many_parents_stand_beside_it(isolated):
-    """50,000 votes of one number into one parent, some of the others with a child or two."""
+    """One parent has 50,000 one-dimensional votes; some of the others have one or two."""
     children = 50_000
     edges = [(i, 0, 0) for i in range(children)] + [(i, 1 + i, 0) for i in range(isolated // 2)]
     graph, size = Graph(children, 1 + isolated, edges, 1), Sizes(2, 1, 1, 1)

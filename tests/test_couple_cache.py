@@ -1,4 +1,4 @@
-"""What the CPU's loops are compiled to, on disk: kept, found again, and never a cause to stop."""
+"""The cache of compiled CPU loops: files are written and reused, and no failure stops a program."""
 
 import errno
 import resource
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(function=lanes.lay_in_lanes):
-    """As another process would: without what this one has compiled."""
+    """Start as a new process would, without the code that this one has compiled."""
     return compiled.entry(function.py_func)
 
 
@@ -70,7 +70,7 @@ def test_a_broken_file_is_thrown_away_and_told(folder, broken):
     assert works(start())
     (path,) = files(folder)
     path.write_bytes(broken(path.read_bytes()))
-    with pytest.warns(RuntimeWarning, match="is broken: it is thrown away, and compiled again"):
+    with pytest.warns(RuntimeWarning, match="is damaged: it is deleted and compiled again"):
         assert works(start())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,7 +98,9 @@ def test_a_full_disk_is_told_and_the_program_goes_on(folder):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write gives EFBIG
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.warns(RuntimeWarning, match="cannot be kept in .*File too large.*NUMBA_CACHE"):
+        with pytest.warns(
+            RuntimeWarning, match="cannot be cached in .*File too large.*NUMBA_CACHE"
+        ):
             assert works(start())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,4 @@
-"""The kernels as operations of torch: schemas, fakes, compilation, export, and derivatives."""
+"""The kernels as custom operations of torch: schemas, fakes, compilation, export, derivatives."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ORDER = ("a", "r", "k", "p", "q", "beta", "prior")
 
 
 def arguments(features, leak=True, squares=True, detach_coupling=False):
-    """As `graphcaps::couple` takes them."""
+    """Arguments for `graphcaps::couple`."""
     optional = (features.get(name) for name in ORDER)
     edges = GRAPH.prepared()
     return (

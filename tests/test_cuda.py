@@ -1,4 +1,4 @@
-"""On a GPU, the same numbers as on the CPU; `builtin` and `udf` only where DGL has CUDA."""
+"""Results on a GPU equal those on the CPU; `builtin` and `udf` are tested if DGL has CUDA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +191,7 @@ def general_pass(children, parents, batch, rows, child_dim, parent_dim, terms, d
 
 
 def by_triton(inputs, how, of_sums):
-    """N, S, Q and all gradients but that of r."""
+    """N, S, Q and all gradients except that of r."""
     values = tuple(inputs.values())
     *sums, kept = couple(*values, *how)
     needed = {name: x is not None for name, x in inputs.items() if name != "r"}
@@ -273,7 +273,7 @@ def test_a_pass_by_triton_sees_nan_in_one_matrix_in_every_parent_of_its_child():
 
 
 def test_triton_counts_beyond_31_bits():
-    """The last image's offset passes 2³¹; routed alone it does not."""
+    """The offset of the last image exceeds 2³¹, unless it is routed alone."""
     pytest.importorskip("triton", reason="triton is not installed")
     device, children, batch, dim = torch.device("cuda"), 1 << 17, 130, 128
     if torch.cuda.get_device_properties(device).total_memory < 24 << 30:

@@ -1,4 +1,4 @@
-"""Data sets from made IDX files, a local server and a stand-in for npm."""
+"""Data sets from generated IDX files, a local server and a stand-in for npm."""
 
 import errno
 import gzip
@@ -228,7 +228,7 @@ Place = dict[str, bytes]
 
 @pytest.fixture
 def mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
-    """MNIST is four small files; no mirror answers and no npm is on PATH."""
+    """MNIST consists of four small files; no mirror answers, and npm is not on PATH."""
     files = made_files()
     source = datasets._SOURCES["mnist"]._replace(
         md5={name: hashlib.md5(content).hexdigest() for name, content in files.items()}
@@ -252,7 +252,7 @@ def put_on_npm(tmp_path: Path, files: dict[str, bytes]) -> None:
 
 
 def put_npm_on_path(tmp_path: Path, script: str) -> None:
-    """A fake npm: it notes what it is asked for, then runs the script."""
+    """Put a fake npm on PATH, which logs its arguments and then runs the script."""
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir(exist_ok=True)
     npm.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{script}\n')
@@ -277,7 +277,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mnist: Place) -> Ite
 
 
 def raw(folder: Path) -> dict[str, bytes]:
-    """All that lies in MNIST's folder."""
+    """The content of MNIST's folder."""
     return {path.name: path.read_bytes() for path in (folder / "MNIST" / "raw").iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""How the live demo is packed; tests/test_demo_page.py uses it in a browser."""
+"""The data and the HTML of the live demo; tests/test_demo_page.py uses it in a browser."""
 
 import base64
 import io

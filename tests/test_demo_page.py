@@ -1,4 +1,4 @@
-"""The live demo in a real browser, used with mouse and keys as a person would."""
+"""The live demo in a real browser, used with mouse and keyboard."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ class Demo:
         return self
 
     def frame(self):
-        """Wait until what was done is drawn."""
+        """Wait until the page is drawn again."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def focus(self, selector):
@@ -68,7 +68,7 @@ class Demo:
         return self.run(f"document.getElementById('{name}').textContent")
 
     def drag(self, points):
-        """On the sheet, in its units."""
+        """Drag on the sheet, in its coordinates."""
         left, top, width = self.run(
             "(() => { const box = document.getElementById('sheet').getBoundingClientRect();"
             " return [box.left, box.top, box.width] })()"
@@ -81,7 +81,7 @@ class Demo:
             self.drag(stroke)
 
     def image(self):
-        """What the net sees, [1, C, H, W]."""
+        """The input of the net, [1, C, H, W]."""
         config = self.model.config
         pixels = self.run("Array.from(graphcaps.state.seen.pixels)")
         size = config.image_size
@@ -91,7 +91,7 @@ class Demo:
         return torch.tensor(self.run(f"Array.from({expression})"))
 
     def ink(self, name):
-        """What a canvas shows, 0 to 1."""
+        """The pixels of a canvas, 0 to 1."""
         size = self.model.config.image_size
         values = self.run(
             f"Array.from(document.getElementById('{name}').getContext('2d')"
@@ -100,7 +100,7 @@ class Demo:
         return torch.tensor(values).view(size, size, 4)[..., 3] / 255
 
     def check(self, routing="dynamic"):
-        """Lengths, coupling, shares and reconstruction of every iteration are torch's."""
+        """Compare lengths, coupling, shares and reconstruction of every iteration with torch's."""
         config = dataclasses.replace(self.model.config, routing=routing, iterations=10)
         model = gc.CapsNet(config, engine="scatter").eval()
         model.load_state_dict({k: v.half().float() for k, v in self.model.state_dict().items()})

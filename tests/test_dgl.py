@@ -1,4 +1,4 @@
-"""DGL under whatever torch is installed."""
+"""DGL can be imported with any version of torch."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ from graphcaps import _dgl, _graphbolt
 
 @pytest.fixture
 def dgl_2(tmp_path, monkeypatch):
-    """A folder as DGL 2 has it, with a library for this torch and torchdata as it once was."""
+    """A folder like DGL 2's, with a library for this torch and an old torchdata."""
     graphbolt = tmp_path / "dgl" / "graphbolt"
     graphbolt.mkdir(parents=True)
     release = torch.__version__.split("+")[0]

@@ -30,7 +30,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 @pytest.fixture(autouse=True)
 def several_threads(monkeypatch):
-    """Even the smallest graph is parted among threads."""
+    """Divide even the smallest graph among threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
@@ -39,7 +39,7 @@ def several_threads(monkeypatch):
 
 
 def shared(case):
-    """A matrix for each edge, of few."""
+    """A few matrices that the edges share."""
     return [(2 * i + j) % MATRICES for i, j in case.edges]
 
 
@@ -102,7 +102,7 @@ def test_outputs_and_all_gradients_equal_the_reference(algorithm, kinds_of, case
     ],
 )
 def test_float32_errs_no_more_than_the_dense_form(algorithm, children, parents, batch):
-    """Against float64; besides the dense form's own error, 4 units of float32 are allowed."""
+    """Against float64; 4 ulp are allowed in addition to the error of the dense form."""
     case = complete(children, parents, batch=batch, dim=8)
     kinds = own(case)
     u, weight = make_input(case, kinds, child_dim=8, scale=(8 * children) ** -0.5)
@@ -134,7 +134,7 @@ def test_any_batch_size_equals_the_reference(algorithm, dtype, batch):
 @every_dtype
 @pytest.mark.parametrize("scale", [1e5, 1e10, 1e15])
 def test_gradients_of_long_capsules_equal_the_reference(dtype, scale):
-    """Where |s|⁴ is infinite in float32; coupled uniformly, since long votes decide at once."""
+    """|s|⁴ overflows in float32; the coupling is uniform, since long votes decide at once."""
     case = complete(4, 3, batch=5)
     u, weight = make_input(case, own(case), scale=scale)
     got = with_gradients(route_by_kernel, case, own(case), u.to(dtype), weight.to(dtype), "uniform")
@@ -157,7 +157,7 @@ def test_weights_that_are_not_finite_are_not_hidden(dtype, number):
 
 
 def test_the_exponential_is_that_of_torch():
-    """Within 1 unit, down to the smallest normal numbers."""
+    """Within 1 ulp, down to the smallest normal numbers."""
     import numba
     import numpy as np
 
@@ -446,7 +446,7 @@ print((status("VmHWM") - before) * 1024 - du.nbytes - dweight.nbytes)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak")
 @pytest.mark.parametrize("batch", [64, 7])
 def test_memory_is_that_of_children_and_parents_not_of_edges(batch):
-    """Beyond inputs, outputs and gradients."""
+    """Memory is measured beyond inputs, outputs and gradients."""
     children, parents = 1152, 100
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(children), str(parents), str(batch)],

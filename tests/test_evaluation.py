@@ -9,7 +9,7 @@ from graphcaps.training.evaluation import Score, as_input, evaluate, fitted
 
 
 class Scripted(gc.CapsNet):
-    """Takes the class from the first pixel, and notes how it was called."""
+    """Predicts the class from the first pixel, and records its calls."""
 
     def __init__(self):
         super().__init__(gc.CapsNetConfig(conv_channels=1, capsule_maps=1, decoder_hidden=(2,)))
@@ -24,7 +24,7 @@ class Scripted(gc.CapsNet):
 
 @pytest.fixture
 def split():
-    """Five images; the net errs on the last."""
+    """Five images, of which the net misclassifies the last."""
     images = torch.zeros(5, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.tensor([3, 1, 4, 1, 5])
     return Split(images, torch.tensor([3, 1, 4, 1, 9]))

@@ -1,4 +1,4 @@
-"""What a figure shows: the data in its artists, its titles, its frames."""
+"""The content of figures: the data in their artists, their titles and frames."""
 
 import io
 import math
@@ -45,7 +45,7 @@ def close(actual, expected):
 
 
 def drawn(figure) -> np.ndarray:
-    """Rendered, as a reader would see it; raises what drawing raises."""
+    """Render a figure, which raises the errors of drawing."""
     assert isinstance(figure, Figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=50)

@@ -1,4 +1,4 @@
-"""Records read from files: what is accepted, and what is said of everything else."""
+"""Records read from files: which content is accepted, and the errors for any other."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What `read_digit` makes of digits on papers of many kinds."""
+"""`read_digit` on digits with many kinds of paper and ink."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 280, 200
 
 
 def draw(digit: np.ndarray, scale: int = 6, left: int = 80, top: int = 12) -> np.ndarray:
-    """Amount of ink, 0 to 1, on a sheet where the digit is `scale` times as large."""
+    """Amount of ink, 0 to 1, on a sheet with a digit enlarged by `scale`."""
     side = 28 * scale
     large = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
     sheet = np.zeros((HEIGHT, WIDTH))
@@ -35,7 +35,7 @@ def mix(ink: np.ndarray, dark: tuple[int, ...], paper: tuple[int, ...]) -> Image
 
 
 def photograph(ink: np.ndarray) -> Image.Image:
-    """Grey ink on paper that is darker to the right and grainy."""
+    """Grey ink on grainy paper that is darker towards the right."""
     grain = np.random.default_rng(0).normal(0, 10, ink.shape)
     light = 220 - np.linspace(0, 30, WIDTH) - 130 * ink + grain
     return Image.fromarray(light.clip(0, 255).round().astype(np.uint8))
@@ -50,13 +50,13 @@ def white_on_black(ink: np.ndarray) -> Image.Image:
 
 
 def see_through(ink: np.ndarray, colour: int) -> Image.Image:
-    """Ink of one grey on nothing."""
+    """Ink of one grey level on a transparent background."""
     alpha = Image.fromarray((255 * ink).round().astype(np.uint8))
     return Image.merge("LA", (Image.new("L", alpha.size, colour), alpha)).convert("RGBA")
 
 
 def cut_out(ink: np.ndarray) -> Image.Image:
-    """Grey paper that ends where the digit does."""
+    """Grey paper cropped to the digit."""
     rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
     sheet = mix(ink, (30, 30, 30), (150, 150, 150))
     return sheet.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))

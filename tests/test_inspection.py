@@ -1,4 +1,4 @@
-"""The numbers behind the figures, against loops."""
+"""The numbers behind the figures, compared with loops."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""The bare installation, DGL where PyPI has none for this Python, and the Python that make takes.
+"""A bare installation, DGL for Pythons without a package on PyPI, and the Python that make uses.
 
-`make test-pythons` installs into empty environments of every Python that the machine has.
+`make test-pythons` installs into empty environments of every Python on the machine.
 """
 
 import ast
@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_bare_package_routes_helps_and_predicts(tmp_path):
-    """With what the package declares, and what that declares, alone on Python's path."""
+    """Only the declared dependencies, direct and indirect, are on Python's path."""
     link([*PROJECT["dependencies"], "dgl"], tmp_path / "packages")
     one = Image.new("L", (28, 28), 255)
     one.paste(0, (13, 4, 16, 24))
@@ -73,7 +73,7 @@ def test_whatever_is_imported_is_declared():
 
 
 def write_wheel(path):
-    """A package as the wheel of DGL has it."""
+    """A package laid out like DGL's wheel."""
     files = {
         "dgl/__init__.py": b"",
         "dgl-1.1.3.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: cp311-cp311-manylinux1_x86_64\n",
@@ -109,7 +109,7 @@ def test_the_wheel_of_python_3_11_becomes_one_for_any_python(tmp_path):
 
 @pytest.fixture
 def without_dgl(tmp_path, monkeypatch):
-    """An x86 Linux without DGL, where pip downloads a wheel whose hash is right: pip's commands."""
+    """Pretend an x86 Linux without DGL, where pip downloads a valid wheel; yields its commands."""
     wheel = write_wheel(tmp_path / "dgl-1.1.3-cp311-cp311-manylinux1_x86_64.whl")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     commands = []
@@ -169,7 +169,7 @@ def test_pip_installs_the_wheel_that_is_known_for_this_machine():
 
 
 def test_install_dgl_runs_where_neither_dgl_nor_torch_is(tmp_path):
-    """And says that pip failed, here one that always does."""
+    """It also reports that pip failed; the pip here always fails."""
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text("import sys; sys.exit('no network')")
@@ -189,7 +189,7 @@ def test_install_dgl_runs_where_neither_dgl_nor_torch_is(tmp_path):
 
 
 def make(*arguments, path):
-    """Run make where PATH has nothing but this folder, and there is no environment yet."""
+    """Run make without an environment and with only this folder on PATH."""
     program = shutil.which("make")
     if program is None:
         pytest.skip("make is not on PATH")
@@ -204,7 +204,7 @@ def make(*arguments, path):
 
 
 def put_python(path, name, *, fits):
-    """A program that answers, when asked whether it is a Python that fits."""
+    """A fake Python that answers make's question whether its version fits."""
     (path / name).write_text(f"#!/bin/sh\nexit {0 if fits else 1}\n")
     (path / name).chmod(0o755)
 

@@ -1,4 +1,4 @@
-"""Routing without votes: its parts, and what it must be equal to."""
+"""Routing without stored votes, compared with forms that store them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The program as a process: killed and interrupted, it goes on to the very same weights."""
+"""The program as a process: when killed or interrupted, it resumes to identical weights."""
 
 import os
 import random

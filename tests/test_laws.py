@@ -112,7 +112,7 @@ def errors_in_units(case, variant, engine, **options):
 @every_variant
 @pytest.mark.parametrize(("children", "parents"), [(3, 5), (129, 3), (5, 131), (1152, 10)])
 def test_float32_errs_no_more_than_the_dense_form(engine, variant, children, parents):
-    """Three times the dense form's own error and 16 units of float32 are allowed."""
+    """Three times the error of the dense form plus 16 ulp are allowed."""
     if variant.startswith("em") and (children, parents) == (1152, 10):
         pytest.skip("λ · N is then so large that activations jump from 0 to 1 within rounding")
     for name, error, rival in errors_in_units(complete(children, parents), variant, engine):
@@ -129,7 +129,7 @@ def test_float32_errs_no_more_than_the_dense_form_with_20000_parents(engine, var
 
 @every_engine
 def test_float32_sums_of_100000_children_into_one_of_many_parents(engine):
-    """Most parents are isolated: what is summed in parts must not depend on how many there are."""
+    """Most parents are isolated; their number must not decide whether sums are taken in parts."""
     children, parents = 100_000, 20_000
     graph = gc.routing_graph(
         torch.arange(children),
@@ -215,7 +215,7 @@ def test_routing_is_finite_at_zero_votes(engine, variant, dtype):
 @every_variant
 @every_dtype
 def test_large_votes_do_not_overflow(engine, variant, dtype):
-    """Logits far beyond where exp alone is infinite."""
+    """The logits are so large that exp overflows."""
     case = complete(4, 3)
     layer, poses = make_layer(case, variant, engine, dtype), make_poses(case, variant, dtype)
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_a_graph_given_for_one_call_routes_as_the_layers_own(engine, variant):
 @every_engine
 @every_variant
 def test_two_edges_between_the_same_nodes_are_two_votes(engine, variant):
-    """They compete as the votes for two parents would that are told apart by nothing else."""
+    """They compete like the votes for two parents with equal features."""
     twice = gc.routing_graph([0, 0, 0, 1], [0, 0, 1, 1], weight_index=[0, 0, 1, 2])
     layer = gc.CapsuleLayer(twice, 4, 4, routing=VARIANTS[variant].routing, engine=engine)
     other = gc.CapsuleLayer(twice, 4, 4, routing=VARIANTS[variant].routing, engine="scatter")
@@ -367,7 +367,7 @@ def test_scaling_all_activations_leaves_the_first_means_of_em_unchanged(engine):
 def test_a_constant_added_to_all_votes_moves_the_means_of_em_by_it_and_nothing_else(
     engine, variant, moves
 ):
-    """The matrices' last row is the constant's, the last number of every pose."""
+    """The last number of every pose is a constant, which the last row of the matrices adds."""
     case = complete(6, 3)
     layer = make_layer(case, variant, engine)
     constant = torch.tensor([3.0, -2.0, 0.5, 1.0], dtype=torch.float64)
@@ -384,7 +384,7 @@ def test_a_constant_added_to_all_votes_moves_the_means_of_em_by_it_and_nothing_e
 
 @every_engine
 def test_variances_of_votes_far_from_0_keep_their_digits(engine):
-    """In float32, the square of 30 has no digits for the square of 0.01."""
+    """In float32, adding the square of 0.01 to that of 30 changes nothing."""
     case = complete(6, 3)
     options = dict(iterations=1, final_inverse_temperature=20.0, min_variance=1e-9)
     layer = make_layer(case, "em", engine, torch.float32, **options)
@@ -400,7 +400,7 @@ def test_variances_of_votes_far_from_0_keep_their_digits(engine):
 @every_engine
 @every_variant
 def test_moving_a_child_changes_only_the_parents_that_its_votes_can_reach(engine, variant):
-    """In one pass those it votes for; over all passes those of its component of the graph."""
+    """One pass reaches the parents it votes for; all passes reach its connected component."""
     case = Case(4, 5, [(0, 0), (0, 1), (1, 1), (2, 2), (3, 2), (3, 3)])
     layer, poses = make_layer(case, variant, engine), make_poses(case, variant)
     moved = poses.u.clone()

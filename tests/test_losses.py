@@ -1,4 +1,4 @@
-"""Losses against numbers worked out on paper from the formulas."""
+"""Losses compared with values computed by hand from the formulas."""
 
 import math
 

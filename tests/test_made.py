@@ -1,4 +1,4 @@
-"""Data sets made from MNIST's digits, and nets that tell several classes in an image."""
+"""Data sets generated from MNIST's digits, and nets that predict several classes in an image."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_a_placed_digit_loses_no_pixel_and_lies_anywhere(digits):
 
 
 def test_affine_maps_are_those_of_the_published_ranges(monkeypatch):
-    """A square with a mark, warped by a matrix that is read from the corners of what comes out."""
+    """Each image's affine matrix is computed from the corners of a warped square with a mark."""
     matrices = []
     warp = made._warp
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ def test_rotated_digits_turn_by_any_angle(digits):
 
 @pytest.fixture
 def mnist(monkeypatch):
-    """The digits of this folder in MNIST's place."""
+    """Replace MNIST by the digits in tests/."""
     monkeypatch.setattr(datasets, "_load_torchvision", lambda *_: datasets._load_folder(DIGITS))
 
 

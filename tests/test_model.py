@@ -119,7 +119,7 @@ def test_strides_and_padding_are_those_of_the_configuration():
 
 
 class Halves(torch.nn.Module):
-    """An encoder without parameters, which tells whether it is in training."""
+    """An encoder without parameters, which records whether it is in training mode."""
 
     def forward(self, images):
         self.trained = self.training

@@ -1,4 +1,4 @@
-"""Runs that earlier versions of graphcaps made are still resumed, evaluated and reported."""
+"""Runs of earlier versions of graphcaps can still be resumed, evaluated and reported."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The net that ships as an ONNX file, in onnxruntime."""
+"""The pretrained net as an ONNX file in onnxruntime."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pictures of one's own, in folders by class and in .npz files, from the disk to the screen."""
+"""Users' images in folders by class and in .npz files, from reading to prediction."""
 
 import re
 import sys
@@ -28,7 +28,7 @@ def write_picture(path, colour=(200, 20, 30), size=(24, 20), mode="RGB"):
 
 @pytest.fixture
 def fruit(tmp_path):
-    """Three classes in train/ and test/, coloured pictures in several formats."""
+    """Three classes in train/ and test/, with colour images in several formats."""
     folder = tmp_path / "fruit"
     for name, colour in COLOURS.items():
         for part, count in (("train", 8), ("test", 2)):

@@ -1,4 +1,4 @@
-"""The net that ships with the library: what its card says, and what it can do without a network."""
+"""The pretrained net: the claims of its model card, and its use without a network."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""Loaders of published data sets, on files that were made in their formats."""
+"""Loaders of published data sets, on generated files in their formats."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""The dense reference against loops over Python floats, numbers worked out on paper, and laws."""
+"""The dense reference against loops over Python floats, values computed by hand, and laws."""
 
 import math
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class Form(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """What `Inputs` holds for one sample, on edges, as lists."""
+    """The `Inputs` of one sample, on edges, as lists."""
 
     u_hat: list
     a: list

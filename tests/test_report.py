@@ -1,4 +1,4 @@
-"""What a report says and how it is packed; tests/test_report_page.py looks at it in a browser."""
+"""The records and the HTML of a report; tests/test_report_page.py opens it in a browser."""
 
 import base64
 import dataclasses
@@ -183,7 +183,7 @@ def test_rounding_changes_pictures_by_less_than_a_grey_level(records):
 
 
 class Reader(html.parser.HTMLParser):
-    """Notes what is not closed, what is loaded, and the text."""
+    """Records unclosed elements, resources that are loaded, and the text."""
 
     VOID = ("meta", "input", "img", "br", "link")
 
@@ -365,7 +365,7 @@ def test_a_file_that_cannot_be_written_is_named_before_any_work(model, data, tmp
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A report that takes no time."""
+    """Make reports fast."""
     monkeypatch.setattr(report, "collect", lambda *_: None)
     monkeypatch.setattr(report, "sections", lambda *_: [])
     monkeypatch.setattr(report, "render", lambda *_: "page")

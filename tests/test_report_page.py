@@ -1,4 +1,4 @@
-"""The page of a report in a real browser, used with keys as a person would."""
+"""The page of a report in a real browser, used with the keyboard."""
 
 import dataclasses
 import re
@@ -49,7 +49,7 @@ class Shown:
         return self.run(f"document.getElementById('{name}').textContent")
 
     def said(self):
-        """What the live region says once nothing has changed for a moment."""
+        """The text of the live region once it has stopped changing."""
         self.run("new Promise(done => setTimeout(done, 450))")
         return self.text("said")
 
@@ -58,7 +58,7 @@ class Shown:
         return self.content(name)[:, :, :3]
 
     def greys(self, name):
-        """Grey levels of the image that a canvas shows as ink."""
+        """Grey levels of an image, from the canvas that shows it dark on light."""
         content = self.content(name)
         assert (content[:, :, :3] == 0).all()
         return content[:, :, 3]
@@ -88,7 +88,7 @@ class Shown:
         ]
 
     def check_drawing(self, example, iteration, parent):
-        """Lengths, coupling and amounts on the page are those of the records."""
+        """Compare lengths, coupling and amounts on the page with the records."""
         assert self.lengths() == pytest.approx(example.lengths[iteration].tolist(), abs=6e-4)
         edges = self.run(
             "[...document.querySelectorAll('#coupling .edge')]"
@@ -126,7 +126,7 @@ class Shown:
             assert (x, y) == (middle + 2 * (number % columns), middle + 2 * (number // columns))
 
     def areas(self):
-        """Of every child's square, beside that of a full one; and whether it is hollow."""
+        """The area of every child's square, relative to a full one, and whether it is hollow."""
         side = self.run("+document.querySelector('#coupling .mark').getAttribute('width')") - 1
         paths = self.run(
             "[...document.querySelectorAll('#coupling .cell')]"

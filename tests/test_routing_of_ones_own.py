@@ -1,4 +1,4 @@
-"""A routing that the package does not know runs on every graph and engine."""
+"""A user-defined routing runs on every graph and engine."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 class Medians(gc.Routing):
-    """Two passes; what they compute no routing of the package does."""
+    """A routing of two passes that differs from all routings of the package."""
 
     def __init__(self, sharpness=2.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is said when nobody can be told, in this process and at its end."""
+"""Output to broken streams, while the process runs and at its exit."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What the repository promises about its own shape."""
+"""Rules for the structure of the repository."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""torch.func on layers that never ran: vmap, grad, per-sample gradients, and functional_call."""
+"""torch.func on new layers: vmap, grad, per-sample gradients, and functional_call."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ CASE = CASES["complete"]
 
 
 def near(got, expected):
-    """In float32, 1e-6 of the largest number."""
+    """Compare within 1e-6 of the largest number in float32."""
     assert_close(got, expected, rtol=0, atol=1e-6 * max(1.0, float(expected.detach().abs().max())))
 
 
@@ -26,7 +26,7 @@ def parameters_of(layer):
 
 
 def loss_of(layer, parameters, poses):
-    """A functional of all that a layer gives, of parameters that are given to it."""
+    """A functional of all outputs of a layer, as a function of its parameters."""
     given = tuple(x for x in poses if x is not None)
     found = functional_call(layer, parameters, given)
     found = found if isinstance(found, tuple) else (found,)
@@ -120,7 +120,7 @@ GRAPH, SIZE = complete(4, 3, kinds=5), Sizes(batch=2, rows=2)
     "mapped", [("u",), ("weight",), ("u", "p"), FEATURES, ("u", "weight", *FEATURES)]
 )
 def test_a_pass_is_mapped_over_any_of_its_features(mapped):
-    """Sums, and gradients of what is mapped and of what all calls share."""
+    """Sums, and gradients of mapped and of shared inputs."""
     names = ("u", "weight", *FEATURES)
     sets = [make_features(GRAPH, SIZE, FEATURES) for _ in range(3)]
     weights = [torch.randn_like(x) for x in couple(GRAPH, SIZE, sets[0], ("squares",))]

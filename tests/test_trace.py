@@ -1,4 +1,4 @@
-"""What a trace shows, against the reference and against loops."""
+"""Traces, compared with the reference and with loops."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Layers and nets in torch's traces, from their first call: compile, export, make_fx and jit."""
+"""Layers and nets under torch.compile, torch.export, make_fx and jit, from their first call."""
 
 import copy
 import io
@@ -37,7 +37,7 @@ def small_net(engine, **changes):
 
 
 class Graphs:
-    """A backend of torch.compile that remembers every graph that it was given."""
+    """A backend of torch.compile that records every graph."""
 
     def __init__(self, backend="eager"):
         self.seen, self._backend = [], lookup_backend(backend)
@@ -223,7 +223,7 @@ def test_engines_of_dgl_say_that_they_cannot_be_traced(engine):
 
 
 def test_a_graph_given_for_one_call_is_prepared_beside_the_trace():
-    """DGL reads it: torch.compile makes a break there, and export keeps the graph as it is."""
+    """DGL reads the graph, which is a graph break for torch.compile and a constant for export."""
     graph = gc.routing_graph([3, 0, 0, 2], [0, 2, 0, 2], children=4, weight_index=[1, 0, 2, 0])
     layer, u = layer_of("auto"), torch.randn(4, 4)
     expected = layer(u, graph=graph)
@@ -233,7 +233,7 @@ def test_a_graph_given_for_one_call_is_prepared_beside_the_trace():
 
 
 def test_checks_of_values_are_made_in_eager_mode_and_not_in_traces():
-    """They would have to look at numbers; shapes are checked everywhere."""
+    """Traces have no values to check; shapes are checked everywhere."""
     layer = layer_of("fused")
     poses = torch.full((9, 6, 4), torch.nan)
     with pytest.raises(NonFinitePosesError):

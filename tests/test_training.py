@@ -72,7 +72,7 @@ def weights(run):
 
 
 def interrupt_at(step, monkeypatch, *signals):
-    """Ctrl-C while a step is taken, or other signals, once."""
+    """Send Ctrl-C or another signal once, during a step."""
     take_step, to_come = Trainer._take_step, [*(signals or [signal.SIGINT])]
 
     def interrupted(self, *args):
@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_last_good_checkpoint
 
 @pytest.fixture
 def looks_seldom(monkeypatch):
-    """As on a GPU, which is not waited for at every step."""
+    """Synchronise rarely, as on a GPU."""
     build = Trainer.__init__
 
     def seldom(self, *args):
@@ -310,7 +310,7 @@ def test_an_interrupt_is_heeded_at_the_next_look(tmp_path, monkeypatch):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """CUDA graphs by a stand-in, and none of the checks that read numbers, as on a GPU."""
+    """Use a stand-in for CUDA graphs, without checks that read values, as on a GPU."""
 
     def multi_hot(labels, batch, classes):
         return torch.zeros(batch, classes, dtype=torch.int64).scatter(1, labels[:, None], 1)
@@ -677,7 +677,7 @@ def test_a_run_resumes_from_another_working_folder_on_the_device_it_was_started_
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """A run of twelve steps, stopped after the fourth, with checkpoints of the last two."""
+    """A run of twelve steps, interrupted after the fourth, with checkpoints of the last two."""
     with monkeypatch.context() as patch:
         interrupt_at(3, patch)
         with pytest.raises(TrainingInterrupt):

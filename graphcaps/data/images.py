@@ -1,4 +1,4 @@
-"""Image files: pictures as they are, and digits normalised as MNIST's were."""
+"""Reads image files: pictures unchanged, and digits normalised like those of MNIST."""
 
 import io
 import math
@@ -21,23 +21,23 @@ FORMATS = ("PNG", "JPEG")  # only these are opened: Pillow passes some formats t
 PICTURE_FORMATS = (*FORMATS, "BMP", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 1 << 26  # of a picture; phones take up to 64 million
 LARGEST_FILE = 1 << 27  # bytes
-_ENOUGH_PIXELS = 4_000_000  # larger pictures are scaled down before a digit is searched
+_ENOUGH_PIXELS = 4_000_000  # larger pictures are scaled down before the search for a digit
 
-# Grey levels between ink and paper; smaller differences are texture of the paper.
+# Least difference in grey levels between ink and paper; smaller ones are the paper's texture.
 _LEAST_CONTRAST = 20
 
 _Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
 
 
 def read_digit(path: str | Path, size: int = 28) -> Tensor:
-    """Read an image of one digit and normalise it as MNIST's digits were.
+    """Read an image of one digit and normalise it like MNIST's digits.
 
-    The median of the outermost pixels is taken as the paper; ink is what differs most from it,
-    darker or lighter. The digit's bounding box is scaled to 20 of 28 pixels, its aspect
-    ratio kept and its strongest ink at 255, and placed with its centre of mass in the centre, to
+    The paper's grey level is the median of the outermost pixels; ink is what differs most from it,
+    darker or lighter. The digit's bounding box is scaled to 20 of 28 pixels with its aspect ratio
+    preserved, its strongest ink is set to 255, and its centre of mass is moved to the centre, to
     the nearest pixel (LeCun et al. 1998, section III.A). An image of `size` by `size` pixels that
-    is light on dark already is returned as it is. Transparent parts count as white, or as black
-    where the visible parts are mostly light.
+    is already light on dark is returned unchanged. Transparent parts count as white, or as black if
+    the visible parts are mostly light.
 
     Args:
         path: PNG or JPEG, of any size up to `MOST_PIXELS` and of any mode.
@@ -47,8 +47,8 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
         uint8 [1, size, size], light on dark.
 
     Raises:
-        ValueError: The file is no such image, or no digit stands out in it.
-        OSError: The file is missing or may not be read.
+        ValueError: The file is not such an image, or no digit is found in it.
+        OSError: The file is missing or cannot be read.
     """
     grey = _read_grey(path)
     smooth = _smooth(grey)
@@ -67,18 +67,18 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """Read an image file upright, as it is.
+    """Read an image file, rotated as its EXIF data say.
 
     Args:
-        path: in one of `PICTURE_FORMATS`, of any size up to `MOST_PIXELS`.
+        path: an image in one of `PICTURE_FORMATS`, of any size up to `MOST_PIXELS`.
 
     Returns:
-        uint8 [1, height, width] of a grey image, [3, height, width] of any other; what is
-        transparent is white, and of 16 bits the upper 8 count.
+        uint8 [1, height, width] of a grey image, [3, height, width] of any other. Transparent
+        pixels become white; of 16 bits, the upper 8 are used.
 
     Raises:
-        ValueError: The file is no such image.
-        OSError: The file is missing or may not be read.
+        ValueError: The file is not such an image.
+        OSError: The file is missing or cannot be read.
     """
     with _opened(path, PICTURE_FORMATS) as image:
         if image.mode.startswith("I;16"):
@@ -96,16 +96,16 @@ def read_picture(path: str | Path) -> Tensor:
 def read_image(
     path: str | Path, image_shape: tuple[int, int, int], image_kind: Literal["digit", "picture"]
 ) -> Tensor:
-    """Read an image file as a net takes it.
+    """Read an image file as input for a net.
 
     Args:
-        path: of an image.
+        path: an image.
         image_shape: channels, height and width of the net's images.
-        image_kind: what it was trained on: a digit is normalised by `read_digit`, a picture only
-            scaled to height and width.
+        image_kind: the kind of image that the net was trained on: digits are normalised by
+            `read_digit`, pictures are only scaled to height and width.
 
     Returns:
-        uint8 of `image_shape`.
+        uint8, of shape `image_shape`.
 
     Raises:
         ValueError, OSError: as `read_digit` and `read_picture`.
@@ -117,7 +117,11 @@ def read_image(
 
 @contextmanager
 def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """An image file of one of these formats, upright; whatever is wrong with it is told."""
+    """Open an image file in one of these formats and rotate it as its EXIF data say.
+
+    Raises:
+        ValueError: The file is damaged, in another format or too large.
+    """
     content = io.BytesIO(read_bounded(Path(path), LARGEST_FILE))
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(content, "r", formats) as image:
@@ -132,7 +136,7 @@ def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]
 
 
 def _read_grey(path: str | Path) -> Image.Image:
-    """Read an image upright and in 256 levels of grey, reduced if it is very large."""
+    """Read an image in 256 levels of grey, scaled down if it is very large."""
     with _opened(path, FORMATS) as image:
         grey = _to_grey(image)
     width, height = grey.size
@@ -157,7 +161,7 @@ def _stretch(levels: NDArray[np.float32]) -> Image.Image:
 
 
 def _smooth(grey: Image.Image) -> NDArray[np.float32]:
-    """Blur enough that grain and JPEG artefacts are not taken for ink, but thin pencil still is."""
+    """Blur enough to remove grain and JPEG artefacts, but not thin pencil strokes."""
     return np.asarray(grey.filter(ImageFilter.GaussianBlur(max(grey.size) / 200)), np.float32)
 
 
@@ -166,7 +170,7 @@ def _border(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _find_ink(grey: Image.Image, path: str | Path) -> tuple[NDArray[np.float32], _Box]:
-    """Find what is lighter than the paper: by how much, and its bounding box."""
+    """Return how much lighter than the paper each pixel is, and the bounding box of the ink."""
     smooth = _smooth(grey)
     paper = np.median(_border(smooth))
     if smooth.max() - paper < _LEAST_CONTRAST:
@@ -180,7 +184,7 @@ def _find_ink(grey: Image.Image, path: str | Path) -> tuple[NDArray[np.float32],
 
 
 def _widen(box: _Box, within: tuple[int, int]) -> _Box:
-    """Add a fifth of the longer side all around."""
+    """Add a margin of a fifth of the longer side to a box."""
     left, top, right, bottom = box
     margin = max(right - left, bottom - top) // 5
     width, height = within
@@ -217,7 +221,7 @@ def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     corner = []
     for axis, length in enumerate(digit.shape):
         centre = np.average(np.arange(length), weights=digit.sum(1 - axis))
-        # Into [13.5, 14.5) of 28, where the centres of all MNIST digits lie.
+        # The centre of mass is in [13.5, 14.5) of 28 pixels, as in all MNIST digits.
         start = math.ceil(size / 2 - 0.5 - centre)
         corner.append(min(max(start, 0), size - length))
     top, left = corner

@@ -1,7 +1,7 @@
-"""Data sets that are made here from MNIST's digits, drawn anew for every epoch of a training.
+"""Generates data sets from MNIST's digits, anew for every epoch of a training.
 
-They follow published descriptions and are not the files that others have published under such
-names: MultiMNIST and affNIST differ in the digits that were drawn, and in their number.
+They follow published descriptions, but are not the published files: MultiMNIST and affNIST contain
+other digits, and a different number of them.
 """
 
 import math
@@ -16,19 +16,19 @@ from graphcaps.data.splits import Split, draw_shifts, shift
 
 Make = Callable[[Split, torch.Generator], Split]
 
-PAIR_SHIFT = 4  # pixels, of each of two digits: 36 × 36 of 28 × 28 (Sabour et al. 2017, section 6)
-PLACED_SIZE = 40  # pixels, as affNIST's
+PAIR_SHIFT = 4  # pixels, from 28 × 28 to 36 × 36 (Sabour et al. 2017, section 6)
+PLACED_SIZE = 40  # pixels, as in affNIST
 # affNIST's ranges (Tieleman 2013)
 ROTATION, SHEAR, SCALES = math.radians(20), 0.2, (0.8, 1.2)
 _AT_A_TIME = 5000  # images whose sampling grids are in memory at once
 
 
 class Recipe(NamedTuple):
-    """How the parts of a made data set come from those of MNIST.
+    """Functions that generate the parts of a data set from those of MNIST.
 
     Attributes:
-        train: makes images to train on, and those of the validation set.
-        test: makes images to test on.
+        train: generates the training and validation images.
+        test: generates the test images.
     """
 
     train: Make
@@ -36,18 +36,18 @@ class Recipe(NamedTuple):
 
 
 def overlay_pairs(digits: Split, generator: torch.Generator) -> Split:
-    """Two digits of different classes, one over the other: MultiMNIST.
+    """Overlay two digits of different classes, as in MultiMNIST.
 
-    Sabour et al. 2017, section 6: every digit with another one, drawn from all of other classes;
-    each is moved by up to 4 pixels on both axes, in 36 × 36 pixels of 28 × 28. Grey levels are
-    added, to at most 255, as in the authors' code.
+    Sabour et al. 2017, section 6: every digit is paired with a random digit of another class. Both
+    are shifted by up to 4 pixels on each axis, from 28 × 28 to 36 × 36 pixels. Grey levels are
+    added and clipped at 255, as in the authors' code.
 
     Args:
         digits: single digits, with labels [N].
-        generator: Source of the randomness.
+        generator: random generator.
 
     Returns:
-        As many images as digits, with 0 and 1 for every class, [N, classes].
+        As many images as digits, with labels 0 and 1 for every class, [N, classes].
 
     Raises:
         ValueError: All digits are of one class.
@@ -61,7 +61,7 @@ def overlay_pairs(digits: Split, generator: torch.Generator) -> Split:
     images, labels = digits
     count, classes = len(labels), int(labels.max()) + 1
     if (labels == labels[0]).all():
-        raise ValueError("expected digits of two classes or more to make pairs of, got one class")
+        raise ValueError("expected digits of two classes or more to form pairs, got one class")
     other = torch.randint(count, (count,), generator=generator)
     while (same := labels[other] == labels).any():
         other[same] = torch.randint(count, (int(same.sum()),), generator=generator)
@@ -75,14 +75,14 @@ def overlay_pairs(digits: Split, generator: torch.Generator) -> Split:
 
 
 def place(digits: Split, generator: torch.Generator) -> Split:
-    """Each digit somewhere on 40 × 40 pixels, as Sabour et al. 2017, section 5.2, train on.
+    """Place each digit at random on 40 × 40 pixels, as for training in Sabour et al. 2017, 5.2.
 
     Args:
         digits: images of at most 40 × 40 pixels.
-        generator: Source of the randomness.
+        generator: random generator.
 
     Returns:
-        The same digits, each moved as a whole so that no pixel is lost.
+        The same digits, each image moved as a whole so that no pixel is lost.
     """
     margin = (PLACED_SIZE - digits.images.shape[-1]) // 2
     wide = F.pad(digits.images, (margin,) * 4)
@@ -91,14 +91,14 @@ def place(digits: Split, generator: torch.Generator) -> Split:
 
 
 def transform(digits: Split, generator: torch.Generator) -> Split:
-    """Each digit under an affine map of its own, on 40 × 40 pixels, in affNIST's ranges.
+    """Apply a random affine map in affNIST's ranges to each digit, on 40 × 40 pixels.
 
-    A rotation by −20 to 20 degrees, a shear by −0.2 to 0.2, scales of 0.8 to 1.2 on both axes, all
-    uniform, then a place that is uniform among those where no ink is lost.
+    Rotations by −20 to 20 degrees, shears by −0.2 to 0.2, and scales of 0.8 to 1.2 on both axes are
+    uniform. The position is uniform among those at which no ink is lost.
 
     Args:
         digits: images of at most 40 × 40 pixels.
-        generator: Source of the randomness.
+        generator: random generator.
 
     Returns:
         The same digits, transformed.
@@ -118,9 +118,9 @@ def transform(digits: Split, generator: torch.Generator) -> Split:
 
 
 def rotate(digits: Split, generator: torch.Generator) -> Split:
-    """Each digit turned about the centre by an angle of its own, uniform over the whole circle.
+    """Rotate each digit about the image's centre by an angle that is uniform over the full circle.
 
-    As in mnist-rot (Larochelle et al. 2007), with all of MNIST's digits.
+    This follows mnist-rot (Larochelle et al. 2007), but uses all of MNIST's digits.
     """
     angle = 2 * math.pi * torch.rand(len(digits.labels), generator=generator)
     return digits._replace(images=_warp(digits.images, _turn(angle)))
@@ -134,15 +134,15 @@ MADE = {
 
 
 def _turn(angle: Tensor) -> Tensor:
-    """Rotations of the plane whose first axis goes right and whose second goes down, [N, 2, 2]."""
+    """Rotation matrices, [N, 2, 2], for axes that point right and down."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
 
 
 def _warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Square images under linear maps about their centres, [N, 2, 2], bilinearly."""
+    """Apply linear maps, [N, 2, 2], about the centres of square images, with bilinear sampling."""
     warped = []
-    inverse = F.pad(matrix.inverse(), (0, 1))  # from pixels of the result to those of the image
+    inverse = F.pad(matrix.inverse(), (0, 1))  # maps pixels of the result to those of the image
     for some, maps in zip(images.split(_AT_A_TIME), inverse.split(_AT_A_TIME), strict=True):
         grid = F.affine_grid(maps, list(some.shape), align_corners=False)
         warped.append(F.grid_sample(some.float(), grid, align_corners=False).round().byte())
@@ -150,7 +150,7 @@ def _warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _room(images: Tensor, axis: int, generator: torch.Generator) -> Tensor:
-    """Shifts along an axis, uniform among those that lose no ink, [N]."""
+    """Random shifts along an axis, [N], uniform among those that lose no ink."""
     ink = (images > 0).any(dim=1).any(dim=2 if axis == 2 else 1).int()  # [N, rows or columns]
     first = ink.argmax(dim=1)
     after = ink.flip(1).argmax(dim=1)  # empty rows below the ink

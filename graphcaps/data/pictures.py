@@ -1,4 +1,4 @@
-"""Pictures of one's own: folders of image files by class, and arrays in an .npz file."""
+"""Reads your own images: folders of image files by class, and arrays in an .npz file."""
 
 import zipfile
 import zlib
@@ -14,7 +14,7 @@ from torch import Tensor
 from graphcaps.data.images import read_picture
 from graphcaps.data.splits import Parts, Split, check_memory, resize
 
-# endings that torchvision's ImageFolder looks for; files with other ones are left out
+# extensions that torchvision's ImageFolder accepts; files with others are ignored
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 GREY, COLOUR = 1, 3  # channels
 
@@ -28,27 +28,29 @@ NPZ_NAMES = (
     ),
     (("images", "labels"), ("", ""), ("", "")),
 )
-CLASS_NAMES = "classes"  # an array of strings, if there is one
+CLASS_NAMES = "classes"  # an optional array of strings
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether a folder has folders in it, which are taken for classes or for train and test."""
+    """Whether a folder has subfolders, which are taken as classes, or as train and test."""
     return any(_subfolders(folder))
 
 
 def read_folder(folder: Path, size: tuple[int, int] | None = None) -> Parts:
-    """Read image files that lie in a folder for each class.
+    """Read image files from one folder for each class.
 
     Args:
-        folder: with train/CLASS/… and test/CLASS/…, or with CLASS/… alone. Files may lie deeper.
-        size: height and width that all are scaled to; without it, all must have one size.
+        folder: contains train/CLASS/… and test/CLASS/…, or only CLASS/…. Subfolders of a class are
+            searched, too.
+        size: height and width to which all images are scaled; if not given, all must have the same
+            size.
 
     Returns:
-        Images of three channels, or of one where all files are grey; classes sorted by name.
+        Images with three channels, or with one if all files are grey; classes sorted by name.
 
     Raises:
-        ValueError: All files that are no pictures, all folders without one, classes that only
-            the test part has: each is named.
+        ValueError: There are unreadable files, folders without images, or classes that only the
+            test part has; the message lists all of them.
     """
     halves = [folder / "train", folder / "test"]
     if not all(half.is_dir() for half in halves):
@@ -105,7 +107,7 @@ def _pictures(folder: Path) -> list[Path]:
 def _read_all(
     paths: Sequence[Path], asked: tuple[int, int] | None, source: str
 ) -> tuple[Tensor, list[str]]:
-    """All pictures in one tensor, and what is wrong with those that could not be read."""
+    """Read all pictures into one tensor; also return the problems of those that cannot be read."""
     size = asked or _first_size(paths)
     check_memory(len(paths) * COLOUR * size[0] * size[1], source)
     images = torch.empty(len(paths), COLOUR, *size, dtype=torch.uint8)
@@ -119,7 +121,7 @@ def _read_all(
         images[number] = resize(picture[None], size)[0]
         return len(picture), tuple(picture.shape[1:]), ""
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while decoding
         found = list(pool.map(read, range(len(paths))))
     problems = [problem for *_, problem in found if problem]
     others = sum(of_picture != size for _, of_picture, _ in found)
@@ -158,17 +160,18 @@ def read_npz(path: Path) -> Parts:
     """Read images and labels from the arrays of an .npz file.
 
     Args:
-        path: with arrays x_train, y_train, x_test, y_test; or train_images, train_labels,
-            test_images, test_labels; or images, labels alone. With x_val, y_val or val_images,
-            val_labels these are the validation set. Images are uint8 [N, H, W], [N, H, W, 1] or
-            [N, H, W, 3]; labels integers [N] or [N, 1], or, for several classes in an image, 0
-            and 1 in [N, classes]. An array of strings, `classes`, names the classes.
+        path: a file with the arrays x_train, y_train, x_test, y_test, or train_images,
+            train_labels, test_images, test_labels, or only images, labels. Optional arrays x_val,
+            y_val or val_images, val_labels are the validation set. Images are uint8 [N, H, W],
+            [N, H, W, 1] or [N, H, W, 3]. Labels are integers [N] or [N, 1]; if images show several
+            classes, 0 and 1 in [N, classes]. An optional array of strings, `classes`, names the
+            classes.
 
     Returns:
-        The parts; classes are named by their numbers where the file has no names.
+        The parts; without `classes`, the classes are named by their numbers.
 
     Raises:
-        ValueError: Everything in the file that is otherwise, at once.
+        ValueError: The arrays are not as described; the message lists all problems.
     """
     try:
         with zipfile.ZipFile(path) as members:
@@ -217,7 +220,7 @@ def _split_of(
     for name in (images_name, labels_name):
         try:
             read[name] = arrays[name]
-        except ValueError as error:  # of Python objects, or cut short
+        except ValueError as error:  # an array of Python objects, or a truncated one
             here.append(f"{name}: {error}")
     if not here:
         images, labels = read[images_name], read[labels_name]

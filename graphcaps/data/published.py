@@ -1,4 +1,4 @@
-"""Data sets that their authors' sites have, for those who have the files: smallNORB and affNIST."""
+"""Reads smallNORB and affNIST from the files that their authors publish."""
 
 import gzip
 import math
@@ -24,7 +24,7 @@ AFFNIST_SIZE = 40  # pixels
 
 
 def holds_norb(folder: Path) -> bool:
-    """Whether a folder holds files of smallNORB."""
+    """Whether a folder contains files of smallNORB."""
     return any(folder.glob("smallnorb-*.mat*"))
 
 
@@ -32,15 +32,15 @@ def read_norb(folder: Path) -> Parts:
     """Read smallNORB (LeCun, Huang & Bottou 2004): toys from two cameras, 96 × 96.
 
     Args:
-        folder: with the files -dat.mat and -cat.mat of the training and of the testing half, each
-            plain or as .gz, under the names that their authors gave them.
+        folder: contains the files -dat.mat and -cat.mat of the training and the testing part under
+            their original names, each plain or as .gz.
 
     Returns:
-        Images of two channels, the left and the right camera; five classes.
+        Images with two channels, the left and the right camera; five classes.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: One is not what its name says.
+        ValueError: A file has the wrong content.
     """
     halves = []
     for name in NORB.values():
@@ -62,7 +62,7 @@ def _norb_file(folder: Path, name: str) -> Path:
 
 
 def _read_matrix(path: Path) -> NDArray:
-    """A matrix of smallNORB: magic number and sizes as little-endian int32, then the numbers."""
+    """Read a matrix file: magic number and sizes as little-endian int32, then the numbers."""
     with open_regular(path) as file:
         packed = path.suffix == ".gz"
         try:
@@ -72,9 +72,9 @@ def _read_matrix(path: Path) -> NDArray:
     magic, count = (int.from_bytes(content[at : at + 4], "little") for at in (0, 4))
     kind = _NORB_TYPES.get(magic)
     if kind is None or not 1 <= count <= 4:
-        raise ValueError(f"{path}: expected a matrix of bytes or integers as smallNORB has them")
+        raise ValueError(f"{path}: expected a matrix of bytes or integers in smallNORB's format")
     sizes = [int.from_bytes(content[at : at + 4], "little") for at in range(8, 8 + 4 * count, 4)]
-    start = 8 + 4 * max(3, count)  # of three sizes at least, whatever their number
+    start = 8 + 4 * max(3, count)  # the header has room for at least three sizes
     whole = start + kind.itemsize * math.prod(sizes)
     if len(content) != whole:
         raise ValueError(
@@ -84,7 +84,7 @@ def _read_matrix(path: Path) -> NDArray:
 
 
 def holds_affnist(folder: Path) -> bool:
-    """Whether a folder holds the test part of affNIST."""
+    """Whether a folder contains the test part of affNIST."""
     return bool(_affnist_files(folder, "test"))
 
 
@@ -92,14 +92,14 @@ def read_affnist(folder: Path) -> Parts:
     """Read affNIST (Tieleman 2013): MNIST's digits under affine maps, 40 × 40.
 
     Args:
-        folder: with test.mat or test_batches/*.mat; to train, also training_and_validation or
-            training, and validation, each as .mat or _batches/*.mat.
+        folder: contains test.mat or test_batches/*.mat; for training, also training_and_validation
+            or training, and validation, each as .mat or _batches/*.mat.
 
     Returns:
-        Grey images of digits. Without files to train on, the training part is empty.
+        Grey images of digits. Without files for training, the training part is empty.
 
     Raises:
-        ValueError: A file is not what its name says.
+        ValueError: A file has the wrong content.
         RuntimeError: scipy is not installed.
     """
     test = _read_affnist(_affnist_files(folder, "test"))
@@ -130,7 +130,7 @@ def _read_affnist(paths: Sequence[Path]) -> Split:
         try:
             fields = loadmat(path)["affNISTdata"][0, 0]
             pixels, digits = fields["image"], fields["label_int"].ravel()
-        except Exception as error:  # what scipy raises for damaged bytes is anything
+        except Exception as error:  # scipy may raise any exception for damaged bytes
             raise ValueError(f"{path}: expected affNISTdata in a MATLAB file: {error}") from error
         if pixels.dtype != np.uint8 or pixels.shape != (AFFNIST_SIZE**2, len(digits)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Labelled images in memory: the parts of a data set, and what is done to their pixels."""
+"""Labelled images in memory: the parts of a data set, and operations on their pixels."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TESTED = 6  # one in so many images is set aside to test, where a data set has no test part
-HELD_OUT = 12  # one in so many training images goes to the validation set
+TESTED = 6  # one image in six is set aside for testing if a data set has no test part
+HELD_OUT = 12  # one training image in twelve goes to the validation set
 
 
 class Split(NamedTuple):
@@ -18,8 +18,8 @@ class Split(NamedTuple):
 
     Attributes:
         images: uint8 [N, channels, height, width].
-        labels: int64 [N], indices into `Dataset.classes`; or, where an image shows several
-            classes, 0 and 1 for each of them, [N, classes].
+        labels: int64 [N], indices into `Dataset.classes`; if images show several classes, 0 and 1
+            for each class, [N, classes].
     """
 
     images: Tensor
@@ -27,13 +27,13 @@ class Split(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A data set as read, before a validation set is drawn.
+    """A data set as read from files, before the validation set is drawn.
 
     Attributes:
-        train: images to train on, and to draw the validation set from if there is none.
-        test: images to test on; None if they are to be drawn from `train`.
+        train: training images, from which the validation set is drawn if there is none.
+        test: test images; None if they are to be drawn from `train`.
         classes: names of the classes.
-        holdout: images that come as a validation set.
+        holdout: validation images, if the data set has them.
     """
 
     train: Split
@@ -44,17 +44,17 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: `train` to train on, `holdout` as the validation set, `test` to report on.
+    """A data set: training set `train`, validation set `holdout`, test set `test`.
 
     Attributes:
-        name: the name or path it was loaded by.
+        name: the name or path from which it was loaded.
         classes: names of the classes.
         train: the training set.
         holdout: the validation set.
         test: the test set.
         image_kind: digits, light on dark and centred like MNIST's, or any pictures.
-        shift: the largest shift of training images, in pixels, by default.
-        redraw: makes other training images, as many, for each epoch; None if they are always the
+        shift: default for the largest shift of training images, in pixels.
+        redraw: generates as many new training images for each epoch; None if they are always the
             same.
     """
 
@@ -69,7 +69,7 @@ class Dataset:
 
     @property
     def labels_per_image(self) -> int:
-        """The number of classes that every image shows; 0 if it differs."""
+        """The number of classes that every image shows; 0 if it varies."""
         if self.train.labels.dim() == 1:
             return 1
         counts = {int(count) for part in (self.train, self.test) for count in part.labels.sum(1)}
@@ -106,7 +106,7 @@ def shift(images: Tensor, shifts: Tensor) -> Tensor:
         A new tensor like `images`.
 
     Raises:
-        ValueError: There is not one pair of shifts per image.
+        ValueError: The number of shifts is not the number of images.
 
     Example:
         >>> shift(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([[0, 1]]))
@@ -127,15 +127,15 @@ def shift(images: Tensor, shifts: Tensor) -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scale images to another height and width, each on its own: the aspect ratio may change.
+    """Scale images to another height and width; the aspect ratio may change.
 
     Args:
         images: uint8 [N, channels, height, width].
         size: height and width, in pixels.
 
     Returns:
-        uint8 [N, channels, *size], interpolated bilinearly, averaged where pixels get fewer;
-        `images` itself if they have this size.
+        uint8 [N, channels, *size], with antialiased bilinear interpolation; `images` itself if they
+        already have this size.
 
     Example:
         >>> resize(torch.tensor([[[[0, 100], [0, 100]]]], dtype=torch.uint8), (1, 1))
@@ -147,12 +147,12 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Grey images of coloured ones, or the other way round.
+    """Convert images between grey and colour.
 
     Args:
         images: uint8 [N, channels, height, width].
-        channels: 1 weighs red, green and blue as ITU-R BT.601; 3 repeats grey. Images with other
-            numbers of channels stay as they are.
+        channels: 1 weights red, green and blue as in ITU-R BT.601; 3 repeats the grey channel.
+            Images with other numbers of channels are returned unchanged.
 
     Example:
         >>> white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
@@ -168,15 +168,15 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Split off `count` images, drawn in proportion to the classes; both parts keep their order.
+    """Split off `count` random images, stratified by class; both parts keep their order.
 
     Args:
-        split: The images. Of several classes in an image, the first counts.
-        count: How many to split off.
-        seed: Draws them.
+        split: The images. If an image shows several classes, the first one counts.
+        count: Number of images to split off.
+        seed: Seed of the selection.
 
     Returns:
-        What is left, and what was split off.
+        The remaining images, and those that were split off.
     """
     total = len(split.labels)
     classes = split.labels if split.labels.dim() == 1 else split.labels.argmax(dim=1)
@@ -188,14 +188,14 @@ def set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 
 
 def check_memory(needed: int, source: str) -> None:
-    """See whether so many bytes of pixels fit into this machine's memory.
+    """Check that `needed` bytes of pixels fit into this machine's memory.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not fit.
     """
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"{source}: its images take {needed / 2**30:.1f} GiB as they are kept in memory, and "
-            f"this machine has {there / 2**30:.1f} GiB; take fewer, or a smaller --image-size"
+            f"{source}: its images take {needed / 2**30:.1f} GiB in memory, and this machine has "
+            f"{there / 2**30:.1f} GiB; use fewer images or a smaller --image-size"
         )

@@ -1,7 +1,7 @@
-"""Routing from poses and matrices to parents without storing votes or logits.
+"""Kernels that route from poses and matrices to parents without storing votes or logits.
 
-The derivation is in README.md beside this file. A kernel serves one kind of device: here is where
-it is chosen.
+The derivation is in README.md beside this file. `cpu/` has the kernels for the CPU, `triton/` those
+for CUDA; this file chooses between them.
 """
 
 from typing import Literal
@@ -19,9 +19,9 @@ from graphcaps.kernels.votes import Votes, check_votes, names
 __all__ = ["Edges", "TritonEdges", "Votes", "prepare", "routed", "why_not"]
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look into it
+@torch.compiler.assume_constant_result  # torch.compile calls it once and does not trace it
 def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why no kernel can route features of `dtype` on `device`, or None where one can.
+    """Return why no kernel can route features of `dtype` on `device`, or None if one can.
 
     >>> why_not(torch.device("cpu"), torch.bfloat16)
     'it computes in float32 and float64, not in torch.bfloat16'
@@ -33,15 +33,17 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
 
 
 def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> Edges | TritonEdges:
-    """What the kernel for `device` needs of a graph, whatever the batch; not written on.
+    """Return a graph's edges in the form that the kernel for `device` takes.
+
+    The result does not depend on the batch, and kernels only read it.
 
     Args:
         graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
         kinds: number of matrices, M.
-        device: one for which `why_not` gives None.
+        device: a device for which `why_not` returns None.
 
     Raises:
-        ValueError: the graph wants more matrices.
+        ValueError: the graph refers to more matrices than there are.
     """
     check_weight_index(graph, kinds)
     if device.type in ("cpu", "meta"):
@@ -56,25 +58,25 @@ def routed(
     iterations: int,
     gradients: Literal["all", "last"] = "all",
 ) -> Tensor:
-    """Dynamic routing (Sabour et al. 2017, procedure 1) of votes that are never stored.
+    """Dynamic routing (Sabour et al. 2017, procedure 1) without storing the votes.
 
-    Has first derivatives alone; asked for the second, autograd raises RuntimeError. Equal calls
-    give equal bits, on the CPU with the same number of threads.
+    Only first derivatives are implemented: for second derivatives, autograd raises RuntimeError.
+    Equal calls give bitwise equal results, on the CPU if the number of threads is the same.
 
     Args:
         u: poses, `[B, I, K]`; float32, on the CPU also float64, on CUDA also bfloat16.
         weight: matrices, `[M, K, D]`, in the dtype and on the device of `u`.
         edges: from `prepare`, on the device of `u`.
         iterations: R, at least 1; with 1, this is uniform routing.
-        gradients: `"all"` lets gradients flow through every iteration, `"last"` through the last
-            alone.
+        gradients: `"all"` lets gradients flow through every iteration, `"last"` only through the
+            last.
 
     Returns:
         Parents, `[B, J, D]`, in the dtype of `u`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, iterations below 1, another word
-            for `gradients`.
+        ValueError: shapes, dtypes or devices do not match, `iterations` is below 1, or
+            `gradients` is neither `"all"` nor `"last"`.
         RuntimeError: the kernel cannot run on this device; `why_not` says why.
 
     >>> from graphcaps import complete_graph

@@ -1,4 +1,4 @@
-"""The edges of a graph sorted by child, by parent, by matrix, or by who competes."""
+"""The edges of a graph sorted by child, by parent, by matrix or by competition."""
 
 from typing import Literal, NamedTuple
 
@@ -9,10 +9,10 @@ from graphcaps._dgl import dgl
 
 
 class SortedEdges(NamedTuple):
-    """Edges in an order in which those of one child, parent, matrix or competition stand together.
+    """Edges sorted so that those of one child, parent, matrix or competition are contiguous.
 
-    Those of number n are `start[n]` to `start[n + 1] − 1`; equals keep the order of the graph.
-    All are int32.
+    The edges of number n are `start[n]` to `start[n + 1] − 1`. The sort is stable. All tensors are
+    int32.
     """
 
     start: Tensor  # [N + 1], for N children, parents, matrices or competitions
@@ -24,13 +24,13 @@ class SortedEdges(NamedTuple):
 def sort_edges(
     graph: dgl.DGLGraph, by: Literal["child", "parent", "kind"], kinds: int, device: torch.device
 ) -> SortedEdges:
-    """Sort the edges of a graph: compressed sparse rows, columns, or the same by matrix.
+    """Sort the edges of a graph by child (CSR), by parent (CSC) or by matrix.
 
     Args:
         graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
-        by: whose edges are to stand together.
+        by: the sort key.
         kinds: number of matrices, M.
-        device: where the numbers are to be.
+        device: the device of the result.
 
     Returns:
         The edges, sorted.

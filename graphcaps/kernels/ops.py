@@ -1,10 +1,10 @@
-"""The kernels as operations of torch, for every device: with fakes, autograd and no side effects.
+"""The kernels as custom operations of torch, with fake implementations and autograd formulas.
 
-`torch.compile`, FakeTensor, the meta device and `torch.func` see an operation and its shapes; what
-computes it is chosen by the device of its tensors.
+`torch.compile`, FakeTensor, the meta device and `torch.func` see an operation and the shapes of its
+outputs. Torch dispatches it to a kernel by the device of its tensors.
 """
 
-from typing import Any, Sequence  # noqa: UP035, custom_op of older torch knows no other
+from typing import Any, Sequence  # noqa: UP035, custom_op of older torch accepts no other
 
 import torch
 from torch import Tensor
@@ -32,11 +32,10 @@ def couple(
     squares: bool,
     detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass over the edges: N, S, Q (of size 0 without `squares`), and what the backward keeps.
+    """One pass over the edges: N, S, Q (of size 0 without `squares`), and data for the backward.
 
-    With `detach_coupling`, the backward takes c as a constant.
-    What is `kept`, and what `edges` has to be, is the device's own affair; the rest is told at
-    `Votes`.
+    With `detach_coupling`, the backward treats c as a constant. The contents of the last output and
+    of `edges` depend on the device. The other arguments are those of `Votes`.
     """
     return couple_cpu.couple(
         u, weight, a, r, k, p, q, beta, prior, edges, parents, rows, leak, squares, detach_coupling
@@ -107,8 +106,9 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior, of size 0 where not `needed`.
 
-    `needed` has eight entries. Those of k and p may be needed without there being a k or p: the
-    gradient of r is made of them. With `detach_coupling`, k, p, q and prior are not needed.
+    `needed` has eight entries. The gradients of k and p may be needed even if k and p are absent,
+    because the gradient of r is computed from them. With `detach_coupling`, those of k, p, q and
+    prior are not needed.
     """
     return couple_cpu.couple_backward(
         dN,
@@ -171,7 +171,7 @@ def _gradients(
     if detach_coupling:
         of_k = of_p = of_q = of_prior = False
     else:
-        of_k = of_k or (of_r and p is not None)  # the gradient of r is made of these
+        of_k = of_k or (of_r and p is not None)  # the gradient of r is computed from these
         of_p = of_p or (of_r and q is not None)
     needed = [of_u, of_weight, of_a, of_k, of_p, of_q, of_beta, of_prior]
     found = differentiate_couple(dN, dS, dQ, kept, *features, edges, *ctx.numbers, needed)
@@ -194,7 +194,7 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _refuse_second(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "engine 'fused' has first derivatives alone; use engine='scatter' for the second"
+        "engine 'fused' has first derivatives only; use engine='scatter' for the second"
     )
 
 
@@ -218,10 +218,10 @@ def dynamic_routing(
     iterations: int,
     through_all: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dynamic routing: v `[B, J, D]`, and what the backward keeps of parents and of children.
+    """Dynamic routing: v `[B, J, D]`, and features of parents and of children for the backward.
 
-    What is kept has its samples in the second dimension, or size 0; the rest is the device's own
-    affair. `complete` is told at `TritonEdges`.
+    These features have the batch in their second dimension, or size 0; otherwise they depend on the
+    device. For `complete`, see `TritonEdges`.
     """
     return dynamic_cpu.dynamic_routing(u, weight, edges, parents, complete, iterations, through_all)
 

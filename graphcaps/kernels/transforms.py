@@ -1,4 +1,4 @@
-"""Derivatives and `vmap` of the kernels' operations, also where `torch.func` transforms them."""
+"""Derivatives and `vmap` for the kernels' operations, under autograd and under `torch.func`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from graphcaps.tracing import under_torch_func
 
 
 class Samples(NamedTuple):
-    """Which dimension numbers the samples, in the tensors of an operation; None where they share.
+    """The batch dimension of each tensor of an operation; None for tensors that samples share.
 
     Attributes:
-        inputs: of the tensors that the operation takes first; edges and numbers follow.
-        outputs: of the tensors that it gives. Where samples share one of them, the operation's
-            last argument says which are needed.
+        inputs: for the tensors that the operation takes first; edges and numbers follow.
+        outputs: for the tensors that it returns. If samples share one of them, the last argument
+            of the operation says which outputs are needed.
     """
 
     inputs: tuple[int | None, ...]
@@ -28,20 +28,22 @@ def transformable(
     keep: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
     gradients: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
-    """Give an operation derivatives, and its batching rule.
+    """Give an operation derivatives and a batching rule.
 
-    `torch.func` takes the derivatives of a `torch.autograd.Function` and not those registered for
-    an operation; traces take the operation, as one node. So it has both, of the same functions.
+    `torch.func` uses the derivatives of a `torch.autograd.Function`, but not those registered for
+    a custom operation; traces need the custom operation, as one node. Both are defined here, from
+    the same functions.
 
     Args:
         operation: from `torch.library.custom_op`: takes tensors, a list of the graph's tensors,
             and numbers.
-        samples: which dimension of its tensors numbers the samples.
-        keep: puts on the context what `gradients` needs of inputs and outputs.
-        gradients: takes the context and the gradients of the outputs, gives those of the tensors.
+        samples: the batch dimension of each of its tensors.
+        keep: saves on the context the inputs and outputs that `gradients` needs.
+        gradients: takes the context and the gradients of the outputs, and returns those of the
+            tensors.
 
     Returns:
-        The operation as it is to be called.
+        The function to call instead of the operation.
     """
     count = len(samples.inputs)
 
@@ -94,10 +96,10 @@ def _mapped(
     samples: Samples,
     sharing: bool,
 ) -> tuple[Tensor, ...]:
-    """What `run` gives for each index of the mapped dimension, which is the first of the results.
+    """Apply `run` to each index of the mapped dimension, which becomes the first of the results.
 
-    As so many more samples in one call; one call after the other, where samples would share what
-    is to stay apart.
+    The mapped dimension is merged with the batch, for one call. If a tensor that samples share is
+    mapped, or its gradient is needed, there is one call for each index instead.
     """
     moved = [
         x if x is None or d is None else x.movedim(d, 0) for x, d in zip(tensors, dims, strict=True)
@@ -119,12 +121,12 @@ def _mapped(
 
 
 def _as_samples(x: Tensor, dim: int) -> Tensor:
-    """`[V, …, B, …]` to `[…, V·B, …]`, with B at `dim` of the rest; `[V, 0]`, of what is absent."""
+    """`[V, …, B, …]` to `[…, V·B, …]`, with V·B at `dim`; `[V, 0]`, an absent tensor, to `[0]`."""
     return x.flatten() if x.dim() == 2 else x.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _apart(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """`[…, V·B, …]` to `[V, …, B, …]`; `[0]`, of what is absent, to `[V, 0]`."""
+    """`[…, V·B, …]` to `[V, …, B, …]`; `[0]`, an absent tensor, to `[V, 0]`."""
     if x.dim() == 1 or dim is None:
         return x.expand(size, *x.shape)
     return x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0)

@@ -1,4 +1,4 @@
-"""The pass over the edges, from poses and matrices: votes are computed where they are used."""
+"""The pass over the edges, from poses and matrices: votes are recomputed instead of stored."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from graphcaps.kernels.triton import TritonEdges
 
 
 class Votes:
-    """The votes of one forward, `û_e = W_mᵀ u_i` row by row, which are never stored.
+    """The votes of one forward pass, `û_e = W_mᵀ u_i` row by row, which are never stored.
 
     Args:
         u: poses, `[B, I, P·K]`: P rows of K numbers.
         weight: matrices, `[M, K, D]`, in the dtype and on the device of `u`.
         edges: from `prepare`, on the device of `u`.
-        a: activations of the children, `[B, I]`; 1, if not given.
+        a: activations of the children, `[B, I]`; 1 if not given.
         rows: P; 1 for vectors.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices do not match.
         RuntimeError: no kernel can run on this device; `why_not` says why.
 
     >>> from graphcaps import complete_graph, kernels
@@ -57,7 +57,7 @@ class Votes:
         squares: bool = False,
         detach_coupling: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One pass over the edges: what parents get of their votes, weighted by the coupling.
+        """One pass over the edges: sums of each parent's votes, weighted by the coupling.
 
             y_e = û_e − r_j
             b_e = prior_m + k_j + p_j·y_e + q_j·y_e²
@@ -65,26 +65,26 @@ class Votes:
             w_e = a_i (c_e + beta_m)
             N_j = Σ w_e,  S_j = Σ w_e y_e,  Q_j = Σ w_e y_e²
 
-        Squares are those of each number. What is not given counts as 0; without k, p, q and prior,
-        a child couples equally to all its parents. Has first derivatives alone.
+        Squares are elementwise. An argument that is not given counts as 0; without k, p, q and
+        prior, a child couples equally to all its parents. Only first derivatives are implemented.
 
         Args:
-            k: a number of each parent, `[B, J]`.
-            p: what is linear in the vote, `[B, J, P·D]`.
-            q: what is quadratic in it, `[B, J, P·D]`.
-            r: reference points of the parents, `[B, J, P·D]`. Near the mean of the votes, they keep
-                `Q/N − (S/N)²` exact.
-            beta: a number of each matrix, `[M]`, added to the coupling.
-            prior: a number of each matrix, `[M]`, added to the logit.
-            leak: one more term, `exp 0`, in the sum that softmax divides by.
+            k: constant term of the logit, `[B, J]`.
+            p: coefficients of the linear term, `[B, J, P·D]`.
+            q: coefficients of the quadratic term, `[B, J, P·D]`.
+            r: reference points of the parents, `[B, J, P·D]`. If they are near the mean of the
+                votes, `Q/N − (S/N)²` does not lose precision.
+            beta: a number for each matrix, `[M]`, added to the coupling.
+            prior: a number for each matrix, `[M]`, added to the logit.
+            leak: add `exp 0` to the sum that softmax divides by.
             squares: compute Q.
             detach_coupling: let no gradient flow through c.
 
         Returns:
-            N `[B, J]`, S `[B, J, P·D]` and Q `[B, J, P·D]`, or None for Q without `squares`.
+            N `[B, J]`, S `[B, J, P·D]` and Q `[B, J, P·D]`; Q is None without `squares`.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit.
+            ValueError: shapes, dtypes or devices do not match.
         """
         parents = (self.u.shape[0], self.edges.parents)
         poses = (*parents, self.rows * self.weight.shape[2])
@@ -130,7 +130,7 @@ class Votes:
 
 
 def check_votes(u: Tensor, weight: Tensor, edges: Edges | TritonEdges, rows: int = 1) -> None:
-    """Raise ValueError for poses and matrices that do not fit: no kernel looks again."""
+    """Raise ValueError if poses, matrices and edges do not match; kernels do not check again."""
     if rows < 1:
         raise ValueError(f"rows must be at least 1; got {rows}")
     if u.dim() != 3 or u.shape[1] != edges.children or u.shape[2] % rows:
@@ -156,5 +156,5 @@ def check_votes(u: Tensor, weight: Tensor, edges: Edges | TritonEdges, rows: int
 
 
 def names(dtypes: Sequence[torch.dtype], between: str) -> str:
-    """As they are said in a sentence: `float32 or both in float64`."""
+    """Names of dtypes joined for a sentence, such as `float32 or both in float64`."""
     return between.join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""The control without capsules: fully connected layers in the place of votes and routing."""
+"""The control without capsules: fully connected layers instead of votes and routing."""
 
 from torch import Tensor, nn
 
@@ -6,16 +6,16 @@ from graphcaps.layers import Capsules
 
 
 class FullyConnected(nn.Module):
-    """The control without capsules: two fully connected layers in the place of votes and routing.
+    """The control without capsules: two fully connected layers instead of votes and routing.
 
-    The first, with ReLU, has as many weights as one matrix for each child and class; what comes
-    of it is what the decoder is given. The second, with softmax, gives the classes.
+    The first, with ReLU, has as many weights as one matrix for each child and class; its output is
+    the input of the decoder. The second, with softmax, computes the probabilities of the classes.
 
     Args:
         children: number of groups of channels.
-        child_dim: numbers in each.
+        child_dim: channels in each group.
         classes: number of classes.
-        parent_dim: numbers for each class in between.
+        parent_dim: hidden units for each class.
 
     >>> import torch
     >>> poses, probabilities = FullyConnected(6, 8, 3, 16)(torch.rand(2, 6, 8))
@@ -29,7 +29,7 @@ class FullyConnected(nn.Module):
         self.classes = nn.Linear(classes * parent_dim, classes)
 
     def forward(self, u: Tensor) -> Capsules:
-        """Args: u, `[B, I, K]`. Returns: numbers `[B, J, D]` and probabilities, `[B, J]`."""
+        """Args: u, `[B, I, K]`. Returns: hidden units, `[B, J, D]`, and probabilities, `[B, J]`."""
         between = self.hidden(u.flatten(1)).relu().to(u.dtype)
         probabilities = self.classes(between).to(u.dtype).softmax(dim=1)
         return Capsules(between.unflatten(1, (len(self.classes.bias), -1)), probabilities)

@@ -8,8 +8,8 @@ from torch import Tensor
 from graphcaps.functional import multi_hot
 from graphcaps.nets.model import CapsNetOutput
 
-RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; 0.392 of their mean at 784 pixels
-SMALLEST_ACTIVATION = 1e-7  # that a logarithm is taken of
+RECONSTRUCTION_WEIGHT = 0.0005  # of the sum over pixels; for 784 pixels, 0.392 of their mean
+SMALLEST_ACTIVATION = 1e-7  # lower bound before a logarithm is taken
 
 
 def margin_loss(
@@ -27,8 +27,8 @@ def margin_loss(
 
     Args:
         lengths: |v_k|, `[B, J]`.
-        labels: the class of each image, integers `[B]`, or 0 and 1 for every class, `[B, J]`,
-            where images show several.
+        labels: the class of each image, integers `[B]`; if images show several classes, 0 and 1
+            for every class, `[B, J]`.
         present: m⁺, the length above which a present class costs nothing.
         absent: m⁻, the length below which an absent class costs nothing.
         down_weight: λ, the weight of the absent classes.

@@ -115,7 +115,7 @@ class CapsNetConfig:
         image_size: height and width of an image, in pixels; one number for both if they are equal.
         classes: number of classes, hence of class capsules, J.
         conv_channels: channels of the first convolution, without `convolutions`.
-        kernel_size: height and width of its kernels and of the primary capsules', in pixels.
+        kernel_size: height and width of its kernels and those of the primary capsules, in pixels.
         capsule_maps: maps of primary capsules.
         child_dim: numbers in the pose of a primary or hidden capsule.
         parent_dim: numbers in the pose of a class capsule.
@@ -134,7 +134,8 @@ class CapsNetConfig:
         shared: one matrix for each capsule map and class; votes then have coordinates.
         class_names: names of the classes; their numbers by default.
         image_kind: how an image file is read, see `graphcaps.data.read_digit` and `read_picture`.
-        labels_per_image: number of longest capsules that are the prediction; 0 for all above 0.5.
+        labels_per_image: number of classes to predict, those of the longest capsules; 0 for all
+            classes with a capsule longer than 0.5.
 
     Raises:
         ValueError: a size below 1, an unknown routing, poses that `rows` does not divide.
@@ -342,7 +343,7 @@ class CapsNetConfig:
         return shapes
 
     def _layer_shapes(self, sizes: Sizes, name: str) -> dict[str, tuple[int, ...]]:
-        """What a layer of capsules, whose children have `child_dim`, learns."""
+        """The shapes of the parameters of a capsule layer whose children have `child_dim`."""
         routing, rows = self.make_routing(), self.rows
         with torch.device("meta"):
             routing.build(sizes)
@@ -458,7 +459,7 @@ MATRIX_POSES = dict(child_dim=16, parent_dim=16, rows=4)  # 4×4, as in the pape
 
 
 def pretrained_names() -> list[str]:
-    """The trained nets that come with the library."""
+    """The names of the trained nets that ship with the library."""
     return sorted(folder.name for folder in PRETRAINED.iterdir() if folder.is_dir())
 
 
@@ -466,11 +467,11 @@ def find_net(name: Path | str) -> Path:
     """The folder of a trained net.
 
     Args:
-        name: a run's folder, whose best epoch is taken; a folder with `model.safetensors`; or the
-            name of a net that comes with the library.
+        name: a run's folder, whose best epoch is used; a folder with `model.safetensors`; or the
+            name of a net that ships with the library.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such net.
     """
     for folder in (Path(name), Path(name) / BEST, PRETRAINED / Path(name).name):
         if (folder / CONFIG).exists() and (folder.parent != PRETRAINED or str(name) == folder.name):
@@ -542,11 +543,11 @@ def _make_hidden(config: CapsNetConfig, grid: tuple[int, int], engine: str) -> n
 
 
 def _draw_larger(layer: CapsuleLayer) -> None:
-    """Draw matrices from N(0, n/4K), n votes for a parent, K numbers in a row of a child's pose.
+    """Initialise matrices from N(0, n/4K) for n votes per parent and rows of K numbers.
 
-    The mean of n independent votes then is half as large as a child's pose. With a deviation of 0.1
-    poses shrink from layer to layer to far below the smallest variance of EM, and nothing is
-    learned.
+    The mean of n independent votes is then half as large as a child's pose. With a standard
+    deviation of 0.1, poses shrink from layer to layer to far below the smallest variance of EM, and
+    the net does not learn.
     """
     votes = layer.structure.edges / layer.structure.parents
     nn.init.normal_(layer.weight, std=math.sqrt(votes / layer.weight.shape[1]) / 2)
@@ -701,12 +702,12 @@ class CapsNet(nn.Module):
                 (for 224 × 224 pixels in colour), or `"cnn"` and `"cnn-paper"`, controls without
                 capsules, of the sizes of small and paper.
             engine: see `CapsuleLayer`.
-            encoder: instead of the preset's convolutions, see `CapsNet`.
+            encoder: used instead of the preset's convolutions, see `CapsNet`.
             changes: fields of `CapsNetConfig` that differ from the preset. With a `routing` whose
                 paper uses pose matrices (em, variational_bayes), poses are 4×4 by default.
 
         Raises:
-            ValueError: an unknown preset or routing, sizes that do not fit.
+            ValueError: an unknown preset or routing, or sizes that do not match.
 
         >>> model = CapsNet.from_preset("paper", classes=5)
         >>> model.config.classes
@@ -734,7 +735,7 @@ class CapsNet(nn.Module):
             The net on the CPU, in evaluation mode.
 
         Raises:
-            ValueError: an unknown name, sizes that do not fit.
+            ValueError: an unknown name, or sizes that do not match.
 
         >>> CapsNet.from_pretrained("mnist-small").config.capsule_maps
         8
@@ -753,9 +754,9 @@ class CapsNet(nn.Module):
         Args:
             folder: holds `model.safetensors` and `model.json`.
             engine: see `CapsuleLayer`.
-            changes: fields of the configuration that differ, for a net to be trained further.
-                Weights of another shape are initialised again; with `classes`, or other
-                `class_names`, also those that belong to a class: the class capsules' matrices, the
+            changes: fields of the configuration to change, to train the net further. Weights whose
+                shape changes are initialised again. If `classes` is given, or `class_names` differ,
+                so are all weights that belong to a class: the class capsules' matrices, the
                 parameters of their routing, and the decoder's first layer.
 
         Returns:
@@ -771,7 +772,7 @@ class CapsNet(nn.Module):
             expected = config.parameter_shapes()
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
-        # before anything is allocated: a bad configuration may ask for more memory than there is
+        # checked before allocation, as a bad configuration may need more memory than there is
         found = read_shapes(folder / WEIGHTS)
         different = first_difference(expected, {name: found.get(name) for name in expected})
         if different is not None:
@@ -801,8 +802,8 @@ class CapsNet(nn.Module):
         save_weights(folder / WEIGHTS, self, dtype)
 
     def _changed(self, changes: dict[str, Any]) -> "CapsNet":
-        """A net of another configuration, with those weights that it can take."""
-        if "classes" in changes:  # which have other names then, or none
+        """A net with another configuration, and with those weights whose shape is unchanged."""
+        if "classes" in changes:  # then the names of the classes are no longer valid
             changes = {"class_names": None, "labels_per_image": 1} | changes
         config = replace(self.config, **changes)
         other = "classes" in changes or config.names != self.config.names
@@ -855,11 +856,11 @@ class CapsNet(nn.Module):
     def primary_capsules(self, images: Tensor) -> tuple[Tensor, ...]:
         """The capsules of images `[B, C, H, W]` that vote for the classes.
 
-        These are the input of `capsules`: the primary capsules, or the last hidden layer of
-        capsules if there are any.
+        They are the input of `capsules`: the primary capsules, or those of the last hidden layer of
+        capsules if there is one.
 
         Returns:
-            Poses, `[B, I, child_dim]`; with a routing that has activations, these, `[B, I]`, too.
+            Poses, `[B, I, child_dim]`, and activations, `[B, I]`, if the routing has them.
 
         Raises:
             ValueError: as `forward`.
@@ -878,8 +879,8 @@ class CapsNet(nn.Module):
         """The confidence in each class, from 0 to 1.
 
         Args:
-            poses: of class capsules, `[..., J, parent_dim]`.
-            activations: theirs, `[..., J]`, of a routing that has them.
+            poses: poses of the class capsules, `[..., J, parent_dim]`.
+            activations: their activations, `[..., J]`, if the routing has them.
 
         Returns:
             `[..., J]`.
@@ -889,7 +890,7 @@ class CapsNet(nn.Module):
         return length(poses) if activations is None else activations
 
     def classify(self, lengths: Tensor) -> Tensor:
-        """The classes that lengths `[B, J]` tell, see `predicted_classes`: `[B]`, or `[B, J]`."""
+        """Predict classes, `[B]` or `[B, J]`, from lengths `[B, J]`; see `predicted_classes`."""
         return predicted_classes(lengths, self.config.labels_per_image)
 
     @property
@@ -899,7 +900,7 @@ class CapsNet(nn.Module):
         return "nll" if routing is None else ROUTINGS[routing].loss
 
     def _check_told_by_config(self) -> None:
-        """Refuse to save what `load` could not restore."""
+        """Raise ValueError if `load` could not restore the model."""
         try:
             expected = self.config.parameter_shapes()
             again = parse_record(json_bytes(asdict(self.config)), CapsNetConfig, CONFIG)

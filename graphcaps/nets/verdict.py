@@ -1,4 +1,4 @@
-"""What a net says of an image: one class, two classes, or none that it knows."""
+"""Decides whether an image shows one class, two classes, or none that the net knows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 from graphcaps.functional import multi_hot
 from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
 
-LENGTH_OF_PRESENT = 0.5  # the middle of the margins 0.1 and 0.9 of the loss
-LARGEST_ERROR = 0.45  # of a reconstruction, beside the squares of the image
+LENGTH_OF_PRESENT = 0.5  # midway between the margins 0.1 and 0.9 of the loss
+LARGEST_ERROR = 0.45  # of a reconstruction, relative to the squares of the image
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an image shows.
+    """The classes that an image shows.
 
     Attributes:
-        classes: none, one or two, in the order of their numbers.
-        error: of the reconstruction, `Σ (x − x̂)² / Σ x²`; None without a decoder.
+        classes: none, one or two classes, in ascending order.
+        error: the error of the reconstruction, `Σ (x − x̂)² / Σ x²`; None without a decoder.
     """
 
     classes: tuple[int, ...]
@@ -29,7 +29,7 @@ class Verdict:
         """The verdict in words.
 
         Args:
-            names: of all classes.
+            names: names of all classes.
 
         >>> digits = "0123456789"
         >>> Verdict((7,), 0.1).text(digits), Verdict((4, 8), 0.2).text(digits)
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def has_verdict(config: CapsNetConfig) -> bool:
-    """Whether the thresholds of `judge` hold for a net: those for images of one digit each.
+    """Whether the thresholds of `judge` are valid for a net, which needs images of single digits.
 
     >>> has_verdict(CapsNetConfig()), has_verdict(CapsNetConfig(image_kind="picture"))
     (True, False)
@@ -56,18 +56,20 @@ def has_verdict(config: CapsNetConfig) -> bool:
 
 
 def judge(lengths: Tensor, image: Tensor, draw: Callable[[list[int]], Tensor] | None) -> Verdict:
-    """Decide what an image shows from its class capsules and from what they draw.
+    """Decide which classes an image shows from its class capsules and their reconstructions.
 
-    A class is present where its capsule is at least `LENGTH_OF_PRESENT` long; of more than two,
-    the two longest. What the present capsules draw, pixel by pixel the larger, has to resemble the
-    image, `Σ (x − x̂)² ≤ LARGEST_ERROR · Σ x²`, or the image shows none: a capsule is long for many
-    images that it cannot draw (Frosst, Sabour & Hinton 2018, arXiv:1811.06969, detect adversarial
-    images so). An image without ink shows none.
+    A class is present if its capsule is at least `LENGTH_OF_PRESENT` long; of more than two such
+    classes, the two longest count. The reconstructions of the present classes, combined by the
+    pixelwise maximum, must resemble the image, `Σ (x − x̂)² ≤ LARGEST_ERROR · Σ x²`; otherwise the
+    image shows no class. The reason is that capsules are long for many images that they cannot
+    reconstruct (Frosst, Sabour & Hinton 2018, arXiv:1811.06969, detect adversarial images in this
+    way). An image without ink shows no class.
 
     Args:
-        lengths: of the class capsules, `[J]`.
-        image: 0 to 1, `[C, H, W]`.
-        draw: the images that some classes' capsules draw, `[n, C, H, W]`; None without a decoder.
+        lengths: lengths of the class capsules, `[J]`.
+        image: in 0…1, `[C, H, W]`.
+        draw: reconstructs the image from the capsules of n classes, `[n, C, H, W]`; None without a
+            decoder.
 
     Returns:
         The verdict.
@@ -92,12 +94,12 @@ def judge(lengths: Tensor, image: Tensor, draw: Callable[[list[int]], Tensor] | 
 
 @torch.no_grad()
 def judge_images(model: CapsNet, output: CapsNetOutput, images: Tensor) -> list[Verdict]:
-    """Decide what each image shows, see `judge`.
+    """Decide which classes each image shows, see `judge`.
 
     Args:
         model: the net.
-        output: what it gave for the images.
-        images: 0 to 1, `[B, C, H, W]`.
+        output: its output for the images.
+        images: in 0…1, `[B, C, H, W]`.
 
     Returns:
         A verdict for each image.

@@ -31,18 +31,18 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
 
 
 def check_weights(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """See whether weights can be read again that `save_weights` would write.
+    """Check that weights written by `save_weights` can be loaded again.
 
     Args:
-        module: on any device.
-        dtype: what they would be rounded to.
+        module: a module on any device.
+        dtype: the type to which they would be rounded.
 
     Raises:
-        ValueError: a dtype other than of floating point; weights that are not finite, or not any
-            more in that dtype.
+        ValueError: `dtype` is not a floating-point type, or weights are not finite, or not finite
+            in that dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"weights are saved in a dtype of floating point; got {dtype}")
+        raise ValueError(f"weights can only be saved in a floating-point dtype; got {dtype}")
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not tensor.to(dtype or tensor.dtype).isfinite().all():
             raise ValueError(
@@ -53,15 +53,15 @@ def check_weights(module: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def read_shapes(path: Path) -> dict[str, Shape]:
-    """The shape of every tensor in a file, from its header alone.
+    """Read the shape of every tensor in a file from its header.
 
     Args:
         path: a safetensors file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a broken file.
-        OSError: it may not be read.
+        ValueError: the file is damaged.
+        OSError: the file cannot be read.
     """
     with open_regular(
         path
@@ -83,12 +83,13 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
     Args:
         path: a safetensors file.
-        module: on any device; changed only if all of the weights fit.
+        module: a module on any device; it is modified only if all weights match.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a broken file, the weights of another model, or weights that are not finite.
-        OSError: it may not be read.
+        ValueError: the file is damaged, or has the weights of another model or weights that are not
+            finite.
+        OSError: the file cannot be read.
     """
     expected = module.state_dict()
     different = first_difference(
@@ -114,7 +115,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
 def first_difference(
     expected: Mapping[str, Shape], found: Mapping[str, Shape | None]
 ) -> str | None:
-    """The first parameter, by name, with an unexpected shape; None if there is none."""
+    """Return the first parameter, by name, with an unexpected shape, or None."""
     for name in sorted(expected.keys() | found.keys()):
         here, there = expected.get(name), found.get(name)
         if here != there:

@@ -1,4 +1,4 @@
-"""Message passing with DGL's sparse kernels: no mailbox, and no features on the graph."""
+"""Message passing with DGL's sparse kernels, without mailboxes or features stored on the graph."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ from graphcaps.structure import Structure
 class BuiltinEngine:
     """Edge softmax, a sparse sum over edges (g-SpMM) and a sampled dot product (g-SDDMM).
 
-    DGL adds up the edges of a parent one after the other, which loses digits where there are many.
-    They then lead to *parts* of the parent, and a second graph leads from parts to parents.
+    DGL adds the edges of a parent one by one, which loses precision if there are many. In that case
+    they lead to *parts* of the parent, and a second graph connects the parts to the parents.
     """
 
     def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Operations of DGL over the edges of each child, accurate also for many parents."""
+"""DGL's operations over the edges of each child, accurate even if a child has many parents."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from graphcaps.structure import Structure
 
 
 class EdgesOfChildren:
-    """The softmax over the edges that compete, and the features of children on their edges.
+    """Softmax over the edges that compete, and copies of children's features to their edges.
 
-    DGL adds up a child's edges one after the other. With thousands of parents the sum of
-    exponentials is then off in its fifth digit in float32, by the same factor in all of the
-    child's c; so these are divided by their own sum, taken in parts.
+    DGL adds the edges of a child one by one. With thousands of parents the sum of exponentials in
+    float32 is then off in its fifth digit, which scales all c of the child by the same factor. They
+    are therefore divided by their own sum, which is taken in parts.
 
-    Where the edges of a child do not compete with each other, the softmax is that of a second
-    graph, whose children are the competitions.
+    If the edges that compete are not those of each child, the softmax is taken on a second graph,
+    whose children are the competitions.
 
     Attributes:
         many: whether any child has so many edges that sums over them are taken in parts.
@@ -34,15 +34,15 @@ class EdgesOfChildren:
         self.leaky: dgl.DGLGraph | None = None
 
     def expand(self, a: Tensor) -> Tensor:
-        """The child's feature on each of its edges, with a gradient that is summed in parts."""
+        """Copy each child's feature to its edges; the gradient is summed in parts."""
         by_sample = a.reshape(self.samples, self.by_child.count, a.shape[1])
         return self.by_child.expand(by_sample, dim=1).flatten(0, 1)
 
     def softmax(self, b: Tensor, leak: bool) -> Tensor:
         """`c_e = exp b_e / Σ exp b` over the edges that compete: `[B·E, 1]` to `[B·E, 1]`.
 
-        DGL's second derivative of this on the CPU is silently wrong; here autograd raises
-        RuntimeError.
+        Autograd raises RuntimeError for second derivatives on the CPU, where DGL's would be wrong
+        without an error.
         """
         groups, graph = self.by_competition, self.competing
         edges, leaks = len(groups.index), groups.count if leak else 0
@@ -52,7 +52,7 @@ class EdgesOfChildren:
             graph = self.leaky
             zeros = b.new_zeros(self.samples, leaks, 1)
             b = torch.cat([b.reshape(self.samples, edges, 1), zeros], dim=1).flatten(0, 1)
-        # DGL's default, norm_by="dst", is over the children of a parent
+        # DGL's default, norm_by="dst", would normalise over the children of a parent
         c = dgl.ops.edge_softmax(graph, b, norm_by="src")
         if c.device.type == "cpu":
             c = _FirstDerivative.apply(c)
@@ -66,7 +66,7 @@ class EdgesOfChildren:
         return c.flatten(0, 1)
 
     def _graph_of_competitions(self, leak: bool) -> dgl.DGLGraph:
-        """From competitions to parents, batched; the leaks stand after the edges of a sample."""
+        """A batched graph from competitions to parents; leaks follow the edges of each sample."""
         structure = self.structure
         with made_to_be_kept():
             below, above = structure.competition, structure.parent
@@ -84,7 +84,7 @@ class EdgesOfChildren:
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity, which raises when a second derivative is asked for."""
+    """The identity, whose backward raises RuntimeError if second derivatives are requested."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

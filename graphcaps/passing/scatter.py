@@ -1,4 +1,4 @@
-"""Message passing with torch's index operations, on any device; DGL only holds the structure."""
+"""Message passing with torch's index operations, on any device; DGL only stores the graph."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from graphcaps.structure import Groups, Structure
 
 
 class ScatterEngine:
-    """Gather by index, scatter by index, with the samples side by side."""
+    """Gathers and scatters by index; the samples are a batch dimension."""
 
     def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:
         self.structure, self.samples = structure, samples

@@ -1,4 +1,4 @@
-"""Message passing with DGL's user-defined functions, as routing is defined."""
+"""Message passing with DGL's user-defined functions, which follow the definition of routing."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from graphcaps.graph import batch_graph
 from graphcaps.passing.many_edges import EdgesOfChildren
 from graphcaps.structure import Structure
 
-MOST_IN_A_PRODUCT = 4096  # terms; a product sums them one after the other, a sum in parts
+MOST_IN_A_PRODUCT = 4096  # terms of a sum taken by einsum, which is less precise than torch.sum
 
 
 class UdfEngine:
@@ -31,22 +31,21 @@ class UdfEngine:
     def sum_into_parents(self, w: Tensor, x: Tensor) -> Tensor:
         graph = self.graph.local_var()
         graph.edata["w"], graph.edata["x"] = w, x
-        # for parents without messages; a sum over no edges, so that autograd has a graph
+        # for parents without messages: a sum over no edges, to which autograd can connect
         nothing = x[:0].sum(dim=0)
         graph.nodes["parent"].data["s"] = nothing.repeat(graph.num_nodes("parent"), 1)
 
         def message(edges):
             return {"w": edges.data["w"].squeeze(-1), "x": edges.data["x"]}
 
-        def reduce(
-            nodes,
-        ):  # w · x summed in one product: a mailbox of w · x would cost another pass
+        # one einsum multiplies and sums, which saves a pass over a mailbox of w · x
+        def reduce(nodes):
             w, x = nodes.mailbox["w"], nodes.mailbox["x"]
             if w.shape[1] > MOST_IN_A_PRODUCT:
                 return {"s": (w.unsqueeze(-1) * x).sum(dim=1)}
             return {"s": torch.einsum("ji,jid->jd", w, x)}
 
-        if graph.num_edges():  # without edges DGL warns and does nothing
+        if graph.num_edges():  # without edges, DGL warns and does nothing
             graph.update_all(message, reduce)
         return graph.nodes["parent"].data["s"]
 
@@ -82,7 +81,7 @@ class UdfEngine:
     def update_parents(
         self, function: Callable[..., tuple[Tensor, ...]], *features: Tensor
     ) -> tuple[Tensor, ...]:
-        if not self.graph.num_nodes("parent"):  # then DGL does nothing
+        if not self.graph.num_nodes("parent"):  # without nodes, DGL does not call the function
             return function(*features)
         graph = self.graph.local_var()
         names = [f"feature {number}" for number in range(len(features))]

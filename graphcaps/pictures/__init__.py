@@ -1,1 +1,1 @@
-"""Figures of layers and trained nets: numbers in inspection.py, drawn by figures.py."""
+"""Figures of layers and trained nets: inspection.py computes the numbers, figures.py draws them."""

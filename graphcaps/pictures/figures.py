@@ -1,8 +1,8 @@
 """Matplotlib figures of routing, reconstructions and training; none of them runs a net.
 
-Every function returns a `Figure` or an animation of one, without pyplot and its global state;
-save it with `figure.savefig(path)`, or an animation with `gif(animation)`. Darker means more, in
-a single hue that keeps its order in grey and for colour-blind readers.
+Every function returns a `Figure` or an animation, and does not use pyplot and its global state.
+Save a figure with `figure.savefig(path)`; `gif(animation)` encodes an animation. Darker means more,
+in a single hue that keeps its order in greyscale and for colour-blind readers.
 """
 
 import math
@@ -27,7 +27,7 @@ from graphcaps.pictures.inspection import VoteMap
 
 AMOUNT = colormaps["Blues"]  # light for little, dark for much
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#08306b"
-AGAINST = "#5e3c99"  # of what counts against, hollow besides
+AGAINST = "#5e3c99"  # of negative amounts, which are also drawn hollow
 FRAMES_PER_SECOND = 1
 MOST_LABELLED_CHILDREN = 40
 IMAGES_IN_A_ROW = 10
@@ -42,11 +42,11 @@ def entropy_by_iteration(
     Args:
         entropy: of each child's coupling, in nats, `[R, B, I]`, as `Trace.entropy` gives it.
         parents: J; ln J is the entropy of a child that does not decide.
-        labels: the class of each sample, `[B]`, for a second panel with a row per class.
+        labels: the class of each sample, `[B]`; adds a second panel with one row for each class.
         classes: their names; numbers if not given.
 
     Returns:
-        Mean, range of 90 % of the children, and minimum; with labels, also the mean of each class.
+        Mean, range of 90 % of the children, and minimum; with labels, also the mean per class.
     """
     rounds = np.arange(1, len(entropy) + 1)
     per_child = _numbers(entropy.flatten(1))
@@ -77,15 +77,15 @@ def entropy_by_iteration(
 
 
 def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) -> Figure:
-    """Histogram of the coupling coefficients, a row for each iteration.
+    """Histogram of the coupling coefficients, with one row for each iteration.
 
     Args:
         c: coupling, `[R, ...]`.
-        parents: J, to mark 1/J, where every edge starts; not marked if not given.
-        bins: from 0 to 1.
+        parents: J, to mark the initial coupling 1/J; not marked if not given.
+        bins: number of bins from 0 to 1.
 
     Returns:
-        Fraction of the edges against their coupling, on a logarithmic axis.
+        Fraction of the edges by their coupling, on a logarithmic axis.
     """
     shares, edges = coupling_shares(c, bins)
     figure = _figure(6.5, 0.8 * len(shares) + 1)
@@ -106,12 +106,12 @@ def coupling_histogram(c: Tensor, parents: int | None = None, bins: int = 25) ->
 def coupling_histogram_animation(
     c: Tensor, parents: int | None = None, bins: int = 25
 ) -> FuncAnimation:
-    """The same, an iteration in each frame.
+    """Histogram of the coupling coefficients, animated with one frame for each iteration.
 
     Args:
         c: coupling, `[R, ...]`.
         parents: J, to mark 1/J; not marked if not given.
-        bins: from 0 to 1.
+        bins: number of bins from 0 to 1.
 
     Returns:
         An animation of R frames.
@@ -134,18 +134,18 @@ def coupling_histogram_animation(
 def coupling_graph(
     graph: networkx.MultiGraph, classes: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Coupling graph: children below, parents above, edges as wide and dark as their coupling.
+    """Coupling graph: children below, parents above; edges are wide and dark for strong coupling.
 
-    Children in the order of `Trace.children_by_parent` let few edges cross.
+    Order the children by `Trace.children_by_parent`, so that few edges cross.
 
     Args:
-        graph: one sample at one iteration, from `Trace.networkx`; group the children of large
-            graphs there.
+        graph: one sample at one iteration, from `Trace.networkx`, which can group the children of
+            large graphs.
         classes: names of the parents; numbers if not given.
-        title: above the graph.
+        title: title above the graph.
 
     Returns:
-        The graph; the area of a parent is its length |v|.
+        The graph; the area of a parent shows its length |v|.
     """
     figure, axes = _graph_axes(graph)
     _draw_graph(axes, graph, classes, title)
@@ -155,7 +155,7 @@ def coupling_graph(
 def coupling_graph_animation(
     graphs: Sequence[networkx.MultiGraph], classes: Sequence[str] = ()
 ) -> FuncAnimation:
-    """The same, an iteration in each frame.
+    """Coupling graph, animated with one frame for each iteration.
 
     Args:
         graphs: one sample's graph at every iteration, from `Trace.networkx`.
@@ -180,18 +180,18 @@ def vote_maps(
     titles: Sequence[str],
     label: str = "coupling × length",
 ) -> Figure:
-    """Map of the places in an image that the votes for a class come from.
+    """Map of the positions in an image from which the votes for a class come.
 
     Args:
-        image: 0 to 1, `[C, H, W]`.
-        maps: one for each panel, all on one scale.
-        titles: of the panels.
-        label: what the maps count.
+        image: in 0…1, `[C, H, W]`.
+        maps: one for each panel, all on the same scale.
+        titles: titles of the panels.
+        label: label of the quantity that the maps show.
 
     Returns:
-        The image with a disc at the centre of each position's receptive field, its area and
-        darkness the amount summed over the position's children, hollow where it is negative; the
-        frame is the receptive field of the strongest position.
+        The image with a disc at the centre of each position's receptive field. Its area and
+        darkness show the amount, summed over the position's children; negative ones are hollow. A
+        frame shows the receptive field of the strongest position.
     """
     most = max(float(votes.amount.max()) for votes in maps) or 1.0
     figure = _figure(2.6 * len(maps) + 1, 3)
@@ -210,17 +210,17 @@ def at_a_glance(
     drawn: Tensor,
     classes: Sequence[str] = (),
 ) -> Figure:
-    """One image through the whole net: who carries the digit, routing, and reconstruction.
+    """One image in the whole net: the positions that carry it, the routing, the reconstruction.
 
     Args:
-        image: 0 to 1, `[C, H, W]`.
-        votes: which positions carry the longest class capsule, see `contribution_map`.
-        graphs: the coupling at the iterations to be shown, from `Trace.networkx`.
+        image: in 0…1, `[C, H, W]`.
+        votes: contributions to the longest class capsule, see `contribution_map`.
+        graphs: the coupling at the iterations to show, from `Trace.networkx`.
         drawn: the reconstruction, `[C, H, W]`.
         classes: names of the parents; numbers if not given.
 
     Returns:
-        A panel for the image, one for each graph, one for the reconstruction.
+        A panel for the image, one for each graph, and one for the reconstruction.
     """
     figure = _figure(5 + 3.6 * len(graphs), 3.4)
     widths = [2.2, *[3.6] * len(graphs), 2.2]
@@ -246,13 +246,13 @@ def reconstructions(
     predicted: Tensor | Sequence[str],
     classes: Sequence[str] = (),
 ) -> Figure:
-    """Images, and below them the reconstructions from their longest capsules.
+    """Images above the reconstructions from their longest capsules.
 
     Args:
-        images: 0 to 1, `[N, C, H, W]`.
-        drawn: reconstructions, the same shape.
-        labels: true classes, `[N]`, or what stands for them.
-        predicted: classes of the longest capsules, `[N]`, or what stands for them.
+        images: in 0…1, `[N, C, H, W]`.
+        drawn: reconstructions, of the same shape.
+        labels: true classes, `[N]`, or strings to show instead.
+        predicted: classes of the longest capsules, `[N]`, or strings to show instead.
         classes: their names; numbers if not given.
 
     Returns:
@@ -287,13 +287,13 @@ def reconstructions(
 def drawn_capsules(
     image: Tensor, drawn: Tensor, lengths: Sequence[float], names: Sequence[str]
 ) -> Figure:
-    """An image beside what the decoder draws from several of its class capsules.
+    """An image beside the reconstructions from several of its class capsules.
 
     Args:
-        image: 0 to 1, `[C, H, W]`.
+        image: in 0…1, `[C, H, W]`.
         drawn: reconstructions, `[N, C, H, W]`.
-        lengths: of their capsules, `[N]`.
-        names: of their classes, `[N]`.
+        lengths: lengths of the capsules, `[N]`.
+        names: names of their classes, `[N]`.
 
     Returns:
         A panel for the image and one for each capsule.
@@ -318,19 +318,20 @@ def pose_by_change(
     changes: Sequence[float],
     label: str,
 ) -> Figure:
-    """What a capsule does while its object moves: pose, length and reconstruction.
+    """Pose, length and reconstruction of a capsule while its object is transformed.
 
     Args:
-        images: the object, changed by so much, 0 to 1, `[N, C, H, W]`.
+        images: the transformed object, in 0…1, `[N, C, H, W]`.
         drawn: reconstructions from the capsule, `[N, C, H, W]`.
-        poses: of the capsule, `[N, D]`.
-        lengths: of all class capsules, `[N, J]`.
-        changes: how much each image was changed, `[N]`.
-        label: what was changed, with its unit.
+        poses: poses of the capsule, `[N, D]`.
+        lengths: lengths of all class capsules, `[N, J]`.
+        changes: parameter of the transformation, such as an angle, for each image, `[N]`.
+        label: name and unit of that parameter.
 
     Returns:
-        Images above reconstructions; the pose's dimensions, those that change most in colour; and
-        lengths, that of the longest capsule at the change nearest to 0 in colour.
+        Images above reconstructions; the dimensions of the pose, with those that change most in
+        colour; and the lengths, with that of the longest capsule at the change nearest to 0 in
+        colour.
     """
     count = len(images)
     figure = _figure(0.9 * count + 1, 6.4)
@@ -373,7 +374,7 @@ def tweaked_poses(drawn: Tensor, offsets: Sequence[float]) -> Figure:
 
     Args:
         drawn: reconstructions, a row per dimension and a column per offset, `[D, T, C, H, W]`.
-        offsets: what was added to the dimension, `[T]`.
+        offsets: the numbers that were added to each dimension, `[T]`.
 
     Returns:
         A grid of D by T images.
@@ -402,7 +403,7 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         metrics: the records of a run's metrics.jsonl, see `RunFolder.metrics`.
 
     Returns:
-        Loss on the left, errors in percent on the right; lines for the training images, dots for
+        Loss on the left, error rate in percent on the right; lines for the training set, dots for
         the validation set after every epoch.
     """
     steps = [record for record in metrics if record["kind"] == "step"]
@@ -436,14 +437,14 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """Confusion matrix: which class is taken for which.
+    """Confusion matrix of true and predicted classes.
 
     Args:
-        counts: images of each true class (row) read as each class (column), `[J, J]`.
+        counts: images of each true class (row) predicted as each class (column), `[J, J]`.
         classes: their names; numbers if not given.
 
     Returns:
-        The counts as numbers, errors shaded by their share of the row; the diagonal is not shaded.
+        The counts, with errors shaded by their share of the row; the diagonal is not shaded.
     """
     names = [_name(classes, k) for k in range(len(counts))]
     share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -469,10 +470,10 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
 
 
 def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> Figure:
-    """Lengths of the capsule of the true class, and of the longest other one.
+    """Lengths of the capsule of the true class and of the longest other capsule.
 
     Args:
-        lengths: of the class capsules, `[N, J]`.
+        lengths: lengths of the class capsules, `[N, J]`.
         labels: true classes, `[N]`.
         classes: their names; numbers if not given.
 
@@ -510,14 +511,14 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
 
 
 def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Differences of each form in float32 from dense routing in float64.
+    """Differences between each form in float32 and dense routing in float64.
 
     Args:
-        units: for each form the largest difference of output and gradients, in units of float32
-            rounding, as `inspection.differences_from_dense` gives it.
+        units: for each form, the largest difference of the output and of each gradient, in units of
+            float32 rounding, from `inspection.differences_from_dense`.
 
     Returns:
-        A row for each form, a mark for each quantity.
+        A row for each form with a mark for each quantity.
     """
     figure = _figure(7, 0.5 * len(units) + 1.6)
     axes = figure.subplots()
@@ -545,7 +546,7 @@ def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def gif(animation: FuncAnimation) -> bytes:
-    """An animation as the bytes of a GIF file that repeats."""
+    """Encode an animation as a looping GIF; returns the bytes of the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "animation.gif"
         writer = PillowWriter(fps=FRAMES_PER_SECOND)
@@ -554,7 +555,7 @@ def gif(animation: FuncAnimation) -> bytes:
 
 
 def coupling_shares(c: Tensor, bins: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The fraction of the edges in each bin from 0 to 1, per iteration, and the bins' limits.
+    """The fraction of the edges in each bin from 0 to 1, for each iteration, and the bin edges.
 
     >>> shares, edges = coupling_shares(torch.tensor([[0.1, 0.2, 0.9, 1.0]]), bins=2)
     >>> shares[0].tolist(), edges.tolist()
@@ -576,7 +577,7 @@ def _animation(figure: Figure, draw: Any, frames: int) -> FuncAnimation:
 
 
 def _name(classes: Sequence[str], number: int) -> str:
-    """A class's name as drawn: a $ starts no formula, and a missing glyph becomes a mark."""
+    """The name of a class for matplotlib, with $ escaped and missing glyphs replaced."""
     name = classes[number] if classes else str(number)
     return "".join(c if c.isprintable() else "\ufffd" for c in name).replace("$", r"\$")
 
@@ -608,7 +609,7 @@ def _name_histogram(axes: Axes, shares: Sequence[np.ndarray]) -> None:
 
 
 def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
-    """An image without ticks: one channel as ink on paper, three channels in colour."""
+    """Show an image without ticks: one channel dark on light, three channels in colour."""
     pixels = _numbers(image.permute(1, 2, 0))
     axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=3 if dimmed else 1)
     axes.set(xticks=[], yticks=[])
@@ -617,9 +618,9 @@ def _show(axes: Axes, image: Tensor, *, dimmed: bool = False) -> None:
 
 
 def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathCollection:
-    """Discs over the image, the largest for `most`; a frame at the strongest receptive field.
+    """Draw discs over the image, and a frame around the strongest receptive field.
 
-    Negative amounts are hollow.
+    The largest disc stands for `most`; negative amounts are hollow.
     """
     _show(axes, image, dimmed=True)
     amount = _numbers(votes.amount.flatten())
@@ -651,7 +652,7 @@ def _draw_votes(axes: Axes, image: Tensor, votes: VoteMap, most: float) -> PathC
 
 
 def _table(axes: Axes, values: Tensor, form: str, label: str, most: float) -> None:
-    """Numbers in cells that are shaded from 0 to `most`."""
+    """Draw a table of numbers in cells that are shaded from 0 to `most`."""
     cells = _numbers(values)
     picture = axes.imshow(cells, cmap=AMOUNT, aspect="auto", vmin=0, vmax=most)
     middle = most / 2
@@ -672,7 +673,7 @@ def _draw_graph(
     axes: Axes, graph: networkx.MultiGraph, classes: Sequence[str], title: str
 ) -> list[Any]:
     place = graph.nodes(data="pos")
-    edges = sorted(graph.edges(data="weight"), key=lambda edge: edge[2])  # the strong on top
+    edges = sorted(graph.edges(data="weight"), key=lambda edge: edge[2])  # strong ones on top
     weights = np.array([weight for *_, weight in edges])
     lines = LineCollection(
         [(place[child], place[parent]) for child, parent, _ in edges],

@@ -1,4 +1,4 @@
-"""Numbers of a trained net and images, as figures show them."""
+"""Computes numbers about layers and trained nets, for figures and reports."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.votes import with_coordinates
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps  # 2⁻²³
-TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # the paper's, figure 4
+TWEAKS = tuple(round(-0.25 + 0.05 * step, 2) for step in range(11))  # offsets of figure 4
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class VoteMap:
     """How strongly each position of the capsule maps votes for a class.
 
     Attributes:
-        amount: of the children at the position, summed over the maps, `[H, W]`: what `vote_map`
-            or `contribution_map` counts.
-        stride: distance of neighbouring positions in the image, in pixels.
+        amount: sum over the children at each position, `[H, W]`, of the quantity that `vote_map` or
+            `contribution_map` computes.
+        stride: distance between neighbouring positions in the image, in pixels.
         field: height and width of a position's receptive field, in pixels.
-        start: row and column where the first receptive field starts; negative with padding.
+        start: first row and column of the first receptive field; negative with padding.
     """
 
     amount: Tensor
@@ -35,7 +35,7 @@ class VoteMap:
     start: int = 0
 
     def centres(self) -> tuple[Tensor, Tensor]:
-        """Row and column of every position's receptive field's centre, in pixels, `[H·W]`."""
+        """Row and column of the centres of all receptive fields, in pixels, `[H·W]`."""
         rows, columns = (
             self.start + self.stride * torch.arange(count) + (self.field - 1) / 2
             for count in self.amount.shape
@@ -51,9 +51,9 @@ def votes_by_position(
 
     Args:
         u: poses of the primary capsules, `[..., I, K]`.
-        c: their coupling, `[..., I·J]`, child by child, as a `Trace` has it.
-        config: of the net, whose class capsules are completely connected.
-        a: their activations, `[..., I]`, used instead of the lengths |u|.
+        c: their coupling, `[..., I·J]`, in the edge order of a `Trace`.
+        config: configuration of the net, whose class capsules must be fully connected.
+        a: activations of the primary capsules, `[..., I]`, used instead of the lengths |u|.
 
     Returns:
         `[..., J, H, W]`.
@@ -68,13 +68,13 @@ def votes_by_position(
 
 
 def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
-    """Where the votes of one image for one class come from.
+    """Map the positions from which the votes of one image for one class come.
 
     Args:
         u: poses of the image's primary capsules, `[I, K]`.
         c: their coupling at one iteration, `[I·J]`.
         parent: the class, j.
-        config: of the net.
+        config: configuration of the net.
 
     Returns:
         The map.
@@ -88,22 +88,22 @@ def vote_map(u: Tensor, c: Tensor, parent: int, config: CapsNetConfig) -> VoteMa
 
 
 def map_of(amount: Tensor, config: CapsNetConfig) -> VoteMap:
-    """Votes by position, `[H, W]`, with where the positions of a net's capsule maps look."""
+    """A map of amounts by position, `[H, W]`, with the receptive fields of a net's positions."""
     return VoteMap(
         amount, config.field_stride(), config.receptive_field(), start=config.field_start()
     )
 
 
 def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) -> VoteMap:
-    """Which positions carry a class: what they add to the length of its sum.
+    """Map the contribution of each position to the length |s_j| of a class's weighted sum.
 
     Args:
-        contributions: of one image at one iteration, `[I·J]`, from `Trace.contributions`.
+        contributions: those of one image at one iteration, `[I·J]`, from `Trace.contributions`.
         parent: the class, j.
-        config: of the net, whose class capsules are completely connected.
+        config: configuration of the net, whose class capsules must be fully connected.
 
     Returns:
-        The map; its amounts add up to |s_j|, and are negative where votes point the other way.
+        The map; its amounts add up to |s_j|, and are negative where votes point away from s_j.
 
     >>> config = CapsNetConfig(capsule_maps=2)
     >>> contribution_map(torch.full((720,), 0.01), 3, config).amount.shape
@@ -118,28 +118,26 @@ def contribution_map(contributions: Tensor, parent: int, config: CapsNetConfig) 
 def tweak_pose(
     model: CapsNet, poses: Tensor, parent: int, offsets: Sequence[float] = TWEAKS
 ) -> Tensor:
-    """Reconstruct an image while each dimension of its pose is varied.
+    """Reconstruct an image while varying each dimension of its pose.
 
     Args:
-        model: with a decoder.
+        model: a net with a decoder.
         poses: class capsules of one image, `[J, D]`.
         parent: the class to reconstruct.
-        offsets: T numbers to add; by default those of the paper.
+        offsets: T numbers to add; by default those of Sabour et al. 2017, figure 4.
 
     Returns:
         A row per dimension and a column per offset, `[D, T, C, H, W]`.
 
     Raises:
-        ValueError: a model without a decoder.
+        ValueError: the model has no decoder.
 
     >>> model = CapsNet.from_preset("small")
     >>> tweak_pose(model, torch.zeros(10, 16), parent=3).shape
     torch.Size([16, 11, 1, 28, 28])
     """
     if model.decoder is None:
-        raise ValueError(
-            "expected a model with a decoder; this one was made with decoder_hidden=None"
-        )
+        raise ValueError("expected a model with a decoder; this one has decoder_hidden=None")
     dim, count = poses.shape[1], len(offsets)
     moved = poses.expand(dim, count, -1, -1).clone()
     each = torch.arange(dim)
@@ -151,18 +149,21 @@ def tweak_pose(
 
 
 def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
-    """A layer as a function by the dense form of its routing in `graphcaps.reference`.
+    """Return a function that computes a layer with the dense form of its routing.
+
+    The dense forms are those of `graphcaps.reference`.
 
     Args:
-        layer: with a routing that has a dense form, on a graph without two edges between the same
-            nodes; its parameters are those of the function, and get its gradients.
+        layer: a layer whose routing has a dense form, on a graph with at most one edge between two
+            nodes. The function uses its parameters, which receive the gradients.
 
     Returns:
-        A function of u `[B, I, K]` and of a `[B, I]`, if the routing has activations, that gives
-        poses `[B, J, D]`, the last coupling `[B, I, J]`, and activations `[B, J]`, likewise.
+        A function of poses u, `[B, I, K]`, and of activations a, `[B, I]`, if the routing has them.
+        It returns poses, `[B, J, D]`, the last coupling, `[B, I, J]`, and activations, `[B, J]`, if
+        the routing has them.
 
     Raises:
-        ValueError: a graph in which other edges compete than those of each child.
+        ValueError: the edges that compete are not those of each child.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
@@ -173,8 +174,8 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
     structure = layer.structure
     if not structure.by_child:
         raise ValueError(
-            "the dense form couples each child to all its parents; this graph says that other "
-            "edges compete, see routing_graph"
+            "in the dense form all edges of a child compete; this graph defines another "
+            "competition, see routing_graph"
         )
     size = (structure.children, structure.parents)
 
@@ -202,21 +203,21 @@ def dense_form(layer: CapsuleLayer) -> Callable[..., tuple[Tensor, ...]]:
 def differences_from_dense(
     layer: CapsuleLayer, u: Tensor, a: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """Differences of every engine and the dense form in float32 from the dense form in float64.
+    """Compare every engine and the dense form, in float32, with the dense form in float64.
 
     Args:
-        layer: in float32, as for `dense_form`; not changed.
+        layer: a layer in float32, as for `dense_form`; it is not modified.
         u: poses, `[B, I, K]`.
-        a: activations, `[B, I]`, for a routing that has them.
+        a: activations, `[B, I]`, if the routing has them.
 
     Returns:
-        For `"dense"` and each engine that can run where the layer is: the largest difference of
+        For `"dense"` and each engine that can run on the layer's device: the largest difference of
         the poses, the activations, and of the gradients of a random linear function of both, in
         units of float32 rounding, 2⁻²³ of the largest value.
 
     Raises:
-        ValueError: a layer or poses in another dtype.
-        NotImplementedError: a routing without a dense form.
+        ValueError: the layer or the poses have another dtype.
+        NotImplementedError: the routing has no dense form.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(6, 3), child_dim=4, parent_dim=5)
@@ -250,7 +251,7 @@ def results_and_gradients(
 ) -> dict[str, Tensor]:
     """Poses and activations of a layer, and all gradients of a random linear function of them.
 
-    By name; the function is the same at each call.
+    They are returned by name. The random function is the same in each call.
 
     Args:
         form: `"dense"` or the name of an engine.
@@ -271,7 +272,7 @@ def results_and_gradients(
         layer.engine = form
         given = layer(*poses_and_activations)
         found = given if isinstance(given, tuple) else (given,)
-    # not squares, whose sum is constant for normalised poses, with a gradient of rounding errors
+    # not a sum of squares, which is constant for normalised poses: its gradient would be noise
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(x.shape, generator=generator).to(x) for x in found]
     loss = torch.stack([(x * r).sum() for x, r in zip(found, drawn, strict=True)]).sum()

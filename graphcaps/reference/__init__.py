@@ -1,7 +1,7 @@
-"""Dense routing on votes `[B, I, J, D]`, what every engine is compared with.
+"""Dense reference routings on votes `[B, I, J, D]`, with which every engine is compared.
 
-Written from the papers in plain tensors, in any dtype; it imports nothing of the rest of the
-library, so that an error in the graph form is not repeated here.
+They are written from the papers with plain tensor operations, and work in any dtype. They import
+nothing from the rest of the library, so that they do not share its errors.
 """
 
 from collections.abc import Callable

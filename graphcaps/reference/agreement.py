@@ -1,4 +1,4 @@
-"""Dense routings in which votes and parents agree by their dot product."""
+"""Dense routings in which the agreement of a vote and a parent is their dot product."""
 
 import math
 
@@ -41,21 +41,21 @@ def dynamic_routing(
     Args:
         u_hat: votes, `[B, I, J, D]`.
         iterations: R, at least 1.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
         gradients: `"all"` lets gradients flow through every iteration; `"last"` stops them in
             all but the last.
         bias: added to the sums, `[J, D]`.
         leak: let a child couple to none of its parents.
-        accumulate: add each agreement to the logits, or let it replace them.
-        temperature: what the agreement is divided by, above 0.
+        accumulate: add each agreement to the logits, or replace them by it.
+        temperature: divisor of the agreement, above 0.
 
     Returns:
         The parents' outputs v, `[B, J, D]`, and the last coupling c, `[B, I, J]`, which sums to
         1 over the parents of each child that has any; to less with `leak`.
 
     Raises:
-        ValueError: a shape other than these, iterations below 1, a temperature not above 0,
-            another word for `gradients`.
+        ValueError: a tensor has another shape, `iterations` is below 1, `temperature` is not above
+            0, or `gradients` is unknown.
 
     >>> import torch
     >>> v, c = dynamic_routing(torch.randn(2, 6, 3, 4), iterations=3)
@@ -92,18 +92,18 @@ def uniform_routing(
 
         c_ij = 1/(number of parents of i),   v_j = squash(Σ_i c_ij û_ij)
 
-    The first iteration of dynamic routing.
+    This is the first iteration of dynamic routing.
 
     Args:
         u_hat: votes, `[B, I, J, D]`.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
         bias: added to the sums, `[J, D]`.
 
     Returns:
         The parents' outputs v, `[B, J, D]`, and the coupling c, `[B, I, J]`.
 
     Raises:
-        ValueError: a shape other than these.
+        ValueError: a tensor has another shape.
 
     >>> import torch
     >>> v, c = uniform_routing(torch.randn(2, 6, 4, 3))
@@ -128,15 +128,15 @@ def inverted_attention_routing(
         R − 1 times:   c_ij = softmax of û_i · v / √D over the parents of i
                        v_j = LayerNorm(Σ_i c_ij û_ij)
 
-    The logits are replaced, not added up. R counts the uniform first iteration, as `num_routing`
-    in the authors' code and as in dynamic routing: with R = 1 nothing is routed. The division by
+    The logits are replaced in each iteration, not added up. R includes the uniform first iteration,
+    as `num_routing` in the authors' code does: R = 1 is equal coupling. The division by
     √D is in the authors' code (`CapsuleFC.scale`), not in procedure 1. LayerNorm runs over the D
     numbers of a capsule, with one weight and one bias `[D]` for all capsules of a layer.
 
     Args:
         u_hat: votes, `[B, I, J, D]`.
         iterations: R, at least 1.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
         norm_weight: scale after the normalisation, `[D]`; 1 if not given.
         norm_bias: shift after it, `[D]`; 0 if not given.
         eps: added to the variance in LayerNorm.
@@ -146,7 +146,7 @@ def inverted_attention_routing(
         over the parents of each child that has any. A parent without children has v = norm_bias.
 
     Raises:
-        ValueError: a shape other than these, iterations below 1.
+        ValueError: a tensor has another shape, or `iterations` is below 1.
 
     >>> import torch
     >>> v, c = inverted_attention_routing(torch.randn(2, 6, 3, 4), iterations=2)

@@ -1,11 +1,11 @@
-"""What the dense routings share: votes, squash, the masked softmax, and checks of shapes."""
+"""Functions that the dense routings share: votes, squash, masked softmax, and shape checks."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SMALLEST_MASS = 1e-7  # what a sum of weights counts as at least where something is divided by it
+SMALLEST_MASS = 1e-7  # lower bound of a sum of weights by which something is divided
 
 
 class Routed(NamedTuple):
@@ -47,16 +47,16 @@ def squash(s: Tensor) -> Tensor:
     tensor([0.0000, 0.9000])
     """
     square = s.square().sum(dim=-1, keepdim=True)
-    # sqrt has no derivative at 0; the ones put there are multiplied by s = 0
+    # sqrt has no derivative at 0; there its argument is replaced by 1, and the result times s is 0
     norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
     return square / (1 + square) * s / norm
 
 
 def edges_of(u_hat: Tensor, mask: Tensor | None) -> Tensor:
-    """Which edges there are, bool `[I, J]`: the mask, or all of them.
+    """Return which edges exist, bool `[I, J]`: the mask, or all of them.
 
     Raises:
-        ValueError: votes or mask of another shape.
+        ValueError: votes or mask have another shape, or the mask is not bool.
     """
     if u_hat.dim() != 4:
         raise ValueError(f"expected votes [B, I, J, D]; got {list(u_hat.shape)}")
@@ -69,13 +69,13 @@ def edges_of(u_hat: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """Raise ValueError unless the tensor has this shape, which the message spells in letters."""
+    """Raise ValueError unless the tensor has this shape; `letters` names it in the message."""
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"expected {name} {letters} = {list(shape)}; got {list(tensor.shape)}")
 
 
 def at_least_one(iterations: int) -> None:
-    """Raise ValueError if there is no iteration."""
+    """Raise ValueError if the number of iterations is below 1."""
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1; got {iterations}")
 
@@ -83,9 +83,9 @@ def at_least_one(iterations: int) -> None:
 def softmax_over_parents(b: Tensor, edge: Tensor, *, leak: bool = False) -> Tensor:
     """Softmax of the logits `[B, I, J]` over the parents of each child, 0 where there is no edge.
 
-    With `leak`, one more parent of logit 0 competes, and what it gets is dropped.
+    With `leak`, one more parent with logit 0 competes; its coupling is dropped.
     """
-    # the least finite number, not −inf: a child without parents must not become NaN
+    # the lowest finite number instead of −inf, so that a child without parents does not give NaN
     b = b.masked_fill(~edge, torch.finfo(b.dtype).min)
     if leak:
         b = torch.cat([torch.zeros_like(b[..., :1]), b], dim=-1)
@@ -96,10 +96,10 @@ def softmax_over_parents(b: Tensor, edge: Tensor, *, leak: bool = False) -> Tens
 
 
 def sum_over_children(w: Tensor, x: Tensor) -> Tensor:
-    """`Σ_i w_ij x_ij`: weights `[B, I, J]`, features of edges `[B, I, J, D]`, sums `[B, J, D]`."""
+    """`Σ_i w_ij x_ij`, `[B, J, D]`, from weights `[B, I, J]` and edge features `[B, I, J, D]`."""
     return torch.einsum("bij,bijd->bjd", w, x)
 
 
 def agreement(u_hat: Tensor, v: Tensor) -> Tensor:
-    """`û_ij · v_j`: votes `[B, I, J, D]`, parents `[B, J, D]`, dot products `[B, I, J]`."""
+    """`û_ij · v_j`, `[B, I, J]`, from votes `[B, I, J, D]` and parents `[B, J, D]`."""
     return torch.einsum("bijd,bjd->bij", u_hat, v)

@@ -1,4 +1,4 @@
-"""Dense routings in which every parent is a Gaussian, fitted to the votes of its children."""
+"""Dense routings in which every parent is a Gaussian, which is fitted to its votes."""
 
 import math
 
@@ -43,8 +43,8 @@ def em_routing(
 
     The paper only says that λ grows; the schedule is the authors', from their answers in the
     paper's open review and from their code. `min_variance`, 5e-4 in their code, is not in the
-    paper; without it one vote alone has variance 0. N_j below 1e-7 counts as 1e-7 where something
-    is divided by it, so that a parent for which nobody votes has μ = 0 and is finite.
+    paper; without it, a single vote has variance 0. As a divisor, N_j is at least 1e-7, so that a
+    parent without votes has finite values and μ = 0.
 
     `variant="authors"` computes what google-research's `capsule_em/em_layers.py` does instead:
 
@@ -53,16 +53,16 @@ def em_routing(
             a_j = logistic(λ_t (N_j (−Σ_d ln σ_jd² − β_u,j D (ln 2π + 1)) − 5000 β_a,j))
 
     There β_a is a cost, not a gain, and β_u scales the entropy of a unit Gaussian. Their fully
-    connected layer adds 1e-5 to N and passes λ_final / 4. Their convolution lets only the windows
-    of one type of parent compete; here all parents of a child do, as the paper says.
+    connected layer adds 1e-5 to N and passes λ_final / 4. In their convolution only the windows of
+    one type of parent compete; here all parents of a child compete, as in the paper.
 
     Args:
         u_hat: votes, `[B, I, J, D]`.
         a: activations of the children, from 0 to 1, `[B, I]`.
-        beta_a: what a parent gains from being active, `[J]`.
-        beta_u: what a vote costs a parent in each dimension, `[J]`.
+        beta_a: β_a, the gain of a parent from being active, `[J]`.
+        beta_u: β_u, the cost of a vote in each dimension, `[J]`.
         iterations: R, at least 1.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
         variant: `"paper"` or `"authors"`.
         final_inverse_temperature: λ_final.
         min_variance: added to the variances.
@@ -72,7 +72,7 @@ def em_routing(
         which sums to 1 over the parents of each child that has any, and activations, `[B, J]`.
 
     Raises:
-        ValueError: a shape other than these, iterations below 1, another word for `variant`.
+        ValueError: a tensor has another shape, `iterations` is below 1, or `variant` is unknown.
 
     >>> import torch
     >>> u_hat, a, zero = torch.randn(2, 6, 3, 16), torch.rand(2, 6), torch.zeros(3)
@@ -109,7 +109,7 @@ def em_routing(
         else:
             gain = beta_a - mass * (dim * beta_u + log_variance / 2)
         logit = final_inverse_temperature * (1 - 0.95 ** (t + 1)) * gain
-        # ln a_j + ln p_ij; the logarithm of the sigmoid as such, which would round to ln 0
+        # ln a_j + ln p_ij, with logsigmoid, because log(sigmoid) would round to ln 0
         log_normal = -(dim * math.log(2 * math.pi) + log_variance) / 2
         distance = (square / variance.unsqueeze(1)).sum(dim=-1) / 2
         b = (F.logsigmoid(logit) + log_normal).unsqueeze(1) - distance
@@ -150,20 +150,20 @@ def variational_bayes_routing(
     These are equations 10.46 and 10.58 to 10.66 of Bishop, Pattern Recognition and Machine
     Learning; Ψ_j⁻¹ is 10.62 with the votes taken about m_j, which needs no division by N_j. The
     activation is that of the authors' code (`src/vb_routing.py`), with Σ α over all parents of a
-    sample where the code takes the types at one position. The code also normalises m and the
-    argument of the logistic by BatchNorm without affine; that belongs to the net and is left
-    out. With it β_a and β_u have no effect, without it only their difference has.
+    sample, whereas the code sums over the types at one position. The code also normalises m and the
+    argument of the logistic by BatchNorm without affine parameters; that is part of the net and is
+    left out here. With it, β_a and β_u have no effect; without it, only their difference matters.
 
     Args:
         u_hat: votes, `[B, I, J, D]`.
         a: activations of the children, from 0 to 1, `[B, I]`.
-        beta_a: what a parent gains from being active, `[J]`.
-        beta_u: what being active costs it, `[J]`.
+        beta_a: β_a, the gain of a parent from being active, `[J]`.
+        beta_u: β_u, the cost of being active, `[J]`.
         iterations: R, at least 1.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
         alpha0: Dirichlet prior, above 0.
         m0: prior mean, a number or `[D]`.
-        kappa0: how many votes the prior mean counts for, above 0.
+        kappa0: weight of the prior mean, in votes, above 0.
         psi0: diagonal of Ψ0⁻¹, a number or `[D]`, above 0.
         nu0: degrees of freedom of the Wishart prior, above D − 1; D + 1 if not given.
 
@@ -173,7 +173,7 @@ def variational_bayes_routing(
         activations, `[B, J]`.
 
     Raises:
-        ValueError: a shape other than these, iterations below 1, a prior out of its range.
+        ValueError: a tensor has another shape, `iterations` is below 1, or a prior is out of range.
 
     >>> u_hat, a, zero = torch.randn(2, 6, 3, 16), torch.rand(2, 6), torch.zeros(3)
     >>> v, c, activation = variational_bayes_routing(u_hat, a, zero, zero)

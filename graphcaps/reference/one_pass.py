@@ -31,7 +31,7 @@ def exponential_squash(s: Tensor) -> Tensor:
     tensor([0.0000, 0.8647])
     """
     square = s.square().sum(dim=-1, keepdim=True)
-    # sqrt has no derivative at 0, where (1 − e^−n)/n is 1
+    # sqrt has no derivative at 0; the limit of (1 − e^−n)/n there is 1
     norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
     return torch.where(square > 0, -torch.expm1(-norm) / norm, torch.ones_like(norm)) * s
 
@@ -48,14 +48,14 @@ def self_attention_routing(
     Args:
         u_hat: votes, `[B, I, J, D]`.
         beta: learned priors, added after the softmax, `[I, J]`; none if not given.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
 
     Returns:
         The parents' outputs v, `[B, J, D]`, and the coupling c without β, `[B, I, J]`, which
         sums to 1 over the parents of each child that has any.
 
     Raises:
-        ValueError: a shape other than these.
+        ValueError: a tensor has another shape.
 
     >>> v, c = self_attention_routing(torch.randn(2, 6, 3, 4), torch.zeros(6, 3))
     >>> v.shape, c.shape
@@ -73,7 +73,7 @@ def self_attention_routing(
 
 
 def self_routing(u_hat: Tensor, a: Tensor, logits: Tensor, *, mask: Tensor | None = None) -> Routed:
-    """Self-routing, Hahn, Pyeon & Kim 2019: a child decides for itself where its vote goes.
+    """Self-routing, Hahn, Pyeon & Kim 2019: the coupling depends only on the child's own pose.
 
         c_ij = softmax of logits_i over the parents of i
         w_ij = a_i c_ij,   N_j = Σ_i w_ij
@@ -81,21 +81,21 @@ def self_routing(u_hat: Tensor, a: Tensor, logits: Tensor, *, mask: Tensor | Non
         a_j = N_j / Σ_i a_i                  over the children that vote for j
 
     The logits are a linear function of the child's pose, `W2_ijᵀ u_i + b2_ij`, not of its vote.
-    Where N_j or Σ_i a_i is below 1e-7 it counts as 1e-7; the authors' code divides by 0 there.
-    In their convolutions each window of a child competes by itself; here all its parents do.
+    As divisors, N_j and Σ_i a_i are at least 1e-7; the authors' code has no such bound. In their
+    convolutions the parents in each window compete separately; here all parents of a child compete.
 
     Args:
         u_hat: votes, `[B, I, J, D]`.
         a: activations of the children, from 0 to 1, `[B, I]`.
         logits: `[B, I, J]`.
-        mask: which edges there are, bool `[I, J]`; all of them if not given.
+        mask: which edges exist, bool `[I, J]`; all of them if not given.
 
     Returns:
         The parents' poses v, `[B, J, D]`, the coupling c, `[B, I, J]`, which sums to 1 over the
         parents of each child that has any, and activations, `[B, J]`.
 
     Raises:
-        ValueError: a shape other than these.
+        ValueError: a tensor has another shape.
 
     >>> u_hat, a, logits = torch.randn(2, 6, 3, 4), torch.rand(2, 6), torch.zeros(2, 6, 3)
     >>> v, c, activation = self_routing(u_hat, a, logits)

@@ -13,14 +13,14 @@ WARM_UPS = 3  # warm-up: libraries choose algorithms and kernels are compiled be
 
 
 class Captured:
-    """A function whose work on the GPU is captured when this is made and replayed at every call.
+    """A function whose work on the GPU is captured once, on creation, and replayed at every call.
 
     Only the kernels run again, not the function's Python code. They read the present values of the
     inputs and write to the same memory as during capture: the same outputs, and the same gradients
     if the function computes any.
 
     Args:
-        function: takes and returns tensors. It must give right results however often it is called,
+        function: takes and returns tensors. It must give correct results when called repeatedly,
             and must not copy values to the CPU. Other tensors that it reads must stay alive, at
             the same address, as long as this object.
         inputs: tensors on one GPU; their values do not matter.

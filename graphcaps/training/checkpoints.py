@@ -226,7 +226,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: there is no run.
-            ValueError: settings.json is broken.
+            ValueError: settings.json is damaged.
         """
         if not self._settings.is_file():
             raise FileNotFoundError(
@@ -289,7 +289,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a broken file, or the weights of another model.
+            ValueError: a damaged file, or the weights of another model.
         """
         if (checkpoint / CHECKSUMS).exists():  # graphcaps 0.1.0 wrote none
             _check_sums(checkpoint)
@@ -346,7 +346,7 @@ class RunFolder:
         """What `finish` wrote, or None while the run is not finished.
 
         Raises:
-            ValueError: result.json is broken.
+            ValueError: result.json is damaged.
         """
         return asdict(read_record(self._result, Result)) if self._result.exists() else None
 

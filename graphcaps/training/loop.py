@@ -280,12 +280,12 @@ class Trainer:
             raise TrainingInterrupt(self.run.last_checkpoint(), self.run.path) from None
 
     def _draw_images(self, epoch: int) -> None:
-        """The images of an epoch, if each has its own, from seed and number alone."""
+        """Generate the images of an epoch from seed and epoch, if they differ between epochs."""
         if self.data.redraw is None:
             return
-        seed = -1 - (self.settings.seed * 1_000_003 + epoch)  # none that a plan has
+        seed = -1 - (self.settings.seed * 1_000_003 + epoch)  # used by no plan
         images, labels = self.data.redraw(torch.Generator().manual_seed(seed))
-        self._images.copy_(images)  # in place, for what a CUDA graph reads stays where it is
+        self._images.copy_(images)  # in place, because a CUDA graph reads from fixed addresses
         self._labels.copy_(labels)
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
@@ -550,7 +550,7 @@ class Trainer:
 
 
 def _make_net(settings: TrainSettings, recipe: Recipe, data: Dataset, run: RunFolder) -> CapsNet:
-    """A net for the data: the preset's, or the one to train further."""
+    """Create a net for the data, from the preset or from the net to train further."""
     of_data: dict[str, Any] = dict(
         image_channels=data.train.images.shape[1],
         image_size=tuple(data.train.images.shape[2:]),
@@ -571,15 +571,15 @@ def _make_net(settings: TrainSettings, recipe: Recipe, data: Dataset, run: RunFo
         if value != getattr(config, name):
             raise ValueError(
                 f"the net of {settings.start_from} has {name} {getattr(config, name)}, not "
-                f"{value}: leave --{name} out, or train a net from its start"
+                f"{value}: omit --{name}, or train a new net"
             )
     if config.names == data.classes:
-        del of_data["classes"]  # which would draw the class capsules anew
+        del of_data["classes"]  # otherwise the class capsules would be initialised again
     return CapsNet.load(folder, engine=settings.engine, **of_data)
 
 
 def _source_of(start_from: str, run: RunFolder | None) -> Path:
-    """Where the net to train further is told: of a run that goes on, in its last checkpoint."""
+    """The folder of the net to train further; if a run is resumed, its last checkpoint."""
     saved = None if run is None else run.last_checkpoint()
     return saved or find_net(start_from)
 
@@ -606,7 +606,7 @@ def _versions() -> dict[str, str]:
 
 
 def _load_data(settings: TrainSettings, workers: Workers, run: RunFolder) -> Dataset:
-    """Fetch what is missing on the leader, then read it on every process."""
+    """Download missing files on the leader, then read the data on every process."""
     if workers.leads:
         data = load_data_of(settings, run)
     workers.wait()
@@ -614,11 +614,11 @@ def _load_data(settings: TrainSettings, workers: Workers, run: RunFolder) -> Dat
 
 
 def load_data_of(settings: TrainSettings, run: RunFolder | None = None) -> Dataset:
-    """The data that a training with such settings sees.
+    """Load the data for a training with these settings.
 
     Args:
-        settings: of the training.
-        run: its folder, for a net that is trained further.
+        settings: settings of the training.
+        run: its folder, if a net is trained further.
 
     Raises:
         As `load_dataset`.
@@ -657,9 +657,9 @@ def _check_capture(settings: TrainSettings, workers: Workers) -> None:
 
 @contextmanager
 def _noting_signals(came: list[int], bar: tqdm) -> Iterator[None]:
-    """Put signals that end a program on a list as they come; the second of a kind ends it at once.
+    """Append signals that end a program to a list; a second one of a kind ends it at once.
 
-    Elsewhere than on the main thread, where Python handles no signals, nothing is changed.
+    Outside the main thread, where Python does not allow signal handlers, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

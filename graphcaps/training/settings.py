@@ -24,7 +24,7 @@ from graphcaps.routing import options_of
 @record
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained: the numbers of a preset, or those that were asked for."""
+    """How a net is trained: the values of a preset, or those that were set explicitly."""
 
     preset: Preset
     epochs: int
@@ -80,7 +80,7 @@ OF_ONE_START = ("resume", "cuda_graph")  # not taken from the run
 
 
 def choose_preset(settings: TrainSettings, device: torch.device) -> tuple[str, str]:
-    """The preset that is trained, and why.
+    """Return the preset to train, and why.
 
     >>> choose_preset(TrainSettings(preset="paper"), torch.device("cpu"))
     ('paper', 'it was asked for')
@@ -122,10 +122,10 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def image_size_of(settings: TrainSettings) -> tuple[int, int] | None:
-    """Height and width that images are scaled to, if that is asked for.
+    """Height and width to which images are scaled, or None.
 
     Raises:
-        ValueError: other than one or two numbers, or numbers out of their limits.
+        ValueError: not one or two numbers, or numbers out of range.
 
     >>> image_size_of(TrainSettings(image_size=(32,)))
     (32, 32)
@@ -153,10 +153,10 @@ def check_started(started: RunSettings) -> None:
 
 
 def make_recipe(settings: TrainSettings, preset: str, images: int) -> Recipe:
-    """The recipe of a preset, with the numbers that were asked for.
+    """The recipe of a preset, with the values that were set explicitly.
 
     Args:
-        settings: what was asked for.
+        settings: the settings of the training.
         preset: a name in `RECIPES`.
         images: number of training images.
 
@@ -198,8 +198,8 @@ def resume_settings(
     """The settings of a resumed run: those it was started with, except what may change.
 
     Args:
-        asked: what is asked for now.
-        started: what the run was started with.
+        asked: the settings now.
+        started: the settings with which the run was started.
         given: the fields of `asked` that were set explicitly; by default those that differ from
             their default.
 
@@ -222,7 +222,7 @@ def resume_settings(
         elif name not in OF_ONE_START and new not in (old, getattr(started.recipe, name, old)):
             raise ValueError(
                 f"a run is resumed with the settings it was started with: {name} is {old}, "
-                f"not {short_repr(new)}; leave it out, or start another run"
+                f"not {short_repr(new)}; omit it, or start another run"
             )
     return with_absolute_paths(replace(started.settings, **changes))
 

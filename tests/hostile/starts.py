@@ -1,6 +1,6 @@
-"""Starts of the program that cost little: one process imports it, and each start is a fork of that.
+"""Starts the program cheaply: one process imports it, and each start is a fork of that process.
 
-A start can have a signal come at its n-th call that writes, and standard streams of any kind.
+A start can receive a signal at its n-th call that writes, and can have broken standard streams.
 """
 
 import builtins
@@ -17,7 +17,7 @@ WRITING = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 
 
 class Starts:
-    """The process that forks. A tiny net stands for the preset `small`."""
+    """The process that forks; it replaces the preset `small` by a tiny net."""
 
     def __enter__(self):
         self.process = subprocess.Popen(
@@ -62,7 +62,7 @@ class Starts:
 
 
 class _Halving:
-    """A file; a signal that comes at a write finds one half of it written."""
+    """A file of which only half a write has happened when a signal arrives."""
 
     def __init__(self, file, calls):
         self._file, self._calls = file, calls
@@ -86,7 +86,7 @@ class _Halving:
 
 
 class _Calls:
-    """Counts calls that write, and sends this process a signal at one of them."""
+    """Counts calls that write, and sends a signal to this process at one of them."""
 
     def __init__(self, at, number):
         self.at, self.number, self.made = at, number, 0

@@ -1,4 +1,4 @@
-"""Runs that are killed at any call that writes, that nobody hears, whose files are damaged."""
+"""Runs that are killed at any write, whose output streams fail, or whose files are damaged."""
 
 import gzip
 import json
@@ -54,7 +54,7 @@ def train(few_digits):
 
 @pytest.fixture(scope="module")
 def unbroken(start, train, tmp_path_factory):
-    """What a run comes to that nothing befell, and how many of its calls write."""
+    """The outcome of an undisturbed run, and the number of its calls that write."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
     status, calls = start(*train, "--run-dir", run)
     assert status == 0
@@ -63,7 +63,7 @@ def unbroken(start, train, tmp_path_factory):
 
 
 def outcome(run):
-    """All that a run leaves and that must not depend on what befell it."""
+    """The files and results of a run that must not depend on interruptions."""
     files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
     exact = {name: path.read_bytes() for name, path in files.items() if "model." in name}
     metrics = [replaced(line, "seconds") for line in files["metrics.jsonl"].open()]
@@ -76,7 +76,7 @@ def replaced(line, *names):
 
 
 def go_on(start, train, run, **how):
-    """As a user does: resume where there is a run, start again where there is none."""
+    """Continue as a user would: resume the run if it exists, otherwise start again."""
     command = ["train", "--resume"] if (run / "settings.json").exists() else train
     return start(*command, "--run-dir", run, **how)
 
@@ -173,7 +173,7 @@ def training(model):
 
 @st.composite
 def damages(draw):
-    """A change of some bytes of a file, or its end."""
+    """Changes of a file's bytes, or truncations."""
     kind = draw(st.sampled_from(["flip", "overwrite", "insert", "cut", "repeat"]))
     where, garbage = draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=9))
 

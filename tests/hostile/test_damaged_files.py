@@ -1,6 +1,6 @@
-"""Damaged files of every kind: the program ends in one line that names the file.
+"""Damaged files of every kind: the program exits with one line that names the file.
 
-GRAPHCAPS_HOSTILE=1 in the environment tries many more of them.
+With GRAPHCAPS_HOSTILE=1 in the environment, many more cases are tried.
 """
 
 import gzip
@@ -97,7 +97,7 @@ def place(whole, tmp_path, monkeypatch):
 
 @contextmanager
 def limits():
-    """Fail where a command hangs, or takes memory without bounds."""
+    """Fail if a command hangs or uses too much memory."""
 
     def hangs(*_):
         raise TimeoutError(f"did not end in {PATIENCE} s")
@@ -125,7 +125,7 @@ def run(command):
 
 
 def check(place, file, must_fail=False):
-    """Every command that reads the file works, or says in one line which file is damaged."""
+    """Check that every command that reads the file works, or names the damaged file in one line."""
     for name in READ[file]:
         with limits():
             status, said = run(COMMANDS[name])
@@ -167,7 +167,7 @@ WRONG = [None, True, -1, 0, 1.5, 1e308, 10**30, "x", "x" * 2000, "\0", [], [1, "
 
 
 def paths_in(value, path=()):
-    """Where in a JSON value there is something to replace."""
+    """The paths of all values in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     for key, each in inner:
         yield (*path, key)

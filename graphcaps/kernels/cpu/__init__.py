@@ -13,7 +13,7 @@ __all__ = ["DTYPES", "Edges", "prepare", "why_not"]
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why the compiled loops cannot run on `device`, or None where they can."""
+    """Return why the compiled loops cannot run on `device`, or None if they can."""
     if device.type != "cpu":
         return f"it is for the CPU, not for {device.type}"
     try:

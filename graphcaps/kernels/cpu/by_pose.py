@@ -1,4 +1,4 @@
-"""The numbers of a pose side by side in lanes."""
+"""The memory layout of the CPU kernels in which the lanes of a vector hold one pose's numbers."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from graphcaps.kernels.cpu.parts import TERMS, Array, Parts, Passes, Sums, Totals
 
-LANE = 16  # numbers of a vector
-SAMPLES = 8  # that pass through a group one after the other
+LANE = 16  # numbers in a vector
+SAMPLES = 8  # processed in turn for each group, whose matrices then stay in cache
 
 
 class Scratch(NamedTuple):
-    """What a thread works in, flat."""
+    """Work space of a thread, flat."""
 
-    x: Array  # the pose of a child, spread; 0 beyond its numbers
-    y: Array  # the votes of a group, one after the other
+    x: Array  # pose of a child, expanded (see pose_steps.py) and padded with zeros
+    y: Array  # votes of a group
     c: Array  # their coupling
     a: Array  # activations of their children
     rows: Array  # see steps.py
     g: Array  # gradients of coupling or logits
-    dx: Array  # of the pose, spread; zeros
-    dy: Array  # of so many votes as a sum has terms
+    dx: Array  # gradient of the expanded pose; zeros
+    dy: Array  # gradients of as many votes as a partial sum has terms
 
 
 class PosesInLanes(Parts):
-    """Votes stand one after the other, each in whole rows of lanes; any edges compete.
+    """Each vote is padded to whole vectors; any set of edges may compete.
 
     Args:
         u, weight, edges, parents, rows: as of `Parts`.
@@ -52,7 +52,7 @@ class PosesInLanes(Parts):
 
     @staticmethod
     def lanes_of(pose: int) -> int:
-        """How many lanes so many numbers take, in whole vectors."""
+        """`pose` rounded up to whole vectors."""
         return math.ceil(pose / LANE) * LANE
 
     @property
@@ -118,11 +118,11 @@ class PosesInLanes(Parts):
         ]
 
     def new_gradient(self, size: int) -> Array:
-        """See `Parts.new_gradient`; numbers are added to."""
+        """See `Parts.new_gradient`; the passes add to it."""
         return self.zeros(size)
 
     def gather_matrices(self, private: Sequence[Array]) -> Array:
-        """See `Parts.gather_matrices`; those of all rows of a pose are added up, too."""
+        """See `Parts.gather_matrices`; also sums over the rows of a pose."""
         dweight = self.add_matrices(private)
         kinds, child_dim, parent_dim = self.weight.shape
         if dweight.size == 0 or parent_dim == self.width:
@@ -131,7 +131,7 @@ class PosesInLanes(Parts):
         return by_row.reshape(kinds, child_dim, self.sizes.rows, parent_dim).sum(axis=2).reshape(-1)
 
     def _spread(self, weight: Array) -> Array:
-        """`[M, K, D]` to `[M, K, width]`, flat: each matrix once for every row of a pose."""
+        """`[M, K, D]` to `[M, K, width]`, flat: each matrix repeated for every row of a pose."""
         kinds, child_dim, parent_dim = weight.shape
         if parent_dim == self.width:
             return weight.reshape(-1)

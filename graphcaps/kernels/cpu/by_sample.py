@@ -1,4 +1,4 @@
-"""Samples side by side in lanes."""
+"""The memory layout of the CPU kernels in which each lane of a vector holds one sample."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from graphcaps.kernels.cpu.parts import Array, Parts, Passes, Sums, Totals
 
-LANES = (16, 32, 48, 64)  # each is compiled apart, when it is first wanted
+LANES = (16, 32, 48, 64)  # the passes are compiled for each when it is first used
 
 
 class Scratch(NamedTuple):
-    """What a thread works in, flat."""
+    """Work space of a thread, flat."""
 
     x: Array  # the pose of a child
     y: Array  # its votes
@@ -22,19 +22,19 @@ class Scratch(NamedTuple):
 
 
 class GradientScratch(NamedTuple):
-    """The same, for gradients."""
+    """Work space of a thread for gradients, flat."""
 
     x: Array
     y: Array
     c: Array
     rows: Array
     g: Array  # gradients of coupling or logits
-    dx: Array  # of the pose, twice
-    dy: Array  # of votes
+    dx: Array  # gradient of the pose, and a partial sum of it
+    dy: Array  # gradients of votes
 
 
 class SamplesInLanes(Parts):
-    """Up to 64 samples stand side by side; the edges of each child compete.
+    """A block of up to 64 samples is processed at once; only edges of one child may compete.
 
     Args:
         u, weight, edges, parents, rows: as of `Parts`.
@@ -59,7 +59,7 @@ class SamplesInLanes(Parts):
 
     @staticmethod
     def lanes_of(samples: int) -> int:
-        """How many lanes so many samples take, in equal blocks, those without one included."""
+        """The number of lanes in equal blocks for `samples`, lanes without a sample included."""
         blocks = max(1, math.ceil(samples / LANES[-1]))
         return blocks * next(n for n in LANES if n * blocks >= samples)
 
@@ -114,7 +114,7 @@ class SamplesInLanes(Parts):
         return self._zeros_of_parents(wanted, self.blocks)
 
     def zero_sums(self, wanted: Sequence[bool]) -> Sums:
-        """See `Parts.zero_sums`; those of one block."""
+        """See `Parts.zero_sums`; for one block."""
         return Sums(*self._zeros_of_parents(wanted, 1), np.zeros(self.sizes.parents, np.int32))
 
     def add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
@@ -126,7 +126,7 @@ class SamplesInLanes(Parts):
         ]
 
     def new_gradient(self, size: int) -> Array:
-        """See `Parts.new_gradient`; every number is written once."""
+        """See `Parts.new_gradient`; the passes write every number once."""
         return self.empty(size)
 
     def gather_matrices(self, private: Sequence[Array]) -> Array:

@@ -1,4 +1,4 @@
-"""How loops are compiled: by numba, when first called, and kept on disk where possible."""
+"""Decorators that compile loops with numba on their first call and cache the result on disk."""
 
 import contextlib
 import functools
@@ -18,23 +18,26 @@ from numba.core.caching import FunctionCache
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.serialize import dumps
 
-# numba's stubs do not know all options, nor that an intrinsic's first argument is not given.
+# numba's stubs lack some options, and callers of an intrinsic do not pass its first argument.
 njit: Any = numba.njit
 intrinsic: Any = numba.extending.intrinsic
 
-# Sums may be taken in any order; NaN and infinity stay what they are.
+# ANY_ORDER lets LLVM reorder sums. Neither assumes that NaN and infinity do not occur.
 ANY_ORDER = {"contract", "reassoc"}
 IN_ORDER = {"contract"}
 
 
 @functools.cache
 def _say_once_that_it_compiles() -> None:
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # somebody waits and wonders
-        print("graphcaps: compiling kernels for this processor, some seconds", file=sys.stderr)
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # somebody is waiting
+        print(
+            "graphcaps: compiling kernels for this processor, which takes some seconds",
+            file=sys.stderr,
+        )
 
 
 class _Apart(CompilerBase):
-    """Tells LLVM that arguments do not overlap; else each loop over lanes asks that first."""
+    """Tells LLVM that arguments do not overlap; otherwise each loop over lanes would check it."""
 
     def define_pipelines(self) -> list:
         _say_once_that_it_compiles()
@@ -48,40 +51,40 @@ def _compile(function: Callable, fastmath: set[str], **options: Any) -> Any:
         error_model="numpy",
         fastmath=fastmath,
         pipeline_class=_Apart,
-        _nrt=False,  # nothing is allocated; else each use of an array would count its users
+        _nrt=False,  # nothing is allocated, and arrays need no reference counting
         no_cfunc_wrapper=True,
         **options,
     )(function)
 
 
 def compiled(function: Callable) -> Any:
-    """A function for compiled code."""
+    """Compile a function that is called from compiled code."""
     return _compile(function, ANY_ORDER, no_cpython_wrapper=True)
 
 
 def inlined(function: Callable) -> Any:
-    """One that is short, or called often: a call of it would cost as much as it does."""
+    """The same, inlined: for functions so short that the call would cost as much as the work."""
     return _compile(function, ANY_ORDER, no_cpython_wrapper=True, forceinline=True)
 
 
 def inlined_in_order(function: Callable) -> Any:
-    """The same, whose sums are taken as they are written."""
+    """The same as `inlined`, with sums in the order in which they are written."""
     return _compile(function, IN_ORDER, no_cpython_wrapper=True, forceinline=True)
 
 
 def entry(function: Callable) -> Any:
-    """A function for Python. What it is compiled to is kept on disk, if that can be written."""
+    """Compile a function that is called from Python, cached on disk if a folder is writable."""
     dispatcher = _compile(function, ANY_ORDER)
-    with contextlib.suppress(RuntimeError):  # there is no folder that can be written
+    with contextlib.suppress(RuntimeError):  # no folder is writable
         dispatcher._cache = _KeptCode(function)
     return dispatcher
 
 
 class _KeptCode(FunctionCache):
-    """numba's cache, which never fails: what cannot be read or written is compiled anew.
+    """numba's cache, except that a file that cannot be read or written is no error.
 
-    It is bound to the text of all files here, not of the one file alone, as others are compiled
-    into it.
+    The cache key covers all source files in this folder rather than the function's own file,
+    because functions of the other files are compiled into it.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -91,10 +94,10 @@ class _KeptCode(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whatever the bytes of a broken file lead to
+        except Exception:  # a damaged file can raise anything
             self._cache_file.flush()
             _warn_once(
-                f"compiled code kept in {self.cache_path} is broken: it is thrown away, "
+                f"compiled code cached in {self.cache_path} is damaged: it is deleted "
                 "and compiled again"
             )
             return None
@@ -104,18 +107,18 @@ class _KeptCode(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             _warn_once(
-                f"compiled code cannot be kept in {self.cache_path} ({error.strerror}): it is "
-                "compiled again at each start; NUMBA_CACHE_DIR names another folder"
+                f"compiled code cannot be cached in {self.cache_path} ({error.strerror}): it will "
+                "be compiled again at each start; set NUMBA_CACHE_DIR to use another folder"
             )
 
 
-@functools.cache  # for Python's own filter numba makes each warning the first
+@functools.cache  # numba resets the filter that would show a warning once
 def _warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 class _Files:
-    """One file for each signature of a function, with a checksum; in the place of numba's index."""
+    """One file with a checksum for each signature of a function; replaces numba's index."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name

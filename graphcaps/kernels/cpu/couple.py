@@ -26,7 +26,7 @@ def couple(
     squares: bool,
     detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """N, S, Q, and nothing kept: the backward computes the coupling anew."""
+    """N, S, Q, and an empty tensor: the backward needs none, as it recomputes the coupling."""
     with make_parts(u, weight, edges, parents, rows) as parts:
         inputs = parts.inputs(*map(optional_array, (a, r, k, p, q, beta, prior)))
         found = parts.couple_pass(inputs, leak, (True, True, squares))

@@ -1,16 +1,16 @@
-"""One pass over the edges for any routing, and its gradients: samples in lanes, child by child.
+"""One pass over the edges for any routing, and its gradients, with samples in lanes.
 
     y_e = û_e − r_j     b_e = prior_m + k_j + p_j·y_e + q_j·y_e²     w_e = a_i (c_e + beta_m)
     N_j = Σ w_e         S_j = Σ w_e y_e                              Q_j = Σ w_e y_e²
 
-The derivation is in kernels/README.md. A term that is absent is an array without numbers; it is
-looked for once for an edge or a child, not in the loops over lanes. Arrays are flat:
+The derivation is in kernels/README.md. An absent term is an empty array; whether it is empty is
+checked once per edge or child, not in the loops over lanes. Arrays are flat:
 
     u, a               [B, I, P·K], [B, I]         start, parent, kind    edges sorted by child
     weight             [M, K, D]                   beta, prior            [M]
     r, p, q, S, Q      [blocks, J, P·D, lanes]     k, N                   [blocks, J, lanes]
 
-`children` are the first and one past the last; `scratch` may hold anything.
+`children` is the first child of a range and one past its last; `scratch` need not be initialised.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ from graphcaps.kernels.cpu.steps import (
 
 @entry
 def couple_pass(u, weight, inputs, edges, children, sizes, leak, lanes, scratch, sums, totals):
-    """Add to the totals N, S and Q what a range of children gives."""
+    """Add the terms of a range of children to the totals N, S and Q."""
     x, y, c, rows = scratch.x, scratch.y, scratch.c, scratch.rows
     B, J = sizes.samples, sizes.parents
     pose_of_child, pose = sizes.rows * sizes.child_dim, sizes.rows * sizes.parent_dim
@@ -88,7 +88,7 @@ def couple_pass(u, weight, inputs, edges, children, sizes, leak, lanes, scratch,
 
 
 @entry
-def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for at its place
+def couple_gradient_pass(  # noqa: PLR0912, PLR0915, each term may be absent
     u,
     weight,
     inputs,
@@ -105,10 +105,11 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
     matrix_sums,
     outputs,
 ):
-    """Add up the gradients that a range of children gives, from `gradients`, those of N, S and Q.
+    """Compute the gradients of a range of children from `gradients`, those of N, S and Q.
 
-    `totals` are those of k, p and q; `outputs`, of the rest. Those that are empty are left out.
-    Of poses and activations they are written to, `[B, I, P·K]` and `[B, I]`.
+    `totals` holds the gradients of k, p and q, `outputs` the others; empty arrays are skipped. The
+    gradients of poses, `[B, I, P·K]`, and of activations, `[B, I]`, are written; all others are
+    added to.
     """
     x, y, c, rows = scratch.x, scratch.y, scratch.c, scratch.rows
     g, dy = scratch.g, scratch.dy
@@ -121,7 +122,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
         at = block * J
         for i in range(children[0], children[1]):
             first, degree = edges.start[i], edges.start[i + 1] - edges.start[i]
-            with_rivals = coupled and degree + leak > 1  # an edge without has all there is
+            with_rivals = coupled and degree + leak > 1  # a single edge has a coupling of 1
             of_logits = with_rivals and not detach_coupling
             if not (of_logits or of_votes or of_weights):
                 continue
@@ -182,7 +183,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
 
 @inlined
 def _is_coupled(inputs):
-    """Whether there are logits, or all of them are equal."""
+    """Whether there are logits; without them, the coupling is equal."""
     return inputs.k.size > 0 or inputs.p.size > 0 or inputs.q.size > 0 or inputs.prior.size > 0
 
 
@@ -203,7 +204,7 @@ def _logit(b, y, e, inputs, m, j, pose, lanes):
 
 @inlined
 def _weigh(c, e, beta, m, with_a, rows, lanes):
-    """`c` to `a (c + beta)`."""
+    """Replace c by `a (c + beta)`."""
     if beta.size:
         add_number(c, e, beta[m], lanes)
     if with_a:
@@ -212,7 +213,7 @@ def _weigh(c, e, beta, m, with_a, rows, lanes):
 
 @inlined
 def _weight_gradient(g, y, e, gradients, j, pose, lanes):
-    """`g_e = ∂N_j + ∂S_j·y_e + ∂Q_j·y_e²`, the gradient of w but for a."""
+    """`g_e = ∂N_j + ∂S_j·y_e + ∂Q_j·y_e²`, the gradient of w."""
     if gradients.N.size:
         copy(g, e, gradients.N, j, 1, lanes)
     else:
@@ -249,7 +250,7 @@ def _add_beta_gradient(g, kind, first, degree, with_a, rows, dbeta, lanes):
 
 @inlined
 def _logit_gradient(g, e, c, with_a, rows, lanes):
-    """`g` to `a c (g − Σ c g)`, the gradient of the logit."""
+    """Replace g by `a c (g − Σ c g)`, the gradient of the logit."""
     subtract_and_multiply(g, e, rows, TOTAL, c, e, lanes)
     if with_a:
         multiply(g, e, rows, ACTIVATION, lanes)

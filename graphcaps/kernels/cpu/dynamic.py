@@ -1,7 +1,7 @@
 """The operations `graphcaps::dynamic_routing` and its backward on the CPU.
 
-All of it in numpy: torch's own threads keep a core busy for a while after they have worked, and
-the next pass would have to share it.
+The steps between the passes use numpy rather than torch: torch's threads keep spinning for a while
+after an operation, and would compete with the threads of the next pass.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def dynamic_routing(
     """`s^r_j = Σ c^r_e û_e` with `c^r = softmax(û · V_{r-1})`, and `V_r = V_{r-1} + v^r`.
 
     Returns:
-        v `[B, J, D]`; s of all iterations, `[R, B, J, D]`; and nothing of the children.
+        v `[B, J, D]`; s of all iterations, `[R, B, J, D]`; and an empty tensor.
     """
     V, s = None, []
     with make_parts(u, weight, edges, parents, rows=1) as parts:
@@ -52,7 +52,7 @@ def dynamic_routing_backward(
     through_all: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """`q^r = (∂squash/∂s)ᵀ (∂v^r + H_r)` and `H_{r-1} = H_r + Σ l^r_e û_e`, from the last r."""
+    """`q^r = (∂squash/∂s)ᵀ (∂v^r + H_r)`, `H_{r-1} = H_r + Σ l^r_e û_e`, from the last r down."""
     sums = array(s)
     last = len(sums) - 1
     none = Needed(*[False] * 8)
@@ -82,7 +82,7 @@ def _squash(s: Array) -> Array:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _squash_gradient(s: Array, dv: Array) -> Array:
-    """`(∂squash/∂s)ᵀ ∂v`; 0 where s is."""
+    """`(∂squash/∂s)ᵀ ∂v`; 0 where s is 0."""
     square = np.square(s).sum(axis=-1, keepdims=True)
     norm = np.sqrt(square)
     unit = s / np.where(norm > 0, norm, 1)

@@ -1,6 +1,7 @@
-"""The last pass of dynamic routing: gradients of poses and matrices, of all iterations at once.
+"""The last backward pass of dynamic routing, with samples in lanes.
 
-The derivation is in kernels/README.md; the passes before it are those of couple_passes.py.
+It computes the gradients of poses and matrices for all iterations at once; the passes before it are
+in couple_passes.py. The derivation is in kernels/README.md.
 """
 
 import numpy as np
@@ -35,14 +36,14 @@ def dynamic_gradient_pass(
 
     Args:
         u, weight, edges, children, sizes: as for the other passes.
-        V: of the iterations before; of those but the last, `[R − 1, blocks, J, D, lanes]`.
-        q: the gradients of s, `[R, blocks, J, D, lanes]`; or of the last iteration alone, in which
-            case l counts as 0.
+        V: of all iterations but the last, `[R − 1, blocks, J, D, lanes]`.
+        q: the gradients of s, `[R, blocks, J, D, lanes]`; or those of the last iteration only, in
+            which case l counts as 0.
         iterations: R.
-        scratch: may hold anything.
+        scratch: need not be initialised.
         matrix_sums: zeros.
-        du: written to, `[B, I, K]`; an empty one, or an empty `dweight`, is left out.
-        dweight: added to.
+        du: written, `[B, I, K]`; skipped if empty.
+        dweight: added to; skipped if empty.
     """
     x, u_hat, c, g, rows = scratch.x, scratch.y, scratch.c, scratch.g, scratch.rows
     B, J, K, D = sizes.samples, sizes.parents, sizes.child_dim, sizes.parent_dim
@@ -89,7 +90,7 @@ def dynamic_gradient_pass(
 
 @inlined
 def _add_dots(out, u_hat, x, ends, at, D, lanes):
-    """`out_e = û_e · x_j` for the edges of a child."""
+    """`out_e = û_e · x_j` for all edges of a child."""
     for e in range(len(ends)):
         fill(out, e, out.dtype.type(0), 1, lanes)
         add_dot(out, e, u_hat, e * D, x, (at + ends[e]) * D, D, lanes)
@@ -97,6 +98,6 @@ def _add_dots(out, u_hat, x, ends, at, D, lanes):
 
 @inlined
 def _add_weighted(out, w, x, ends, at, D, lanes):
-    """`out_e += w_e x_j` for the edges of a child."""
+    """`out_e += w_e x_j` for all edges of a child."""
     for e in range(len(ends)):
         add_scaled(out, e * D, w, e, x, (at + ends[e]) * D, D, lanes)

@@ -1,11 +1,10 @@
-"""Loops over lanes: what the passes over the edges are made of.
+"""Elementwise loops over lanes, from which the passes over the edges are built.
 
-A *row* is as many numbers side by side as there are lanes, one of each sample: 16 for each entry of
-the tuple `lanes`, whose length is part of its type, so that loops have known ends. Arrays are flat,
-and read and written by numbers of rows. All arithmetic is that of whole vectors; only `add_outer`
-and `sum_lanes` go across the lanes.
+A *row* is one number per lane, and each lane holds one sample. There are 16 lanes for each entry of
+the tuple `lanes`; its length is part of its type, so loop bounds are known at compile time. Arrays
+are flat and indexed by row. Only `add_outer` and `sum_lanes` sum across lanes.
 
-What a function writes lies apart from what it reads, in other rows at least.
+The rows that a function writes must not overlap those that it reads.
 """
 
 import math
@@ -25,10 +24,9 @@ from graphcaps.kernels.cpu.compiled import (
 
 @intrinsic
 def get(typingctx, x, i):
-    """Number i of an array.
+    """Element i of an array.
 
-    Indexing would ask whether i is negative, for every number, which keeps LLVM from making
-    vectors.
+    Indexing would check for a negative i at every element, which keeps LLVM from vectorizing.
     """
 
     def build(context, builder, signature, args):
@@ -40,7 +38,7 @@ def get(typingctx, x, i):
 
 @intrinsic
 def put(typingctx, x, i, value):
-    """Write number i of an array."""
+    """Write element i of an array."""
 
     def build(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -52,13 +50,13 @@ def put(typingctx, x, i, value):
 
 @inlined
 def blocks_of(samples, lanes):
-    """How many blocks of lanes the samples fill."""
+    """The number of blocks that hold the samples."""
     return (samples + 16 * len(lanes) - 1) // (16 * len(lanes))
 
 
 @entry
 def lay_in_lanes(x, samples, nodes, d, out, lanes):
-    """`[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in the lanes without a sample."""
+    """Transpose `[B, n, d]` to `[blocks, n, d, lanes]`, with zeros in lanes without a sample."""
     for block in range(blocks_of(samples, lanes)):
         for i in range(nodes):
             lay_node_in_lanes(x, samples, nodes, block, i, d, out, (block * nodes + i) * d, lanes)
@@ -66,7 +64,7 @@ def lay_in_lanes(x, samples, nodes, d, out, lanes):
 
 @entry
 def lay_in_samples(x, samples, nodes, d, out, lanes):
-    """`[blocks, n, d, lanes]` to `[B, n, d]`."""
+    """Transpose `[blocks, n, d, lanes]` to `[B, n, d]`."""
     for block in range(blocks_of(samples, lanes)):
         for i in range(nodes):
             row = (block * nodes + i) * d
@@ -75,7 +73,7 @@ def lay_in_samples(x, samples, nodes, d, out, lanes):
 
 @compiled
 def lay_node_in_lanes(x, samples, nodes, block, node, d, out, row, lanes):
-    """What `[B, n, d]` has of a node, for the samples of one block, to d rows."""
+    """Transpose the numbers of one node for one block of samples, from `[B, n, d]` to d rows."""
     L = 16 * len(lanes)
     o, there = row * L, min(L, samples - block * L)
     for n in range(there):
@@ -89,7 +87,7 @@ def lay_node_in_lanes(x, samples, nodes, block, node, d, out, row, lanes):
 
 @compiled
 def lay_node_in_samples(x, row, samples, nodes, block, node, d, out, lanes):
-    """d rows to what `[B, n, d]` has of a node."""
+    """Transpose d rows to the numbers of one node in `[B, n, d]`."""
     L = 16 * len(lanes)
     i, there = row * L, min(L, samples - block * L)
     for n in range(there):
@@ -100,7 +98,7 @@ def lay_node_in_samples(x, row, samples, nodes, block, node, d, out, lanes):
 
 @inlined
 def fill(out, o, value, count, lanes):
-    """`out[d] = value`, for so many rows."""
+    """`out[d] = value` for `count` rows."""
     L = 16 * len(lanes)
     for n in range(o * L, (o + count) * L):
         put(out, n, value)
@@ -140,7 +138,7 @@ def add_number(out, o, number, lanes):
 
 @inlined
 def maximum(out, o, x, i, lanes):
-    """`out = max(out, x)`, one row; NaN in x is passed over."""
+    """`out = max(out, x)`, one row; NaN in x is ignored."""
     L = 16 * len(lanes)
     for n in range(L):
         found, other = get(out, o * L + n), get(x, i * L + n)
@@ -183,10 +181,10 @@ def sum_lanes(x, i, lanes):
 
 @compiled
 def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes):
-    """`out[a] += Σ_b matrix[b, a] x[b]`, for so many rows of a pose.
+    """`out[a] += Σ_b matrix[b, a] x[b]` for each row of a pose.
 
-    `matrix` is `[inner, outer]`, from number m on, with strides down and across. Two a and four b
-    are taken at a time, so that each number loaded is used more than once.
+    `matrix` is `[inner, outer]`, starts at element m, and has strides `down` and `across`. The loop
+    is unrolled over two a and four b, to use each loaded number more than once.
     """
     L = 16 * len(lanes)
     for a in range(0, outer - 1, 2):
@@ -228,7 +226,7 @@ def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes
 def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
     """`out[b, a] += Σ x[b] y[a]`, summed over the rows of a pose and over the lanes.
 
-    `out` is `[inner, outer]`, from number m on. Four a are taken at a time.
+    `out` is `[inner, outer]` and starts at element m. The loop is unrolled over four a.
     """
     L = 16 * len(lanes)
     for b in range(inner):
@@ -260,7 +258,7 @@ def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
 
 @inlined
 def add_dot(out, o, x, i, y, j, count, lanes):
-    """`out += Σ_d x[d] y[d]`, one row; four d at a time."""
+    """`out += Σ_d x[d] y[d]`, one row; unrolled over four d."""
     L = 16 * len(lanes)
     for d in range(0, count - 3, 4):
         i0, j0 = (i + d) * L, (j + d) * L
@@ -278,7 +276,7 @@ def add_dot(out, o, x, i, y, j, count, lanes):
 
 @inlined
 def add_squares(out, o, x, i, y, j, count, lanes):
-    """`out += Σ_d x[d] y[d]²`, one row; four d at a time."""
+    """`out += Σ_d x[d] y[d]²`, one row; unrolled over four d."""
     L = 16 * len(lanes)
     for d in range(0, count - 3, 4):
         i0, j0 = (i + d) * L, (j + d) * L
@@ -307,7 +305,7 @@ def scale(out, o, w, e, x, i, count, lanes):
 
 @inlined
 def add_scaled(out, o, w, e, x, i, count, lanes):
-    """`out[d] += w · x[d]`, four d at a time."""
+    """`out[d] += w · x[d]`, unrolled over four d."""
     L = 16 * len(lanes)
     for d in range(0, count - 3, 4):
         o0, i0 = (o + d) * L, (i + d) * L
@@ -351,7 +349,7 @@ def add_slopes(out, o, w, e, x, i, y, j, count, lanes):
 
 @inlined_in_order
 def exponential(b, i, largest, at, total, o, lanes):
-    """`b = exp(b − largest)`, and the same added to `total`; one row."""
+    """`b = exp(b − largest)` and `total += b`, one row."""
     L = 16 * len(lanes)
     for n in range(L):
         power = exp_below_0(get(b, i * L + n) - get(largest, at * L + n))
@@ -360,8 +358,8 @@ def exponential(b, i, largest, at, total, o, lanes):
 
 
 def exp_below_0(x):
-    """`exp x` for x ≤ 0; NaN gives NaN. In float32 within 2 units and without a call."""
-    raise NotImplementedError("for compiled code alone")
+    """`exp x` for x ≤ 0; NaN gives NaN. In float32 within 2 ulp and without a function call."""
+    raise NotImplementedError("for compiled code only")
 
 
 @overload(exp_below_0, jit_options=dict(fastmath={"contract"}))
@@ -372,9 +370,9 @@ def _exp_below_0(x):
 
 
 LOG2_E = np.float32(1 / math.log(2))
-LN_2_HIGH = np.float32(0.693359375)  # few digits, so that its multiples are exact
+LN_2_HIGH = np.float32(0.693359375)  # so few bits that its multiples are exact
 LN_2_LOW = np.float32(math.log(2) - 0.693359375)
-ROUNDER = np.float32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer
+ROUNDER = np.float32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer
 SMALLEST = np.float32(-87)  # below, the result is that of −87, 2e-38
 C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
 ONE = np.float32(1)
@@ -392,7 +390,7 @@ def _exp_of_float32(x):
 
 @intrinsic
 def _power_of_2(typingctx, shifted):
-    """`2^k` in float32 from `k + ROUNDER`: the last bits of that are k, the exponent's bits."""
+    """`2^k` in float32 from `k + ROUNDER`: its last bits, which are k, become the exponent."""
 
     def build(context, builder, signature, args):
         int32 = context.get_value_type(types.int32)

@@ -1,4 +1,4 @@
-"""What stands side by side in lanes, for a call: its samples, or the numbers of a pose."""
+"""Chooses the memory layout for a call: samples in lanes, or the numbers of a pose in lanes."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from graphcaps.kernels.cpu.by_pose import PosesInLanes
 from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 from graphcaps.kernels.cpu.parts import Facts, Parts
 
-COST_OF_A_POSE = 1.5  # in lanes, relative to samples in lanes: dot products are sums across these
+COST_OF_A_POSE = 1.5  # of a lane, relative to samples in lanes: dot products sum across lanes
 
 
 def make_parts(
     u: Tensor, weight: Tensor, edges: Sequence[Tensor], parents: int, rows: int
 ) -> Parts:
-    """The one with less work, empty lanes included; arguments as of `Parts`."""
+    """Return the layout with less work, empty lanes included; for the arguments, see `Parts`."""
     facts = Facts(*edges[-1].tolist())
     samples, pose = len(u), rows * weight.shape[2]
     by_sample = SamplesInLanes.lanes_of(samples) * pose

@@ -1,4 +1,4 @@
-"""What a call on the CPU works on: edges in order, in ranges for threads, and sums apart."""
+"""The data of a call on the CPU: sorted edges, ranges of edges for threads, and partial sums."""
 
 import itertools
 import math
@@ -18,19 +18,19 @@ from graphcaps.graph import competition_of_edges
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 Array = NDArray[Any]
-WORK_OF_A_THREAD = 8_000_000  # multiplications of one pass for the votes; less is not worth one
-FEW_THREADS = 4  # may have sums of their own, however many parents and matrices there are
-TERMS = 32  # of a sum, at least, that are added apart; the square root of all, if that is more
-LINE = 64  # bytes, of a cache
+WORK_OF_A_THREAD = 8_000_000  # multiplications for votes in one pass that are worth a thread
+FEW_THREADS = 4  # may have private sums, however many parents and matrices there are
+TERMS = 32  # the least length of a partial sum; it is the square root of all terms, if that is more
+LINE = 64  # bytes of a cache line
 
 
 class Edges(NamedTuple):
-    """What routing on the CPU needs of a graph, whatever the batch."""
+    """The edges of a graph as the CPU kernels take them; they do not depend on the batch."""
 
-    by_competition: SortedEdges  # the edges that compete stand together, those of a child in order
-    cuts: Tensor  # where competitions may be parted so that each child is in one part; int32
-    of_parent: Tensor  # [J], how many edges each parent has; int32
-    of_kind: Tensor  # [M], how many edges have each matrix; int32
+    by_competition: SortedEdges  # edges that compete are contiguous, and sorted by child
+    cuts: Tensor  # indices at which competitions can be split without splitting a child; int32
+    of_parent: Tensor  # [J], number of edges of each parent; int32
+    of_kind: Tensor  # [M], number of edges of each matrix; int32
     facts: Tensor  # [3], see `Facts`; int32
     children: int
     parents: int
@@ -38,25 +38,25 @@ class Edges(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """As the operations of torch take them."""
+        """The list that the custom operations take."""
         return [*self.by_competition, self.cuts, self.of_parent, self.of_kind, self.facts]
 
 
 class Facts(NamedTuple):
-    """What there is to know of the edges."""
+    """Properties of the edges."""
 
-    most: int  # edges that compete with each other
-    apart: int  # whether no matrix serves two children
-    by_child: int  # whether it is the edges of each child that compete
+    most: int  # the largest number of edges that compete with each other
+    apart: int  # whether no two children share a matrix
+    by_child: int  # whether the edges of each child compete
 
 
 def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> Edges:
-    """Sort the edges of a graph by who competes, on the CPU or for the meta device.
+    """Sort the edges of a graph by competition.
 
     Args:
         graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
         kinds: number of matrices, M.
-        device: where the numbers are to be.
+        device: the device of the result, the CPU or meta.
     """
     competition, count = competition_of_edges(graph)
     by_child = competition is None
@@ -89,7 +89,7 @@ def prepare(graph: dgl.DGLGraph, kinds: int, device: torch.device) -> Edges:
 def _sort_by_competition(
     graph: dgl.DGLGraph, competition: Tensor, count: int
 ) -> tuple[SortedEdges, Tensor]:
-    """Competitions in the order of their first child, the edges of each by child; and the cuts."""
+    """Sort competitions by first child, and the edges of each by child; also return the cuts."""
     child, parent = (ends.long() for ends in graph.edges())
     first = torch.zeros(count, dtype=torch.int64)
     first = first.scatter_reduce(0, competition, child, "amin", include_self=False)
@@ -101,7 +101,7 @@ def _sort_by_competition(
     start = torch.zeros(count + 1, dtype=torch.int64)
     start[1:] = torch.bincount(competition, minlength=count).cumsum(0)
     last = torch.zeros_like(first).scatter_reduce(0, competition, child, "amax", include_self=False)
-    whole = last.cummax(0).values[:-1] < first[1:]  # no child before it stands behind it, too
+    whole = last.cummax(0).values[:-1] < first[1:]  # no child has edges on both sides of the cut
     inner = whole.nonzero().flatten() + 1
     cuts = torch.cat([torch.tensor([0]), inner, torch.tensor([count])])
     numbers = (start, *(x[by_place] for x in (child, parent, graph.edata["weight_index"])))
@@ -120,7 +120,7 @@ class Sizes(NamedTuple):
 
 
 class EdgeArrays(NamedTuple):
-    """Edges in order, and how many terms of the sums of a parent or a matrix stand apart."""
+    """Sorted edges, and the length of the partial sums of each parent and each matrix."""
 
     start: Array
     child: Array
@@ -131,7 +131,7 @@ class EdgeArrays(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """As the passes take them, parents' features in lanes; what is absent is empty."""
+    """Inputs of the passes, with features of parents in lanes; absent ones are empty."""
 
     a: Array
     r: Array
@@ -156,26 +156,26 @@ class Needed(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Gradients of all but the features of parents; what is not needed is empty."""
+    """Gradients of everything but the features of parents; those that are not needed are empty."""
 
     u: Array
     weight: Array
     a: Array
-    beta: Array  # float64, as is the next: long sums
+    beta: Array  # float64, as is the next, because the sums are long
     prior: Array
 
 
 class Sums(NamedTuple):
-    """N, S and Q of a few samples, or the gradients of k, p and q, as far as wanted."""
+    """Partial sums N, S and Q of a few samples, or gradients of k, p and q; empty if not wanted."""
 
     N: Array
     S: Array
     Q: Array
-    terms: Array  # how many each parent has
+    terms: Array  # number of terms in the sums of each parent
 
 
 class Totals(NamedTuple):
-    """The same, of all samples."""
+    """The sums of all samples."""
 
     N: Array
     S: Array
@@ -183,14 +183,14 @@ class Totals(NamedTuple):
 
 
 class MatrixSums(NamedTuple):
-    """Of the gradients of matrices that several children share; else empty."""
+    """Partial sums of the gradients of matrices; empty if no two children share a matrix."""
 
     weight: Array
-    terms: Array  # how many each matrix has
+    terms: Array  # number of terms in the sum of each matrix
 
 
 class Passes(NamedTuple):
-    """The loops over a range of competitions, compiled."""
+    """The compiled loops over a range of competitions."""
 
     couple: Callable
     couple_gradient: Callable
@@ -198,11 +198,11 @@ class Passes(NamedTuple):
 
 
 class Parts(ABC):
-    """Poses, matrices and edges of a call; its competitions in ranges, a thread for each.
+    """Poses, matrices and edges of a call, whose competitions are divided into ranges for threads.
 
-    What stands side by side in lanes is said by those derived from it: samples, or the numbers of a
-    pose. Features of parents are `[B, J, d]` or `[B, J]` here, and in lanes in `Inputs`, in `Sums`
-    and in `Totals`.
+    A subclass defines the memory layout: samples in lanes, or the numbers of a pose in lanes.
+    Features of parents are `[B, J, d]` or `[B, J]` here, and have the layout of the subclass in
+    `Inputs`, `Sums` and `Totals`.
 
     Args:
         u: poses, `[B, I, P·K]`.
@@ -210,12 +210,12 @@ class Parts(ABC):
         edges: as `Edges.tensors` gives them.
         parents: J.
         rows: P.
-        terms_of_an_edge: how many terms it gives to the gradient of its matrix.
-        vote: numbers that a vote takes, for all samples.
-        cost: of a multiplication, relative to those of samples in lanes.
+        terms_of_an_edge: number of terms that an edge adds to the gradient of its matrix.
+        vote: numbers in a vote, for all samples.
+        cost: of a multiplication, relative to that with samples in lanes.
 
     Attributes:
-        lanes_as_type: a tuple for each number of which the passes are compiled apart.
+        lanes_as_type: a tuple for whose length the passes are specialised.
     """
 
     lanes_as_type: tuple[int, ...]
@@ -249,7 +249,7 @@ class Parts(ABC):
         self.cuts = cuts
         self.facts = Facts(*facts.tolist())
         work = cost * vote * len(kind) * child_dim
-        # private sums of parents take no more memory than poses, or are those of a few threads
+        # private sums of parents may take as much memory as the poses, or be those of a few threads
         fitting = max(FEW_THREADS, self.u.size // max(1, 2 * vote * parents))
         worth = min(torch.get_num_threads(), work // WORK_OF_A_THREAD, fitting)
         self.groups = self.ranges(worth)
@@ -258,7 +258,7 @@ class Parts(ABC):
     @property
     @abstractmethod
     def passes(self) -> Passes:
-        """The compiled functions; importing them needs numba."""
+        """The compiled functions, imported on first use because they need numba."""
 
     @property
     @abstractmethod
@@ -267,34 +267,34 @@ class Parts(ABC):
 
     @abstractmethod
     def in_lanes(self, x: Array) -> Array:
-        """Features of parents, `[B, J, d]` or `[B, J]`, as the passes take them."""
+        """Convert features of parents, `[B, J, d]` or `[B, J]`, to the layout of the passes."""
 
     @abstractmethod
     def scratch(self, *, gradients: bool = False, iterations: int | None = None) -> Any:
-        """What a thread works in, for one pass or for the last pass of so many iterations."""
+        """Work space of a thread, for one pass, or for the last pass over all iterations."""
 
     @abstractmethod
     def zero_totals(self, wanted: Sequence[bool]) -> Totals:
-        """Of a thread, for all samples; those that are not wanted are empty."""
+        """Totals of a thread, for all samples; those that are not wanted are empty."""
 
     @abstractmethod
     def zero_sums(self, wanted: Sequence[bool]) -> Sums:
-        """Of a thread, for as many samples as are taken at a time."""
+        """Partial sums of a thread, for the samples that are processed at a time."""
 
     @abstractmethod
     def add_up(self, totals: Sequence[Totals], wanted: Sequence[bool]) -> list[Array]:
-        """The totals of all threads, as `[B, J, d]`; empty where not wanted."""
+        """Sum the totals of all threads, as `[B, J, d]`; empty where not wanted."""
 
     @abstractmethod
     def new_gradient(self, size: int) -> Array:
-        """Of poses or activations, as the passes write or add to it."""
+        """An array for the gradient of poses or activations."""
 
     @abstractmethod
     def gather_matrices(self, private: Sequence[Array]) -> Array:
-        """The gradients of all ranges added up, `[M, K, D]`, flat; empty if they are."""
+        """Sum the gradients of matrices over all ranges, `[M, K, D]`, flat; empty if not wanted."""
 
     def couple_pass(self, inputs: Inputs, leak: bool, wanted: Sequence[bool]) -> list[Array]:
-        """N `[B, J, 1]`, S and Q `[B, J, P·D]`, those that are wanted; else empty."""
+        """N `[B, J, 1]`, S and Q `[B, J, P·D]`; those that are not wanted are empty."""
         totals = [self.zero_totals(wanted) for _ in self.groups]
         calls = [
             (
@@ -318,7 +318,7 @@ class Parts(ABC):
     def couple_gradient_pass(
         self, inputs: Inputs, leak: bool, detach_coupling: bool, of_sums: Totals, needed: Needed
     ) -> tuple[Array, ...]:
-        """The gradients of all inputs, those that are needed; from those of N, S and Q in lanes."""
+        """The gradients of the inputs that are needed, from `of_sums`, those of N, S and Q."""
         wanted = needed.k, needed.p or needed.q, needed.q  # Q comes with S
         groups, dweights = self.private_matrices(needed.weight)
         totals = [self.zero_totals(wanted) for _ in groups]
@@ -391,7 +391,7 @@ class Parts(ABC):
         beta: Array | None = None,
         prior: Array | None = None,
     ) -> Inputs:
-        """From activations `[B, I]`, features of parents, and numbers of matrices, `[M]`."""
+        """Inputs from activations `[B, I]`, features of parents, and numbers of matrices `[M]`."""
         return Inputs(
             self.empty(0) if a is None else a.reshape(-1),
             *(self.empty(0) if x is None else self.in_lanes(x) for x in (r, k, p, q)),
@@ -399,8 +399,9 @@ class Parts(ABC):
         )
 
     def __enter__(self) -> Self:
-        # threads of this call alone: kept ones would be missing in a forked process
-        if len(self.groups) > 1 and threading.main_thread().is_alive():  # none start after it
+        # a pool per call, because the threads of a lasting pool would be missing after a fork;
+        # none while the interpreter shuts down, when threads cannot be started
+        if len(self.groups) > 1 and threading.main_thread().is_alive():
             self._threads = ThreadPoolExecutor(len(self.groups) - 1)
         return self
 
@@ -409,7 +410,7 @@ class Parts(ABC):
             self._threads.shutdown()
 
     def run(self, one_pass: Callable, calls: Sequence[Sequence[Any]]) -> None:
-        """Call a compiled function once for each range, all at the same time."""
+        """Call a compiled function for all ranges in parallel."""
         if self._threads is None:
             for call in calls:
                 one_pass(*call)
@@ -417,39 +418,40 @@ class Parts(ABC):
         others = [self._threads.submit(one_pass, *call) for call in calls[1:]]
         one_pass(*calls[0])
         for other in others:
-            other.result()  # raises what its thread raised
+            other.result()  # raises the exception of its thread, if any
 
     def ranges(self, count: int) -> list[tuple[int, int]]:
-        """At most so many ranges of competitions, at least one, with about equally many edges."""
+        """Divide the competitions into 1 to `count` ranges with about equally many edges."""
         start, cuts = self.edges.start, self.cuts
         shares = np.linspace(0, start[-1], max(1, min(count, len(cuts) - 1)) + 1)[1:-1]
         bounds = [0, *cuts[np.searchsorted(start[cuts], shares)].tolist(), int(cuts[-1])]
         return list(itertools.pairwise(bounds))
 
     def empty(self, *size: int) -> Array:
-        """A new array in the dtype of the call."""
+        """An uninitialised array in the dtype of the call."""
         return _aligned(np.empty, size, self.dtype)
 
     def zeros(self, *size: int) -> Array:
-        """The same, of zeros."""
+        """An array of zeros in the dtype of the call."""
         return _aligned(np.zeros, size, self.dtype)
 
     def zeros_of_kinds(self, needed: Needed) -> tuple[Array, Array]:
-        """Of a thread, for the gradients of beta and prior."""
+        """Zeros for a thread's gradients of beta and prior."""
         kinds = len(self.weight)
         return np.zeros(kinds * needed.beta), np.zeros(kinds * needed.prior)
 
     def zero_matrix_sums(self, wanted: bool) -> MatrixSums:
-        """Of a thread, for all matrices."""
+        """Partial sums of a thread for all matrices."""
         wanted = wanted and not self.facts.apart
         sums = self.zeros(self.matrices.size * wanted)
         return MatrixSums(sums, np.zeros(len(self.weight) * wanted, np.int32))
 
     def private_matrices(self, wanted: bool) -> tuple[list[tuple[int, int]], list[Array]]:
-        """Ranges of competitions, and the gradient of all matrices that each of them adds to.
+        """Ranges of competitions, and for each of them the gradient of all matrices to add to.
 
-        Where children share matrices, each range has its own, of which there are no more than take
-        the memory of the poses, or those of a few threads: there are fewer ranges then.
+        If children share matrices, each range has a private gradient. All private gradients may
+        take as much memory as the poses, or be those of a few threads; this limits the number of
+        ranges.
         """
         size = self.matrices.size
         if not wanted or self.facts.apart:
@@ -460,28 +462,28 @@ class Parts(ABC):
         return ranges, [self.zeros(size) for _ in ranges]
 
     def add_matrices(self, private: Sequence[Array]) -> Array:
-        """The gradients of all ranges added up."""
+        """Sum the gradients of all ranges."""
         if self.facts.apart or len(private) == 1:
             return private[0]
         return sum(private[1:], start=private[0])
 
 
 def array(x: Tensor) -> Array:
-    """The numbers of a tensor, contiguous.
+    """A contiguous numpy array of a tensor.
 
-    By a second storage of the same memory: the one that `numpy()` is asked of can no more be
-    resized, and FSDP resizes those of parameters.
+    It is taken from a second storage that shares the memory: a storage cannot be resized after
+    `numpy()` was called on it, and FSDP resizes the storages of parameters.
     """
     return torch.from_dlpack(x.detach().contiguous().resolve_neg()).numpy()
 
 
 def optional_array(x: Tensor | None) -> Array | None:
-    """The numbers of a tensor, contiguous; None for None."""
+    """`array(x)`, or None for None."""
     return None if x is None else array(x)
 
 
 def _aligned(make: Callable, size: Sequence[int], dtype: np.dtype) -> Array:
-    """A new array that starts with a line of the cache, so that no vector lies across two."""
+    """A new array that starts at a cache line, so that no vector spans two lines."""
     count = math.prod(size) * dtype.itemsize
     if count == 0:  # most are: what is absent
         return np.empty(size, dtype)

@@ -1,17 +1,17 @@
-"""The passes over the edges with poses in lanes: for few samples, and for any competition.
+"""The passes over the edges with the numbers of a pose in lanes.
 
-The sums and gradients are those of couple_passes.py and dynamic_passes.py, where samples stand side
-by side; here the numbers of a pose do. Edges are sorted by competition, and by child within one: a
-*group* is the edges that compete, a *run* those of one child among them. Each group is passed
-through for a few samples in turn, so that its matrices stay in cache. Arrays are flat:
+They serve small batches, and edges of several children that compete. They compute the same sums and
+gradients as couple_passes.py and dynamic_passes.py, where samples are in lanes. Edges are sorted by
+competition, then by child; a *group* is the edges that compete. Each group is processed for a few
+samples in turn, so that its matrices stay in cache. Arrays are flat:
 
     u, a               [B, I, P·K], [B, I]         start                  of groups, in edges
     weight             [M, K, width]               child, parent, kind    of edges
     r, p, q, S, Q      [B, J, width]               beta, prior            [M]
     k, N               [B, J]
 
-Those of scratch are one row for each edge of a group. `width` is 16 for each entry of the tuple
-`lanes`, so that it is known when the code is compiled. `groups` are the first and one past the
+Arrays of scratch have one row for each edge of a group. `width` is 16 for each entry of the tuple
+`lanes`, and so is known at compile time. `groups` is the first group of a range and one past its
 last.
 """
 
@@ -44,7 +44,7 @@ from graphcaps.kernels.cpu.vectors import plus, put_row, row, spread, times
 
 @entry
 def couple_pass(u, weight, inputs, edges, groups, sizes, leak, lanes, scratch, sums, totals):
-    """Add to the totals N, S and Q what a range of groups gives."""
+    """Add the terms of a range of groups to the totals N, S and Q."""
     y, c, a = scratch.y, scratch.c, scratch.a
     B, J, K = sizes.samples, sizes.parents, sizes.child_dim
     width = LANE * len(lanes)
@@ -100,7 +100,7 @@ def couple_pass(u, weight, inputs, edges, groups, sizes, leak, lanes, scratch, s
 
 
 @entry
-def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for at its place
+def couple_gradient_pass(  # noqa: PLR0912, PLR0915, each term may be absent
     u,
     weight,
     inputs,
@@ -117,9 +117,9 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
     matrix_sums,
     outputs,
 ):
-    """Add up the gradients that a range of groups gives, from `gradients`, those of N, S and Q.
+    """Add up the gradients of a range of groups from `gradients`, those of N, S and Q.
 
-    `totals` are those of k, p and q; `outputs`, of the rest. Those that are empty are left out.
+    `totals` holds the gradients of k, p and q, `outputs` the others; empty arrays are skipped.
     """
     y, c, a, g, dy = scratch.y, scratch.c, scratch.a, scratch.g, scratch.dy
     B, J, K = sizes.samples, sizes.parents, sizes.child_dim
@@ -135,7 +135,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, what is absent is asked for
         samples = min(SAMPLES, B - sample)
         for group in range(groups[0], groups[1]):
             first, degree = edges.start[group], edges.start[group + 1] - edges.start[group]
-            with_rivals = coupled and degree + leak > 1  # an edge without has all there is
+            with_rivals = coupled and degree + leak > 1  # a single edge has a coupling of 1
             of_logits = with_rivals and not detach_coupling
             if degree == 0 or not (of_logits or of_votes or of_weights):
                 continue
@@ -270,13 +270,13 @@ def dynamic_gradient_pass(  # noqa: PLR0912, PLR0915, as above
 
     Args:
         u, weight, edges, groups, sizes: as for the other passes.
-        V: of the iterations before; of those but the last, `[R − 1, B, J, width]`.
-        q: the gradients of s, `[R, B, J, width]`; or of the last iteration alone, in which case l
-            counts as 0.
+        V: of all iterations but the last, `[R − 1, B, J, width]`.
+        q: the gradients of s, `[R, B, J, width]`; or those of the last iteration only, in which
+            case l counts as 0.
         iterations: R.
-        scratch: c and g have room for R rows of a group.
+        scratch: c and g hold R rows of a group.
         matrix_sums: zeros.
-        du, dweight: added to; an empty one is left out.
+        du, dweight: added to; skipped if empty.
     """
     y, c, g, dy = scratch.y, scratch.c, scratch.g, scratch.dy
     B, J, K = sizes.samples, sizes.parents, sizes.child_dim
@@ -290,7 +290,7 @@ def dynamic_gradient_pass(  # noqa: PLR0912, PLR0915, as above
         samples = min(SAMPLES, B - sample)
         for group in range(groups[0], groups[1]):
             first, degree = edges.start[group], edges.start[group + 1] - edges.start[group]
-            stride = (degree + LANE - 1) // LANE * LANE  # numbers of one iteration in c and g
+            stride = (degree + LANE - 1) // LANE * LANE  # of one iteration in c and g
             for s in range(samples):
                 nodes = (sample + s) * sizes.children
                 last = np.int64(-1)
@@ -381,7 +381,7 @@ def dynamic_gradient_pass(  # noqa: PLR0912, PLR0915, as above
 
 @inlined
 def _is_coupled(inputs):
-    """Whether there are logits, or all of them are equal."""
+    """Whether there are logits; without them, the coupling is equal."""
     return inputs.k.size > 0 or inputs.p.size > 0 or inputs.q.size > 0 or inputs.prior.size > 0
 
 
@@ -420,7 +420,7 @@ def _weigh(c, e, beta, m, with_a, a):
 
 @inlined
 def _weight_gradient(y, e, gradients, j, width):
-    """`g_e = ∂N_j + ∂S_j·y_e + ∂Q_j·y_e²`, the gradient of w but for a."""
+    """`g_e = ∂N_j + ∂S_j·y_e + ∂Q_j·y_e²`, the gradient of w."""
     g = dot(y, e * width, gradients.S, j * width, width)
     if gradients.N.size:
         g += get(gradients.N, j)

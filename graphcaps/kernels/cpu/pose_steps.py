@@ -1,9 +1,9 @@
-"""What the passes with poses in lanes are made of: votes, softmax, and sums in groups.
+"""Steps of the passes with poses in lanes: votes, softmax, and sums in groups.
 
-A step works on one sample. The numbers of a pose stand side by side, `width` of them, which is P·D
-rounded up to whole vectors; those beyond P·D are 0. So that votes are sums of products of vectors,
-a child's pose is *laid out*: `x[k, p·D + d] = u[p·K + k]`, and each matrix repeated for every row
-of a pose: `weight[m, k, p·D + d] = W_m[k, d]`. Logits and coupling are one number for each edge.
+A step works on one sample. A parent's pose is padded with zeros to `width`, which is P·D rounded up
+to whole vectors. To compute votes as sums of products of vectors, a child's pose is *expanded*:
+`x[k, p·D + d] = u[p·K + k]`, and each matrix is repeated for every row of a pose:
+`weight[m, k, p·D + d] = W_m[k, d]`. Logits and coupling are one number for each edge.
 """
 
 import numpy as np
@@ -23,12 +23,12 @@ from graphcaps.kernels.cpu.vectors import (
     times,
 )
 
-NONE = -1e30  # the logit of no edge
+NONE = -1e30  # logit of the padding
 
 
 @compiled
 def lay_pose(u, o, sizes, x, width):
-    """The pose that starts at number o of u, laid out."""
+    """Expand the pose that starts at element o of u."""
     K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
     if width == D:
         for k in range(K):
@@ -45,7 +45,7 @@ def lay_pose(u, o, sizes, x, width):
 
 @inlined
 def vote(x, weight, m, K, width, r, j, y, e):
-    """`y_e = û_e − r_j` of a child whose laid-out pose is x."""
+    """`y_e = û_e − r_j` for a child with expanded pose x."""
     for begin in range(0, width, LANE):
         i = m * K * width + begin
         total = spread(y.dtype.type(0))
@@ -120,9 +120,9 @@ def add_slopes(out, o, w, x, i, y, j, width):
 
 @compiled
 def softmax(b, o, degree, leak, rows, lanes):
-    """Of so many logits from number o on, in their place; with `leak` there is one more, 0.
+    """Replace `degree` logits from element o on by their softmax; `leak` adds one more logit, 0.
 
-    What follows up to a whole vector is written on.
+    The padding up to a whole vector is overwritten.
     """
     zero = b.dtype.type(0)
     count = (degree + LANE - 1) // LANE
@@ -155,7 +155,7 @@ def softmax(b, o, degree, leak, rows, lanes):
 
 @compiled
 def logit_gradients(c, g, o, degree):
-    """`g` to `c (g − Σ c g)`, of the edges that compete, from number o on."""
+    """Replace g by `c (g − Σ c g)` for the edges that compete, from element o on."""
     total = c.dtype.type(0)
     terms = terms_of_a_sum(degree) * LANE
     for begin in range(0, degree, terms):
@@ -174,7 +174,7 @@ def logit_gradients(c, g, o, degree):
 
 @inlined
 def add_to_parent(sums, j, w, y, e, width):
-    """`N_j += w`, `S_j += w y_e`, `Q_j += w y_e²`, those that are not empty."""
+    """`N_j += w`, `S_j += w y_e` and `Q_j += w y_e²`, except for arrays that are empty."""
     if sums.N.size:
         put(sums.N, j, get(sums.N, j) + w)
     if sums.Q.size:
@@ -185,7 +185,7 @@ def add_to_parent(sums, j, w, y, e, width):
 
 @compiled
 def count_terms(totals, sums, terms_of_parent, parent, first, degree, at, samples, J, width):
-    """Add the sums of parents to their totals, where they have as many terms as they may."""
+    """Count the terms of a group, and add to the totals those partial sums that are full."""
     for e in range(first, first + degree):
         j = np.int64(parent[e])
         sums.terms[j] += 1
@@ -195,7 +195,7 @@ def count_terms(totals, sums, terms_of_parent, parent, first, degree, at, sample
 
 @compiled
 def add_rest(totals, sums, at, samples, J, width):
-    """Add to the totals of some samples what has not been added yet."""
+    """Add the partial sums that are left to the totals of some samples."""
     for j in range(J):
         if sums.terms[j]:
             _add_to_totals(totals, sums, at, j, samples, J, width)
@@ -203,7 +203,7 @@ def add_rest(totals, sums, at, samples, J, width):
 
 @compiled
 def _add_to_totals(totals, sums, at, j, samples, J, width):
-    """Of one parent, for so many samples, the first of whose parents is number `at`."""
+    """Add the sums of parent j to the totals of `samples` samples, whose first parent is `at`."""
     for s in range(samples):
         o, i = at + s * J + j, s * J + j
         if sums.N.size:
@@ -218,7 +218,7 @@ def _add_to_totals(totals, sums, at, j, samples, J, width):
 
 @inlined
 def _move(out, o, x, i, count):
-    """`out[d] += x[d]`, and x to 0."""
+    """`out[d] += x[d]`, then `x[d] = 0`."""
     zero = spread(x.dtype.type(0))
     for n in range(0, count, LANE):
         put_row(out, o + n, plus(row(out, o + n), row(x, i + n)))
@@ -227,9 +227,9 @@ def _move(out, o, x, i, count):
 
 @compiled
 def add_gradients(dweight, of_weight, dx, of_pose, x, weight, kind, first, count, K, width, dy):
-    """`∂W_m += u ⊗ ∂y` and `∂x = W_m ∂y`, of so many edges of a child, in the layout of votes.
+    """`∂W_m += u ⊗ ∂y` and `∂x = W_m ∂y` for `count` edges of one child, with ∂x expanded.
 
-    Their kinds stand from number `first` on, the gradients of their votes in the first rows of dy.
+    The edges start at number `first`; the gradients of their votes are in the first rows of dy.
     """
     for k in range(K):
         for begin in range(0, width, LANE):
@@ -265,7 +265,7 @@ def add_pose_gradient(du, o, sizes, dx, width):
 
 @compiled
 def count_matrices(dweight, sums, terms_of_kind, kind, first, degree, samples, count):
-    """Add the sums of matrices to their gradients, where they have as many terms as they may."""
+    """Count the terms of a group, and add to the gradients those partial sums that are full."""
     for e in range(first, first + degree):
         m = np.int64(kind[e])
         sums.terms[m] += samples
@@ -275,7 +275,7 @@ def count_matrices(dweight, sums, terms_of_kind, kind, first, degree, samples, c
 
 @compiled
 def add_matrices(dweight, sums, count):
-    """Add to the gradients of all matrices, of so many numbers, what has not been added yet."""
+    """Add the partial sums that are left to the gradients of all matrices, of `count` numbers."""
     for m in range(len(sums.terms)):
         if sums.terms[m]:
             _add_matrix(dweight, sums, m, count)

@@ -1,7 +1,7 @@
-"""What the passes over the edges are made of: votes, softmax, and sums in groups.
+"""Steps of the passes over the edges: votes, softmax, and sums in groups.
 
-A step works on one child, or on one edge, for one block of samples. Numbers of parents count those
-of all blocks.
+A step works on one child, or on one edge, for one block of samples. Indices of parents count the
+parents of all blocks.
 """
 
 import math
@@ -26,23 +26,23 @@ from graphcaps.kernels.cpu.lanes import (
     put,
 )
 
-TERMS = 32  # summed apart, at least, so that a long sum in float32 does not lose what it adds
+TERMS = 32  # the least length of a partial sum; one long sum in float32 would lose precision
 
-# What a thread has one row of, in `rows`. As plain numbers each would be a type of its own, and
-# functions would be compiled for each.
+# The rows of the array `rows`, of which each thread has one. They are np.int64 because numba would
+# give each plain int a type of its own, and compile functions for each.
 ACTIVATION, TOTAL, PART, LARGEST = (np.int64(row) for row in range(4))
 FIRST = np.int64(0)
 
 
 @inlined
 def terms_of_a_sum(count):
-    """How many of so many terms are summed apart: then there are about as many sums to add."""
+    """The length of the partial sums of `count` terms: about the square root, at least `TERMS`."""
     return max(TERMS, int(math.sqrt(count)))
 
 
 @inlined
 def vote(x, weight, m, sizes, r, j, lanes, y, e):
-    """`y_e = û_e − r_j` of a child whose pose is x."""
+    """`y_e = û_e − r_j` for a child with pose x."""
     pose = sizes.rows * sizes.parent_dim
     if r.size:
         copy_negative(y, e * pose, r, j * pose, pose, lanes)
@@ -54,7 +54,7 @@ def vote(x, weight, m, sizes, r, j, lanes, y, e):
 
 @compiled
 def softmax(b, degree, leak, rows, lanes):
-    """Of the logits of a child, in their place; with `leak` there is one more, 0."""
+    """Replace the logits of a child by their softmax; `leak` adds one more logit, 0."""
     zero = b.dtype.type(0)
     copy(rows, LARGEST, b, FIRST, 1, lanes)
     for e in range(1, degree):
@@ -93,9 +93,9 @@ def sum_products(c, g, degree, rows, lanes):
 
 @inlined
 def add_to_pose(dx, weight, m, sizes, dy, row, e, degree, lanes):
-    """`∂u += W_m ∂y_e`, for all edges of a child in turn.
+    """`∂u += W_m ∂y_e`; called for each edge of a child in turn.
 
-    dx has rows for two poses; the second takes the sum of so many edges, and is 0 before the first.
+    dx has rows for two poses. The second holds a partial sum, and must be 0 before the first edge.
     """
     K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
     part = P * K
@@ -107,10 +107,10 @@ def add_to_pose(dx, weight, m, sizes, dy, row, e, degree, lanes):
 
 @inlined
 def add_to_parent(totals, sums, terms_of_parent, at, j, w, y, e, pose, lanes):
-    """`N_j += w_e`, `S_j += w_e y_e`, `Q_j += w_e y_e²`, those that are not empty.
+    """`N_j += w_e`, `S_j += w_e y_e` and `Q_j += w_e y_e²`, except for arrays that are empty.
 
-    `sums` are those of a block, whose first parent is number `at` of the totals. They are added to
-    these and start anew after so many terms.
+    `sums` are partial sums of one block, whose first parent is number `at` of the totals. After
+    `terms_of_parent[j]` terms they are added to the totals and set to 0.
     """
     if sums.N.size:
         add(sums.N, j, w, e, 1, lanes)
@@ -125,7 +125,7 @@ def add_to_parent(totals, sums, terms_of_parent, at, j, w, y, e, pose, lanes):
 
 @compiled
 def add_rest(totals, sums, at, pose, lanes):
-    """Add to the totals of a block what has not been added yet."""
+    """Add the partial sums that are left to the totals of a block."""
     for j in range(len(sums.terms)):
         if sums.terms[j]:
             _add_to_totals(totals, sums, at, j, pose, lanes)
@@ -150,8 +150,8 @@ def _add_to_totals(totals, sums, at, j, pose, lanes):
 def add_to_matrix(dweight, sums, terms_of_kind, m, sizes, x, dy, row, lanes):
     """`∂W_m += u ⊗ ∂y_e`.
 
-    A matrix that several children share has a sum of its own in `sums`, which is added to the
-    gradient after so many terms.
+    A matrix that several children share has a partial sum in `sums`, which is added to the gradient
+    after `terms_of_kind[m]` terms.
     """
     K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
     if not sums.weight.size:
@@ -165,7 +165,7 @@ def add_to_matrix(dweight, sums, terms_of_kind, m, sizes, x, dy, row, lanes):
 
 @compiled
 def add_matrices(dweight, sums, count):
-    """Add to the gradients of all matrices, of so many numbers, what has not been added yet."""
+    """Add the partial sums that are left to the gradients of all matrices, of `count` numbers."""
     for m in range(len(sums.terms)):
         if sums.terms[m]:
             add_matrix(dweight, sums, m, count)
@@ -173,7 +173,7 @@ def add_matrices(dweight, sums, count):
 
 @compiled
 def add_matrix(dweight, sums, m, count):
-    """Add to the gradient of a matrix its sum, and start that anew."""
+    """Add the partial sum of a matrix to its gradient, and set it to 0."""
     for n in range(m * count, (m + 1) * count):
         put(dweight, n, get(dweight, n) + get(sums.weight, n))
         put(sums.weight, n, dweight.dtype.type(0))

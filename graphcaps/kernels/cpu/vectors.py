@@ -1,7 +1,7 @@
 """Vectors of 16 numbers for compiled code.
 
-LLVM makes vectors of long loops of its own accord, but unrolls one of 16 rounds into as many single
-instructions. So such rows are said to be vectors here.
+LLVM vectorizes long loops by itself, but unrolls a loop of 16 rounds into scalar instructions. The
+functions here therefore use vector types explicitly.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ FLAGS = ("contract", "reassoc")
 
 
 class Vector(types.Type):
-    """Of 16 numbers of one dtype."""
+    """A vector of 16 numbers of one dtype."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -40,7 +40,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, i: Any) ->
 
 @intrinsic
 def row(typingctx, x, i):
-    """The 16 numbers of an array from number i on."""
+    """Load 16 numbers of an array, from element i on."""
 
     def build(context, builder, signature, args):
         place = _pointer(context, builder, signature.args[0], *args)
@@ -51,7 +51,7 @@ def row(typingctx, x, i):
 
 @intrinsic
 def put_row(typingctx, x, i, vector):
-    """Write 16 numbers of an array, from number i on."""
+    """Store 16 numbers in an array, from element i on."""
 
     def build(context, builder, signature, args):
         place = _pointer(context, builder, signature.args[0], *args[:2])
@@ -63,7 +63,7 @@ def put_row(typingctx, x, i, vector):
 
 @intrinsic
 def spread(typingctx, x):
-    """A number, 16 times."""
+    """A vector that repeats one number."""
 
     def build(context, builder, signature, args):
         vector = ir.VectorType(args[0].type, LANE)
@@ -96,7 +96,7 @@ def times(typingctx, x, y):
 
 @intrinsic
 def larger(typingctx, x, y):
-    """The larger of x and y, lane by lane; NaN in y is passed over."""
+    """The larger of x and y, lane by lane; NaN in y is ignored."""
 
     def build(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
@@ -105,7 +105,7 @@ def larger(typingctx, x, y):
 
 
 def _folded(builder: Any, vector: Any, combine: Any) -> Any:
-    """What `combine` makes of both halves, and of both halves of that, until one number is left."""
+    """Reduce a vector to one number: combine its halves, then the halves of the result, etc."""
     size = LANE
     while size > 1:
         size //= 2

@@ -1,4 +1,4 @@
-"""Routing without votes on CUDA; the derivation is in kernels/README.md."""
+"""The pass over the edges and dynamic routing on CUDA, compiled by Triton."""
 
 from graphcaps.kernels.triton.device import DTYPES, why_not
 from graphcaps.kernels.triton.edges import TritonEdges

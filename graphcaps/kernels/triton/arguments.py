@@ -1,6 +1,6 @@
-"""What the kernels are given, in bundles: a Triton kernel takes a NamedTuple as it takes a tensor.
+"""The arguments of the kernels, grouped in NamedTuples, which Triton kernels accept.
 
-None in a bundle is known when the kernel is compiled: a term that is absent costs nothing.
+A field that is None is known when the kernel is compiled, so that absent terms cost nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor
 from graphcaps.kernels.edges import SortedEdges
 from graphcaps.kernels.triton.device import blocks, power_of_two, release, tl
 
-TILE = 1024  # numbers of a block of votes
-LARGEST_TILE = 8192  # where poses are long; more does not fit in the shared memory of every GPU
+TILE = 1024  # numbers in a block of votes
+LARGEST_TILE = 8192  # for long poses; more does not fit in the shared memory of every GPU
 
 
 class Sizes(NamedTuple):
-    """Numbers known when a kernel is compiled.
+    """Sizes that are compile-time constants of a kernel.
 
-    A tile of votes is [BLOCK_B·BLOCK_P, BLOCK_D]: the rows of matrix poses stand among the samples,
-    so that û = Wᵀu is one product of matrices for all of them.
+    A tile of votes is [BLOCK_B·BLOCK_P, BLOCK_D]: the rows of matrix poses are merged with the
+    samples, so that û = Wᵀu is one matrix product for all of them.
     """
 
     K: Any
     D: Any
     P: Any  # rows of a matrix pose; 1 for vectors
-    R: Any  # iterations whose gradients are taken at once
+    R: Any  # iterations whose gradients are computed at once
     BLOCK_B: Any  # samples of a program
     BLOCK_P: Any
     BLOCK_K: Any
@@ -35,28 +35,29 @@ class Sizes(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """How a kernel of these sizes is compiled."""
+        """Compiler options for a kernel of these sizes."""
         pose = self.BLOCK_P.value * self.BLOCK_D.value
         return dict(
             num_warps=min(8, max(2, self.BLOCK_B.value * pose // 256)),
-            # loading ahead takes shared memory for the features of parents in every iteration
+            # each pipeline stage needs shared memory for the features of parents in every iteration
             num_stages=3 if pose <= 64 and self.R.value <= 4 else 1,
         )
 
     @property
     def options_of_sums(self) -> dict[str, int]:
-        """The same for kernels that keep sums of poses or matrices, which take more registers."""
+        """Options for kernels that accumulate poses or matrices, which need more registers."""
         warps = min(8, 2 * self.options["num_warps"])
-        # otherwise ptxas may move some numbers to the stack, to have more programs at once
+        # otherwise ptxas may spill registers for a higher occupancy
         return self.options | dict(num_warps=warps, maxnreg=255)
 
 
 def sizes(batch: int, K: int, D: int, P: int = 1) -> Sizes:
-    """Blocks that fit in registers and shared memory.
+    """Choose block sizes that fit in registers and shared memory.
 
     Args:
         batch: B.
-        K, D, P: numbers of a row of a child's pose, of a parent's, and rows.
+        K, D: length of a row of a child's and of a parent's pose.
+        P: number of rows.
 
     Raises:
         ValueError: the parents' poses are too long.
@@ -71,19 +72,19 @@ def sizes(batch: int, K: int, D: int, P: int = 1) -> Sizes:
             "use engine='scatter'"
         )
     BLOCK_B = max(fewest, min(power_of_two(batch), blocks(TILE, BLOCK_P * BLOCK_D)))
-    # more than so many numbers of W fill shared memory
+    # a larger block of W does not fit in shared memory
     BLOCK_K = max(terms, min(power_of_two(K), 32, 2048 // BLOCK_D))
     numbers = K, D, P, 1, BLOCK_B, BLOCK_P, BLOCK_K, BLOCK_D
     return Sizes(*map(tl.constexpr, numbers))
 
 
 def fewest_terms() -> int:
-    """Of a product of matrices in float32, by Triton's release."""
+    """The least inner dimension of `tl.dot` in float32, which depends on Triton's release."""
     return 8 if release() >= (3, 8) else 16
 
 
 class Inputs(NamedTuple):
-    """Features and sizes of a pass; R iterations of what differs between them."""
+    """Features and sizes of a pass; those that differ between iterations have R entries."""
 
     u: Any  # [B, I, P·K]
     weight: Any  # [M, K, D]
@@ -97,7 +98,7 @@ class Inputs(NamedTuple):
 
 
 class Quadratic(NamedTuple):
-    """Coefficients of parents in constant + linear·y + square·y²; or sums of 1, y and y²."""
+    """Coefficients of parents in constant + linear·y + square·y², or sums of 1, y and y²."""
 
     constant: Any = None  # [R, B, J]
     linear: Any = None  # [R, B, J, P·D]
@@ -105,7 +106,7 @@ class Quadratic(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """c = exp(b − most) / total, and what the softmax's gradient needs."""
+    """c = exp(b − most) / total, and the mean that the gradient of softmax needs."""
 
     most: Any  # [R, B, I]; None where all logits are equal
     total: Any  # [R, B, I]; [I] where all logits are equal
@@ -113,7 +114,7 @@ class Softmax(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """All that one pass over the edges reads, apart from the edges."""
+    """Everything that one pass over the edges reads, except for the edges."""
 
     inputs: Inputs
     logits: Quadratic  # k, p, q
@@ -136,7 +137,7 @@ class Orders(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The samples of a program, inside a kernel; int64, because an offset may pass 2³¹."""
+    """The samples of a program, inside a kernel; int64, because offsets may exceed 2³¹."""
 
     sample: Any  # [BLOCK_B]
     there: Any  # [BLOCK_B], whether the sample exists
@@ -146,7 +147,7 @@ class Block(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """An edge for a block of samples, inside a kernel, and where the features of its ends stand."""
+    """An edge for a block of samples, inside a kernel, with the offsets of its ends' features."""
 
     block: Block
     child: Any

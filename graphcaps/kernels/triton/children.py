@@ -1,4 +1,4 @@
-"""Child by child: the softmax of its logits, and the means that its gradient needs."""
+"""Kernels with one program per child: the softmax of its logits, and the means for its gradient."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -22,7 +22,7 @@ from graphcaps.kernels.triton.terms import (
 
 
 def softmax(run: Pass, orders: Orders, leak: bool = False) -> None:
-    """The greatest logit of each child, and the sum of exp(b − greatest), into `run.softmax`."""
+    """Write the largest logit of each child and the sum of exp(b − largest) to `run.softmax`."""
     device.launch(
         softmax_kernel,
         _grid(run),
@@ -36,9 +36,9 @@ def softmax(run: Pass, orders: Orders, leak: bool = False) -> None:
 
 @jit
 def softmax_kernel(run, edges, LEAK: tl.constexpr):
-    """One child and a block of samples: online, in one pass over its edges."""
+    """One child and a block of samples: online softmax, in one pass over the child's edges."""
     child, block = program(run, run.inputs.I)
-    # leak: one more logit, 0. Otherwise no logit but −∞ is below the first
+    # with a leak, start from one more logit, 0; otherwise from −∞
     most = tl.full([run.size.BLOCK_B], 0.0 if LEAK else -3.4028234663852886e38, tl.float32)
     total = tl.full([run.size.BLOCK_B], 1.0 if LEAK else 0.0, tl.float32)
     start, stop = tl.load(edges.start + child), tl.load(edges.start + child + 1)
@@ -50,7 +50,7 @@ def softmax_kernel(run, edges, LEAK: tl.constexpr):
             edge = edge_of(run, block, child, parent, kind)
             b = logit(run, edge, from_reference(run, edge, votes(run, edge)))
             higher = tl.maximum(most, b)
-            # NaN is not higher than anything, but it stays in the sum
+            # NaN never becomes the largest logit, but remains in the sum
             part = part * tl.exp(most - higher) + tl.exp(b - higher)
             most = higher
         total = total * tl.exp(before - most) + part
@@ -60,7 +60,7 @@ def softmax_kernel(run, edges, LEAK: tl.constexpr):
 
 
 def means(run: Pass, orders: Orders, da: Tensor | None = None) -> None:
-    """Σ c g of each child into `run.softmax.mean`, and ∂a = Σ (c + beta) g."""
+    """Write Σ c g of each child to `run.softmax.mean`, and ∂a = Σ (c + beta) g to `da`."""
     device.launch(
         means_kernel,
         _grid(run),
@@ -101,5 +101,5 @@ def means_kernel(run, edges, da):
 
 
 def _grid(run: Pass) -> tuple[int, ...]:
-    """A program for each child and block of samples."""
+    """One program for each child and block of samples."""
     return (run.inputs.I * blocks(run.inputs.B, run.size.BLOCK_B.value),)

@@ -29,18 +29,18 @@ def couple(
     squares: bool,
     detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """N, S and Q in float32, and what the backward keeps.
+    """N, S and Q in float32, and the softmax's state for the backward.
 
     The formulas are in kernels/README.md. Features of parents and children may be in float32 or
-    bfloat16, whatever `u` is in; without `squares`, Q has size 0.
+    bfloat16, independently of the dtype of `u`; without `squares`, Q has size 0.
 
     Returns:
-        N `[B, J]`, S and Q `[B, J, P·D]`; of each child's softmax the greatest logit and the sum
-        that c is divided by, `[2, B, I]`, of size 0 where all logits are equal.
+        N `[B, J]`, S and Q `[B, J, P·D]`; each child's largest logit and the denominator of its
+        softmax, `[2, B, I]`, or of size 0 if all logits are equal.
 
     Raises:
         RuntimeError: the kernels cannot run on this device.
-        ValueError: poses or batch are larger than the kernels take.
+        ValueError: poses or batch are too large for the kernels.
     """
     run, orders = _prepare(
         u, weight, a, r, k, p, q, beta, prior, edges=edges, parents=parents, rows=rows, leak=leak
@@ -79,8 +79,9 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior, of size 0 where not `needed`.
 
-    Those of k and p may be needed without there being a k or p: the gradient of r is made of them.
-    Those of u, weight and a are in their dtypes, all others in float32.
+    The gradients of k and p may be needed even if k and p are absent, because the gradient of r is
+    computed from them. Those of u, weight and a have the dtypes of u, weight and a; all others are
+    float32.
     """
     run, orders = _prepare(
         u, weight, a, r, k, p, q, beta, prior, edges=edges, parents=parents, rows=rows, leak=leak
@@ -117,7 +118,7 @@ def _prepare(
     rows: int,
     leak: bool,
 ) -> tuple[Pass, Orders]:
-    """A pass with all of its inputs, as yet with the softmax of equal logits."""
+    """A pass with all of its inputs, and with the softmax of equal logits for the time being."""
     device.check(u.device)
     u, weight = u.contiguous(), weight.contiguous()
     a, r, k, p, q, beta, prior = (x if x is None else x.contiguous() for x in features)

@@ -9,27 +9,27 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # then nothing is launched: why_not says so
+except ImportError:  # why_not reports it, and no kernel is launched
     triton = tl = None
 
 DTYPES = (torch.float32, torch.bfloat16)
-OLDEST_TRITON = (3, 6)  # of those that were tried
-PROGRAMS = 512  # that keep a GPU busy; where a graph gives fewer, its sums are cut into parts
-MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # of one launch, by CUDA's manual
+OLDEST_TRITON = (3, 6)  # the oldest release that was tried
+PROGRAMS = 512  # enough to keep a GPU busy; if a graph gives fewer, its sums are split into parts
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # CUDA's limits for the grid of one launch
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`, and nothing where there is no triton."""
+    """`triton.jit`, or the function itself if Triton is not installed."""
     return function if triton is None else triton.jit(function)
 
 
 @jit
 def _nothing() -> None:
-    """Tells whether kernels are interpreted: TRITON_INTERPRET=1, for tests."""
+    """An empty kernel, whose type shows whether kernels are interpreted (TRITON_INTERPRET=1)."""
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None if they can.
+    """Return why the kernels cannot run on a device, or None if they can.
 
     >>> why_not(torch.device("meta")) is None
     False
@@ -54,7 +54,7 @@ def _why_not_launched() -> str | None:
 
 
 def check(device: torch.device) -> None:
-    """Raise RuntimeError where the kernels cannot run."""
+    """Raise RuntimeError if the kernels cannot run on a device."""
     if reason := why_not(device):
         raise RuntimeError(reason)
 
@@ -63,7 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -
     """Run a kernel on the device of a tensor.
 
     Raises:
-        ValueError: the grid has more programs than CUDA launches at once.
+        ValueError: the grid exceeds CUDA's limits.
     """
     if any(count > most for count, most in zip(grid, MOST_PROGRAMS, strict=False)):
         raise ValueError(
@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -
         )
     if all(grid):
         with torch.cuda.device_of(like):
-            # multiplication and addition in one instruction: Triton's default has changed
+            # fused multiply-add, for which Triton's default has changed between releases
             kernel[grid](**arguments, enable_fp_fusion=True)
 
 
@@ -82,10 +82,10 @@ def release() -> tuple[int, ...]:
 
 
 def blocks(count: int, size: int) -> int:
-    """How many blocks of `size` hold `count`."""
+    """The number of blocks of `size` that hold `count` elements."""
     return -(-count // size)
 
 
 def power_of_two(count: int) -> int:
-    """The least that is not below `count`."""
+    """The least power of two that is not below `count`."""
     return 1 << max(0, count - 1).bit_length()

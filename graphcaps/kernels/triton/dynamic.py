@@ -1,4 +1,4 @@
-"""Dynamic routing on CUDA, with the last pass shared by all iterations."""
+"""Dynamic routing on CUDA; the last backward pass handles all iterations at once."""
 
 from collections.abc import Sequence
 
@@ -33,16 +33,16 @@ def dynamic_routing(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`s^r = Σ c^r û` with `c^r = softmax(û · V_{r-1})`, `V_r = V_{r-1} + squash(s^r)`.
 
-    Sums are in float32 and in a fixed order: equal calls give equal bits.
+    Sums are taken in float32 and in a fixed order: equal calls give bitwise equal results.
 
     Returns:
         v `[B, J, D]`; s and V of all iterations, `[2·R, B, J, D]`, where V is the sum of the v of
-        the iterations before; and of each child's softmax the greatest logit and the sum that c is
-        divided by, `[2·R, B, I]`.
+        the iterations before; and each child's largest logit and the denominator of its softmax in
+        all iterations, `[2·R, B, I]`.
 
     Raises:
         RuntimeError: the kernels cannot run on this device.
-        ValueError: poses or batch are larger than the kernels take.
+        ValueError: poses or batch are too large for the kernels.
     """
     u, weight = u.contiguous(), weight.contiguous()
     run, orders, size_of_tiles = _prepare(u, weight, edges, parents, complete)
@@ -51,7 +51,7 @@ def dynamic_routing(
     )
     of_children = u.new_zeros((2 * iterations, *u.shape[:2]), dtype=torch.float32)
     (s, V), (most, total) = of_parents.chunk(2), of_children.chunk(2)
-    total[:] = edges[-1]  # the degrees: of the first iteration's equal logits
+    total[:] = edges[-1]  # the degrees, for the equal logits of the first iteration
     v = u.new_empty(of_parents.shape[1:])
     for r in range(iterations):
         if r > 0:
@@ -76,7 +76,7 @@ def dynamic_routing_backward(
     through_all: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """From the last iteration `∂V_{r-1} = ∂V_r + Σ λ^r û`, then ∂û of all iterations at once.
+    """`∂V_{r-1} = ∂V_r + Σ λ^r û` from the last r down, then ∂û of all iterations at once.
 
     Returns:
         The gradients of u and weight, of size 0 where not `needed`.
@@ -90,7 +90,7 @@ def dynamic_routing_backward(
     differentiate_squash(dv.contiguous(), None, s[-1], ds[-1], None)
     mean = None
     if through_all:
-        mean = torch.zeros_like(most)  # the first iteration's is not used, as V_0 = 0
+        mean = torch.zeros_like(most)  # that of the first iteration is not used, as V_0 = 0
         for r in reversed(range(1, len(s))):
             run = run._replace(
                 logits=Quadratic(linear=V[r]),
@@ -115,7 +115,7 @@ def dynamic_routing_backward(
 
 
 def _partial_sums(run: Pass, orders: Orders, size_of_tiles: Sizes | None) -> Tensor:
-    """Σ c û, or in the backward Σ λ û, `[parts, B, J, D]`."""
+    """Partial sums of c û, or of λ û in the backward, `[parts, B, J, D]`."""
     if size_of_tiles is not None:
         return tiles.partial_sums(run._replace(size=size_of_tiles))
     return partial_sums(run, orders, (False, True, False)).linear
@@ -124,7 +124,7 @@ def _partial_sums(run: Pass, orders: Orders, size_of_tiles: Sizes | None) -> Ten
 def _prepare(
     u: Tensor, weight: Tensor, edges: Sequence[Tensor], parents: int, complete: bool
 ) -> tuple[Pass, Orders, Sizes | None]:
-    """A pass over votes that couple equally, and the sizes of tiles where these are taken."""
+    """A pass with equal coupling, and the sizes of tiles if tiles are used."""
     device.check(u.device)
     (batch, children, _), (_, K, D) = u.shape, weight.shape
     size = sizes(batch, K, D)

@@ -1,4 +1,4 @@
-"""The edges of a graph in the orders in which the kernels take them."""
+"""The edges of a graph, sorted in the three ways that the kernels need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 @dataclass(frozen=True)
 class TritonEdges:
-    """What the kernels need to know of a graph, on the device where they run.
+    """The edges of a graph, on the device where the kernels run.
 
     Attributes:
         by_child, by_parent, by_kind: the edges in three orders.
         degree: each child's number of parents, float32 `[I]`.
         children, parents, kinds: I, J, M.
-        complete: whether the graph is `complete_graph`'s, each edge with a matrix of its own.
+        complete: whether the graph is that of `complete_graph`, with one matrix for each edge.
 
     >>> from graphcaps import complete_graph
     >>> edges = TritonEdges.of(complete_graph(6, 3), kinds=18, device=torch.device("cpu"))
@@ -39,12 +39,12 @@ class TritonEdges:
 
     @classmethod
     def of(cls, graph: dgl.DGLGraph, kinds: int, device: torch.device) -> TritonEdges:
-        """Sort the edges of a graph; to be done once, not at each forward.
+        """Sort the edges of a graph; meant to be called once, not in each forward pass.
 
         Args:
             graph: from `routing_graph`, `complete_graph` or `dgl.batch` of such.
             kinds: number of matrices, M.
-            device: where the kernels will run.
+            device: the device on which the kernels will run.
         """
         by_child = sort_edges(graph, "child", kinds, device)
         return cls(
@@ -60,5 +60,5 @@ class TritonEdges:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The three orders and the degrees, as an operation of torch takes them."""
+        """The three orders and the degrees, as the list that the custom operations take."""
         return [*self.by_child, *self.by_parent, *self.by_kind, self.degree]

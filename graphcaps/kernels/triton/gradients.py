@@ -1,4 +1,4 @@
-"""The last pass of a backward: the gradients of poses, and of what edges of one kind share."""
+"""The last pass of a backward: the gradients of poses, and of matrices, beta and prior."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -39,7 +39,7 @@ from graphcaps.kernels.triton.terms import (
 def gradient_of_vote(run, edge):
     """∂û = Σ_r ( w (∂S + 2 ∂Q∘y) + λ (p + 2 q∘y) ), a g and λ of one edge.
 
-    Without a mean there is no λ: the logits are equal, or count as constants.
+    Without a mean there is no λ: the logits are equal, or treated as constants.
     """
     u_hat = votes(run, edge)
     total = zeros_of_poses(run)
@@ -102,7 +102,7 @@ def gradient_of_poses_kernel(run, edges, du):
 def gradients_of_kinds(
     run: Pass, orders: Orders, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂W = Σ u ⊗ ∂û, ∂beta = Σ a g and ∂prior = Σ λ over edges of a kind and samples, if needed."""
+    """∂W = Σ u ⊗ ∂û, ∂beta = Σ a g and ∂prior = Σ λ over the edges of a kind and all samples."""
     if not any(needed):
         return None, None, None
     inputs, size = run.inputs, run.size
@@ -147,7 +147,7 @@ def gradients_of_kinds_kernel(run, edges, kinds, dweight, dbeta, dprior):
     of_beta, of_prior = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     start, stop = tl.load(edges.start + kind), tl.load(edges.start + kind + 1)
     sample_blocks = tl.cdiv(run.inputs.B, run.size.BLOCK_B)
-    # every number of parts-th pair of an edge and a block of samples
+    # with n parts, every nth pair of an edge and a block of samples
     parts = tl.num_programs(2).to(tl.int64)
     pairs = (stop - start).to(tl.int64) * sample_blocks
     rows = tl.maximum(tl.minimum(run.inputs.B, run.size.BLOCK_B), 1) * run.size.P

@@ -1,4 +1,7 @@
-"""Parent by parent: sums of 1, y and y² over its edges, cut into parts where parents are few."""
+"""Kernels with one program per parent: sums of 1, y and y² over its edges.
+
+If there are few parents, each sum is split into parts.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -26,19 +29,19 @@ from graphcaps.kernels.triton.terms import (
     zeros_of_poses,
 )
 
-EDGES_OF_PART = 64  # at least, of the edges of a parent
-BLOCK = 1024  # sums of a program that adds parts
+EDGES_OF_PART = 64  # the least number of a parent's edges in a part
+BLOCK = 1024  # sums per program that adds parts
 
 
 def partial_sums(run: Pass, orders: Orders, wanted: Sequence[bool]) -> Quadratic:
-    """Σ w, Σ w y, Σ w y² where wanted, or with `run.softmax.mean` Σ λ, Σ λ y, Σ λ y².
+    """Σ w, Σ w y and Σ w y², or with `run.softmax.mean` Σ λ, Σ λ y and Σ λ y², those wanted.
 
     Returns:
         Sums over parts of the edges, `[parts, B, J]` and `[parts, B, J, P·D]`.
     """
     inputs, size = run.inputs, run.size
     degree = blocks(len(orders.by_parent.child), max(1, inputs.J))
-    # from the graph alone, so that a sample is summed in the same order in every batch
+    # depends only on the graph, so that the order of summation does not depend on the batch
     parts = min(blocks(device.PROGRAMS, max(1, inputs.J)), blocks(degree, EDGES_OF_PART))
     parts = max(1, parts)
     numbers = (parts, inputs.B, inputs.J)
@@ -104,7 +107,7 @@ def partial_sums_kernel(run, edges, sums):
 
 
 def add_parts(partial: Tensor) -> Tensor:
-    """Partial sums `[parts, …]` added in their order, whatever the batch."""
+    """Add partial sums, `[parts, …]`, in an order that does not depend on the batch."""
     if len(partial) == 1:
         return partial[0]
     total = torch.empty_like(partial[0])
@@ -131,7 +134,7 @@ def add_parts_kernel(partial, total, parts, count, BLOCK: tl.constexpr):
 
 @jit
 def sum_of_parts(partial, place, there, parts, count):
-    """Partial sums at one place, `count` numbers from part to part, added in their order."""
+    """Add partial sums at one place in order; consecutive parts are `count` numbers apart."""
     total = tl.zeros(place.shape, tl.float32)
     step = group(parts, 1)
     for head in range(0, parts, step):

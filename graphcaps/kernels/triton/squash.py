@@ -1,4 +1,4 @@
-"""Squash of the parents' sums, and its gradient."""
+"""Kernels for squash of the parents' sums and its gradient."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -16,7 +16,7 @@ from graphcaps.kernels.triton.parents import sum_of_parts
 def squash_sums(
     partial: Tensor, s: Tensor, earlier: Tensor, later: Tensor | None, v: Tensor
 ) -> None:
-    """s and its squash from partial sums; V of the next iteration, or v after the last."""
+    """s and squash(s) from partial sums, and V of the next iteration, or v after the last."""
     device.launch(
         squash_sums_kernel,
         (blocks(s.numel(), 512),),
@@ -56,7 +56,7 @@ def squash_sums_kernel(
 def differentiate_squash(
     dv: Tensor, partial: Tensor | None, s: Tensor, ds: Tensor, total: Tensor | None
 ) -> None:
-    """The gradient of s from that of v, to which partial sums are added; their total if wanted."""
+    """The gradient of s from that of v plus partial sums; also returns their total if wanted."""
     device.launch(
         differentiate_squash_kernel,
         (blocks(s.numel(), 512),),
@@ -94,17 +94,17 @@ def differentiate_squash_kernel(
     here = tl.load(s + place, mask=there, other=0.0)
     square = tl.sum(here * here, 1, keep_dims=True)
     norm = tl.sqrt_rn(square)
-    # squash is |s|/(1+|s|²) times s; at s = 0 both terms are 0, and nothing is divided by it
+    # squash is |s|/(1+|s|²) times s; at s = 0 both terms are 0, and no division by 0 occurs
     unit = here / tl.where(norm > 0, norm, 1.0)
     along = tl.sum(unit * gradient, 1, keep_dims=True)
-    # no power of |s| above the second: it would be infinite where squash itself is not
+    # no power of |s| above the second is computed: it would overflow where squash does not
     slope = (1 - square) / (1 + square) * along * unit
     tl.store(ds + place, norm / (1 + square) * (gradient + slope), mask=there)
 
 
 @jit
 def _places(rows, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where parents' numbers stand, [BLOCK_ROWS, BLOCK_D], and which exist."""
+    """Offsets of parents' numbers, [BLOCK_ROWS, BLOCK_D], and which of them exist."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_D)
     return row[:, None] * D + d, (row < rows)[:, None] & (d < D)

@@ -1,7 +1,7 @@
 """The terms of one edge for a block of samples: û, y, b, c, w, g and λ, in registers.
 
-What is of a sample is [BLOCK_B], what is of its pose [BLOCK_B·BLOCK_P, BLOCK_D], zero beyond B, P
-and D. Offsets are int64 where a sample or a matrix enters them.
+Values per sample are [BLOCK_B], values per pose [BLOCK_B·BLOCK_P, BLOCK_D], both padded with zeros
+beyond B, P and D. Offsets that depend on a sample or a matrix are int64.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,14 +14,14 @@ from graphcaps.kernels.triton.device import jit, tl
 
 @jit
 def program(run, nodes):
-    """The node of a program and its samples; programs side by side share their samples."""
+    """The node of a program and its samples; adjacent programs have the same samples."""
     place = tl.program_id(0)
     return place % nodes, block_of_samples(run, place // nodes)
 
 
 @jit
 def block_of_samples(run, number):
-    """The samples of the block of this number."""
+    """The samples of block `number`."""
     first = tl.cast(number, tl.int64) * run.size.BLOCK_B
     sample = first + tl.arange(0, run.size.BLOCK_B)
     place = tl.arange(0, run.size.BLOCK_B * run.size.BLOCK_P)
@@ -32,7 +32,7 @@ def block_of_samples(run, number):
 
 @jit
 def edge_of(run, block, child, parent, kind):
-    """An edge for a block of samples; ends that are not used may be 0."""
+    """An edge for a block of samples; `child` or `parent` may be 0 if it is not used."""
     at_child = block.sample * run.inputs.I + child
     at_parent = block.sample * run.inputs.J + parent
     row = (block.sample_of_row * run.inputs.J + parent) * run.size.P + block.row
@@ -43,7 +43,7 @@ def edge_of(run, block, child, parent, kind):
 
 @jit
 def moved(run, edge, number):
-    """The same edge in the feature of this number, of several that stand behind each other."""
+    """The same edge in feature `number` of several features that are stacked."""
     number = tl.cast(number, tl.int64) * run.inputs.B
     parents = number * run.inputs.J
     return Edge(
@@ -60,9 +60,10 @@ def moved(run, edge, number):
 
 @jit
 def group(count, terms):
-    """How many summands of so many terms are added before their sum is added to the total.
+    """The number of summands, of `terms` terms each, in a partial sum.
 
-    About the square root of them all, and at least 32 terms: float32 loses digits in one long sum.
+    A partial sum has about the square root of all terms, and at least 32: one long sum in float32
+    would lose precision.
     """
     root = tl.sqrt(tl.cast(count, tl.float32) / terms).to(tl.int32)
     return tl.maximum(root, tl.cdiv(32, terms))
@@ -70,13 +71,13 @@ def group(count, terms):
 
 @jit
 def dot(a, b, total):
-    """Products and sums in full float32, not in TensorFloat-32; bfloat16 is widened exactly."""
+    """`total + a @ b` in full float32, not in TensorFloat-32; bfloat16 is converted exactly."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
 
 
 @jit
 def zeros_of_poses(run):
-    """A tile of poses of parents."""
+    """Zeros for a tile of parents' poses."""
     return tl.zeros([run.size.BLOCK_B * run.size.BLOCK_P, run.size.BLOCK_D], tl.float32)
 
 
@@ -91,7 +92,7 @@ def over_pose(run, x):
 
 @jit
 def along_pose(run, x):
-    """A number for each sample, beside the numbers of its pose, [BLOCK_B·BLOCK_P, 1]."""
+    """Broadcast a number for each sample to the rows of its pose, [BLOCK_B·BLOCK_P, 1]."""
     if run.size.BLOCK_P > 1:
         x = tl.broadcast_to(x[:, None], [run.size.BLOCK_B, run.size.BLOCK_P])
         x = tl.reshape(x, [run.size.BLOCK_B * run.size.BLOCK_P])
@@ -100,25 +101,25 @@ def along_pose(run, x):
 
 @jit
 def of_child(feature, edge, other=0.0):
-    """A feature [B, I] of the child."""
+    """A feature of the child, from [B, I]."""
     return tl.load(feature + edge.at_child, mask=edge.block.there, other=other).to(tl.float32)
 
 
 @jit
 def of_parent(feature, edge):
-    """A feature [B, J] of the parent."""
+    """A feature of the parent, from [B, J]."""
     return tl.load(feature + edge.at_parent, mask=edge.block.there, other=0.0).to(tl.float32)
 
 
 @jit
 def pose_of_parent(feature, edge):
-    """A feature [B, J, P·D] of the parent."""
+    """A feature of the parent, from [B, J, P·D]."""
     return tl.load(feature + edge.at_pose, mask=edge.pose_there, other=0.0).to(tl.float32)
 
 
 @jit
 def places_of_child(run, block, child, first_k):
-    """Where BLOCK_K numbers of the rows of a child's poses stand, and which exist."""
+    """Offsets of BLOCK_K numbers of each row of a child's poses, and which of them exist."""
     row = (block.sample_of_row * run.inputs.I + child) * run.size.P + block.row
     k = first_k + tl.arange(0, run.size.BLOCK_K)
     return row[:, None] * run.size.K + k, block.row_there[:, None] & (k < run.size.K)
@@ -126,14 +127,14 @@ def places_of_child(run, block, child, first_k):
 
 @jit
 def pose_of_child(run, block, child, first_k):
-    """BLOCK_K numbers of each row, [BLOCK_B·BLOCK_P, BLOCK_K]."""
+    """BLOCK_K numbers of each row of a child's poses, [BLOCK_B·BLOCK_P, BLOCK_K]."""
     place, there = places_of_child(run, block, child, first_k)
     return tl.load(run.inputs.u + place, mask=there, other=0.0)
 
 
 @jit
 def places_in_matrix(run, kind, first_k):
-    """Where BLOCK_K rows of a matrix stand, and which numbers exist."""
+    """Offsets of BLOCK_K rows of a matrix, and which of their numbers exist."""
     k, d = first_k + tl.arange(0, run.size.BLOCK_K), tl.arange(0, run.size.BLOCK_D)
     place = (tl.cast(kind, tl.int64) * run.size.K + k)[:, None] * run.size.D + d
     return place, (k < run.size.K)[:, None] & (d < run.size.D)
@@ -179,7 +180,7 @@ def value(run, edge, form, y):
 
 @jit
 def slope(edge, form, y):
-    """The derivative of `value` by y, linear + 2 square∘y; one of them must be there."""
+    """The derivative of `value` by y, linear + 2 square∘y; at most one term may be absent."""
     return _slope(edge, form, y, 2)
 
 
@@ -205,13 +206,13 @@ def logit(run, edge, y):
 
 @jit
 def coupling(run, edge, y):
-    """c = exp(b − most) / total; NaN in one logit is in the total of the child."""
+    """c = exp(b − most) / total; NaN in one logit reaches c through the total of the child."""
     if run.softmax.most is None:
         c = tl.full([run.size.BLOCK_B], 1.0, tl.float32)
         c /= tl.load(run.softmax.total + edge.child)
     else:
         above = logit(run, edge, y) - of_child(run.softmax.most, edge)
-        c = tl.exp(tl.minimum(above, 0.0))  # rounding may lift b over the greatest
+        c = tl.exp(tl.minimum(above, 0.0))  # rounding may lift b above the largest logit
         c /= of_child(run.softmax.total, edge, other=1.0)
     return c
 

@@ -1,4 +1,4 @@
-"""Dynamic routing on a complete graph: tiles of children, with all their parents in registers."""
+"""Dynamic routing on a complete graph, with a child's votes for all parents in registers."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # ruff: noqa: RUF005, a kernel has no **
@@ -24,13 +24,13 @@ from graphcaps.kernels.triton.terms import (
     zeros_of_poses,
 )
 
-WIDEST_TILE = 320  # J·D: the votes for more parents do not fit in registers
-LONGEST_POSE = 32  # K, likewise
+WIDEST_TILE = 320  # largest J·D: the votes for more parents do not fit in registers
+LONGEST_POSE = 32  # largest K, for the same reason
 MOST_TILES = 64  # of children, but no more than the square root of them in a tile
 
 
 def sizes_of_tiles(parents: int, size: Sizes) -> Sizes | None:
-    """Blocks of the tiles of a complete graph, or None where the votes are too many."""
+    """Block sizes for the tiles of a complete graph, or None if there are too many votes."""
     K, BLOCK_D = size.K.value, max(16, power_of_two(size.D.value))
     width = parents * BLOCK_D
     if width > WIDEST_TILE or K > LONGEST_POSE:
@@ -49,7 +49,7 @@ def partial_sums(run: Pass) -> Tensor:
         Sums over tiles of children, `[tiles, B, J, D]`.
     """
     inputs, size = run.inputs, run.size
-    # from the graph alone, so that a sample is summed in the same order in every batch
+    # depends only on the graph, so that the order of summation does not depend on the batch
     children_of_tile = max(8, min(blocks(inputs.I, MOST_TILES), math.isqrt(inputs.I)))
     tiles = blocks(inputs.I, children_of_tile)
     shape = (tiles, inputs.B, inputs.J, size.D.value)
