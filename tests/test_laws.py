@@ -451,6 +451,13 @@ def test_coupling_sums_to_one_over_the_parents_of_a_child(engine, variant):
 
 
 @every_engine_with_votes
+def test_coupling_starts_equal_in_a_new_layer_with_self_routing(engine):
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 4), 3, 5, routing="self_routing", engine=engine)
+    _, trace = layer(torch.randn(2, 6, 3), torch.rand(2, 6), return_trace=True)
+    assert_close(trace.c[-1], torch.full_like(trace.c[-1], 1 / 4))
+
+
+@every_engine_with_votes
 def test_a_number_added_to_all_logits_of_a_child_does_not_change_its_coupling(engine):
     passing = gc.bind(gc.batch_graph(SPARSE.graph, 2), engine)
     b = torch.randn(10, 1, dtype=torch.float64)

@@ -2,6 +2,7 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -50,16 +51,26 @@ def test_what_an_engine_prepares_is_made_once_per_batch_size(engine, monkeypatch
     assert len(layer.structure._kept_for_batch) == BATCH_SIZES_KEPT
 
 
-def test_operations_are_kept_for_each_engine_batch_size_and_device_apart():
+class Operations(NamedTuple):
+    """Stands in for an engine; DGL's graphs cannot move to the meta device."""
+
+    structure: Structure
+    samples: int
+    device: torch.device
+
+
+def test_operations_are_kept_for_each_engine_batch_size_and_device_apart(monkeypatch):
     structure = Structure(any_graph())
     for engine in WITH_VOTES:
         for samples in (2, 3):
             made = passing.passing_on(structure, engine, samples, torch.device("cpu"))
             assert type(made) is passing.ENGINES[engine]
             assert made.samples == samples
+    monkeypatch.setitem(passing.ENGINES, "udf", Operations)
     for device in map(torch.device, ("cpu", "meta")):
-        made = passing.passing_on(structure, "scatter", 3, device)
-        assert made.by_child.index.device == device
+        made = passing.passing_on(structure, "udf", 4, device)
+        assert made == Operations(structure, 4, device)
+        assert passing.passing_on(structure, "udf", 4, device) is made
 
 
 def test_what_is_kept_of_a_graph_is_kept_for_each_device_apart():
