@@ -26,6 +26,11 @@ MATRICES = 3  # where edges share them
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+# for each number of lanes, kernels are compiled for some seconds
+BATCHES = [
+    *((torch.float32, batch) for batch in (1, 15, 16, 17, 32, 33, 48, 49, 64, 65, 70, 129)),
+    *((torch.float64, batch) for batch in (1, 16, 60, 128)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +123,7 @@ def test_float32_errs_no_more_than_the_dense_form(algorithm, children, parents, 
 
 
 @every_algorithm
-@every_dtype
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 32, 33, 48, 49, 64, 65, 70, 129])
+@pytest.mark.parametrize(("dtype", "batch"), BATCHES)
 def test_any_batch_size_equals_the_reference(algorithm, dtype, batch):
     case = complete(6, 3, batch=batch)
     kinds = own(case)
