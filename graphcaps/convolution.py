@@ -200,21 +200,22 @@ class ConvCapsules(nn.Module):
         """Route a grid of capsules to the next.
 
         Args:
-            u: poses, `[B, child_maps, height, width, child_dim]`; or `Capsules`, these and their
+            u: poses, `[B, child_maps, height, width, child_dim]`, or `Capsules` of poses and
                 activations.
-            a: activations, `[B, child_maps, height, width]`, for a routing that has them; 1 for
-                all, if not given.
+            a: activations, `[B, child_maps, height, width]`, for a routing that has them; 1 if not
+                given.
 
         Returns:
-            Poses of the parents, `[B, parent_maps, height, width, parent_dim]`, on their grid; of
+            Poses of the parents, `[B, parent_maps, height, width, parent_dim]`, on their grid; for
             a routing with activations, `Capsules`.
 
         Raises:
-            ValueError: capsules on another grid, activations twice, and as `CapsuleLayer`.
+            ValueError: the capsules are on another grid, activations are given twice, or as
+                `CapsuleLayer`.
         """
         if isinstance(u, Capsules):
             if a is not None:
-                raise ValueError("got activations twice: among the capsules, and as a")
+                raise ValueError("got activations twice: in the capsules, and as a")
             u, a = u
         for name, x, dims in (("u", u, 5), ("a", a, 4)):
             if x is not None and (x.dim() != dims or x.shape[1:4] != self.children_grid):
@@ -236,6 +237,6 @@ class ConvCapsules(nn.Module):
 
 
 def places(height: int, width: int, maps: int) -> Tensor:
-    """The middle of each child's row and column, from 0 to 1, `[I, 2]`."""
+    """The centre of each child's row and column, from 0 to 1, `[I, 2]`."""
     y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
     return torch.cartesian_prod(y, x).repeat(maps, 1)

@@ -1,4 +1,4 @@
-"""The flags of each command, with their defaults and help; nothing here needs torch."""
+"""The flags of each command, with their defaults and help; this file does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from graphcaps.files import record
 
 
 def _optional(metavar: str, default: str, name: str | None = None) -> Any:
-    """How help shows a flag that may be left out: its value, and what holds without it."""
+    """The help for an optional flag: the name of its value, and the default in words."""
     return tyro.conf.arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
