@@ -226,7 +226,7 @@ runpy.run_module("graphcaps", run_name="__main__")
         (["train", "--resume"], "add --run-dir FOLDER"),
         (["train", "--resume", "--run-dir", "nowhere"], "no run at nowhere"),
         (["train", "--dataset", DIGITS, "--run-dir", DIGITS], "exists already"),
-        (["predict", "--run-dir", "nowhere"], "got none"),
+        (["predict", "--run-dir", "nowhere"], "at least one image file"),
         (["evaluate", "nowhere"], "no trained net at nowhere"),
         (["predict", "digit.png", "--run-dir", "nowhere"], "no trained net at nowhere"),
         (["report", "nowhere"], "no run at nowhere"),
