@@ -1,9 +1,9 @@
-# make train: from a fresh clone to a trained and tested net. make test: all the tests.
-# make demo: a page to draw digits on, opened in a browser.
-# make notebooks: runs each and writes its .ipynb. make bench: the layer's cost on this machine.
-# CONTRIBUTING.md tells what test-pythons, hostile and mutants are for.
+# make train: set up the environment, train a net and test it. make test: run all tests.
+# make demo: write the interactive page and open it in a browser.
+# make notebooks: execute the notebooks. make bench: benchmark a layer on this machine.
+# CONTRIBUTING.md describes test-pythons, hostile and mutants.
 
-# the first on PATH that fits, unless PYTHON names one
+# the first suitable Python on PATH, unless PYTHON is set
 FITS := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$name -c '$(FITS)' 2>/dev/null && echo $$name && break; done)

@@ -1,4 +1,4 @@
-"""The public names of graphcaps, which `graphcaps/__init__.py` imports when one is asked for."""
+"""The public names of graphcaps, which `graphcaps/__init__.py` imports on first use."""
 
 from graphcaps import reference
 from graphcaps.conversion import graph_from_edge_index

@@ -1,4 +1,4 @@
-"""What each command of the program does."""
+"""The commands of the program."""
 
 import os
 import platform
@@ -42,7 +42,7 @@ DIGITS = tuple("0123456789")
 
 
 def run(settings: Settings) -> None:
-    """Run the command that these are the settings of."""
+    """Run the command with these settings."""
     try:
         _run(settings)
     except TrainingInterrupt as interrupt:
@@ -96,7 +96,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
 @torch.no_grad()
 def _predict(settings: PredictSettings) -> None:
     if not settings.images:
-        raise ValueError("expected image files to look at; got none; see graphcaps predict --help")
+        raise ValueError("expected at least one image file; see graphcaps predict --help")
     if settings.run_dir is None:
         model = CapsNet.from_pretrained(engine=settings.engine)
     else:
@@ -113,7 +113,7 @@ def _predict(settings: PredictSettings) -> None:
 
 
 def _classes_in_words(model: CapsNet, output: CapsNetOutput, images: Tensor) -> str:
-    """What a net says of one image."""
+    """The prediction for one image, in words."""
     names = model.config.names
     if has_verdict(model.config):
         (verdict,) = judge_images(model, output, images)
@@ -127,7 +127,7 @@ def _report(settings: ReportSettings) -> None:
     from graphcaps.report import write_report
 
     run = RunFolder(settings.run_dir)
-    run.settings()  # a folder that is no run is told first
+    run.settings()  # first, to report a folder that is not a run
     output = settings.output or settings.run_dir / "report.html"
     check_writable(output)  # before the work, not after it
     model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine)
@@ -145,8 +145,8 @@ def _demo(settings: DemoSettings) -> None:
     if folder is None:
         if settings.dataset is not None or settings.data_dir is not None:
             raise ValueError(
-                "the net that ships with graphcaps comes with its images: name a run, or leave "
-                "out --dataset and --data-dir"
+                "the net that ships with graphcaps has its own images: name a run, or omit "
+                "--dataset and --data-dir"
             )
         model, name = CapsNet.from_pretrained(), SHIPPED
         classes, gallery = DIGITS, shipped_gallery()
@@ -188,7 +188,7 @@ def _info() -> None:
 def _load_data(
     settings: EvaluateSettings | ReportSettings | DemoSettings, model: CapsNet
 ) -> Dataset:
-    """The data set that is asked for, else the one that the run was trained on, for its net."""
+    """Load the data set of --dataset, or that of the run, with the classes of the net."""
     run, data_dir = settings.run_dir, settings.data_dir
     assert run is not None
     channels, height, width = model.config.image_shape
@@ -202,7 +202,7 @@ def _load_data(
     if settings.dataset is not None:
         return load(settings.dataset, data_dir or TrainSettings.data_dir)
     if started is None:
-        raise ValueError(f"{run} does not say what it was trained on: add --dataset")
+        raise ValueError(f"{run} does not record its data set: add --dataset")
     dataset, of_run = started.dataset, started.data_dir
     if dataset not in DATASETS and not os.path.exists(dataset):
         raise ValueError(
@@ -212,12 +212,12 @@ def _load_data(
     if data_dir is None and dataset in FETCHED and not of_run.is_dir():
         raise ValueError(
             f"{run} had its data in {of_run}, which is not here: add --data-dir FOLDER, where "
-            f"{dataset} is, or is to be kept"
+            f"{dataset} is, or is to be downloaded"
         )
     return load(dataset, data_dir or of_run)
 
 
 def _program() -> str:
-    """How this program was called, so that a hint can be pasted."""
+    """The command with which this program was started, for hints that can be pasted."""
     called = sys.argv[0]
     return "python -m graphcaps" if called.endswith("__main__.py") else called

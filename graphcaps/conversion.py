@@ -1,4 +1,4 @@
-"""Graphs made elsewhere as routing graphs: DGL graphs of any types, and `edge_index` tensors."""
+"""Conversion to routing graphs, from DGL graphs of any types and from `edge_index` tensors."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,12 +15,12 @@ EdgeTypes = str | CanonicalType | list[str | CanonicalType]
 
 
 class Converted(NamedTuple):
-    """A graph as `routing_graph` gives it, and where its children come from."""
+    """A graph in the form of `routing_graph`, and the origin of its children."""
 
     graph: dgl.DGLGraph
-    kinds: int  # number of matrices that it asks for
-    child_types: dict[str, int]  # numbers of children of each node type
-    order: Tensor  # of the children, in the nodes of these types one after the other, int64 [I]
+    kinds: int  # number of matrices that it refers to
+    child_types: dict[str, int]  # number of children of each node type
+    order: Tensor  # index of each child in the concatenated nodes of these types, int64 [I]
 
 
 def graph_from_edge_index(
@@ -31,26 +31,26 @@ def graph_from_edge_index(
     weight_index: Tensor | Sequence[int] | None = None,
     parent_type: Tensor | Sequence[int] | None = None,
 ) -> dgl.DGLGraph:
-    """A routing graph from `edge_index` and `batch`, as PyTorch Geometric has them.
+    """Create a routing graph from `edge_index` and `batch`, as in PyTorch Geometric.
 
     Args:
         edge_index: child (source) and parent (target) of each edge, integers, `[2, E]`.
-        size: numbers of children and parents, (I, J), as for PyG's `propagate`; if not given, the
-            lengths of `batch`, or without it the largest numbers in `edge_index`, plus one.
-        batch: which graph each node belongs to, `[N]`, sorted, if children and parents are the
-            same nodes; otherwise a pair of these, for the children, `[I]`, and the parents, `[J]`.
-        weight_index: which matrix each edge votes with, `[E]`, such as PyG's `edge_type`; if not
-            given, all edges share one.
-        parent_type: the type of each parent, `[J]`, see `routing_graph`; if not given, all parents
-            are of one type.
+        size: numbers of children and parents, (I, J), as for PyG's `propagate`; by default the
+            lengths of `batch`, or without it the largest indices in `edge_index`, plus one.
+        batch: the graph of each node, `[N]`, sorted, if children and parents are the same nodes;
+            otherwise a pair of such tensors, for the children, `[I]`, and the parents, `[J]`.
+        weight_index: the matrix of each edge, `[E]`, such as PyG's `edge_type`; by default all
+            edges share one.
+        parent_type: the type of each parent, `[J]`, see `routing_graph`; by default all parents
+            have the same type.
 
     Returns:
-        A graph as `routing_graph` gives it, on the CPU. With `batch`, it is a DGL batch, and its
+        A graph in the form of `routing_graph`, on the CPU. With `batch`, it is a DGL batch, and its
         edges are sorted by graph; those of one graph keep their order.
 
     Raises:
-        ValueError: indices that are not integers, lie outside, or differ in number; a `batch` that
-            is not sorted; an edge between two graphs.
+        ValueError: indices are not integers, are out of range, or differ in number; `batch` is not
+            sorted; or an edge joins two graphs.
 
     >>> edge_index = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]])
     >>> graph = graph_from_edge_index(edge_index, batch=torch.tensor([0, 0, 1, 1]))
@@ -89,20 +89,19 @@ def graph_from_edge_index(
 
 
 def as_routing_graph(graph: dgl.DGLGraph, etype: EdgeTypes | None = None) -> Converted:
-    """A copy of the edges that vote, whatever they and their nodes are called, int64 or int32.
+    """Convert a DGL graph with node and edge types of any name, in int64 or int32.
 
     Edges without the feature `weight_index` share one matrix with all others of their edge type,
-    and parents without the feature `type` are of one type.
+    and parents without the feature `type` have the same type.
 
     Args:
-        graph: a DGL graph on any device; not written on.
-        etype: the edge type that votes, by name or as DGL's `(child type, name, parent type)`; or
-            a list of such, in the order of their matrices; the only one there is, if not given.
+        graph: a DGL graph on any device; it is not modified.
+        etype: the edge type that votes, by name or as DGL's `(child type, name, parent type)`, or a
+            list of edge types in the order of their matrices; by default the only one.
 
     Raises:
-        ValueError: no DGL graph, edge types that it does not have, or that lead to parents of
-            several node types; features of another kind; more nodes or edges than int32 can
-            number.
+        ValueError: not a DGL graph; the edge types do not exist, or lead to several node types;
+            features have the wrong type; or there are more nodes or edges than int32 can number.
     """
     etypes = _voting_types(graph, etype)
     parent_type = etypes[0][2]
@@ -111,7 +110,7 @@ def as_routing_graph(graph: dgl.DGLGraph, etype: EdgeTypes | None = None) -> Con
     children, parents = sum(child_types.values()), graph.num_dst_nodes(parent_type)
     largest = max(children, parents, sum(map(graph.num_edges, etypes)))
     if largest > LARGEST_ID:
-        raise ValueError(f"{largest} nodes or edges cannot be numbered in int32; part the graph")
+        raise ValueError(f"{largest} nodes or edges cannot be numbered in int32; split the graph")
     with made_to_be_kept():
         ends = [[x.cpu().long() for x in graph.edges(etype=kind)] for kind in etypes]
         child = torch.cat([u + first[kind[0]] for kind, (u, _) in zip(etypes, ends, strict=True)])
@@ -122,7 +121,7 @@ def as_routing_graph(graph: dgl.DGLGraph, etype: EdgeTypes | None = None) -> Con
             type_of_parent = torch.zeros(parents, dtype=torch.int64)
         check_numbers_of("the parents' type", "J", type_of_parent)
         order = torch.arange(children)
-        if graph.batch_size > 1:  # as in every batch, the children of a graph stand together
+        if graph.batch_size > 1:  # as in every batch, the children of a graph are contiguous
             of_nodes = torch.cat([_graph_of_nodes(graph, name) for name in child_types])
             order = of_nodes.argsort(stable=True)
             child = order.argsort()[child]
@@ -172,7 +171,7 @@ def _voting_types(graph: dgl.DGLGraph, etype: EdgeTypes | None) -> list[Canonica
 
 
 def _matrices(graph: dgl.DGLGraph, etypes: list[CanonicalType]) -> tuple[Tensor, int]:
-    """The matrix of each edge, type after type, and how many there are."""
+    """The matrix of each edge, in the order of edge types, and the number of matrices."""
     # batch_graph leaves out the weight_index of routing_graph, whose edges need not share a matrix
     weight_index = _on_edges(graph, etypes, "weight_index", needed=etypes == [VOTES])
     if weight_index is None:
@@ -184,7 +183,7 @@ def _matrices(graph: dgl.DGLGraph, etypes: list[CanonicalType]) -> tuple[Tensor,
 def _on_edges(
     graph: dgl.DGLGraph, etypes: list[CanonicalType], name: str, *, needed: bool = False
 ) -> Tensor | None:
-    """A feature of the edges, type after type; None if those of no type have it."""
+    """A feature of the edges, in the order of edge types; None if no type has it."""
     given = {kind: graph.edges[kind].data.get(name) for kind in etypes}
     if not needed and all(index is None for index in given.values()):
         return None
@@ -213,13 +212,13 @@ def _checked_batch(batch: Tensor) -> Tensor:
 def _as_batch(
     graph: dgl.DGLGraph, of_child: Tensor, of_parent: Tensor, graphs: int
 ) -> dgl.DGLGraph:
-    """The routing graph as a batch of DGL, given which graph each child and parent belongs to."""
+    """Make the routing graph a DGL batch, given the graph of each child and parent."""
     child, parent = (x.long() for x in graph.edges())
     for name, of_nodes in (("child", of_child), ("parent", of_parent)):
         if len(of_nodes) != graph.num_nodes(name):
             raise ValueError(
-                f"there are {graph.num_nodes(name)} nodes of type {name}, but batch tells the "
-                f"graph of {len(of_nodes)}"
+                f"there are {graph.num_nodes(name)} nodes of type {name}, but batch has "
+                f"{len(of_nodes)} entries"
             )
     of_edge = of_child[child]
     if (of_edge != of_parent[parent]).any():
@@ -243,5 +242,5 @@ def _as_batch(
 
 
 def _one_more(numbers: Tensor) -> int:
-    """The largest, plus one; 0 if there is none."""
+    """The largest number plus one; 0 if there are none."""
     return int(numbers.max()) + 1 if len(numbers) else 0

@@ -1,4 +1,4 @@
-"""Convolutional capsules: their graph, and a layer with grids of capsules at its doors."""
+"""Convolutional capsules: their graph, and a layer between grids of capsules."""
 
 from typing import Any, Literal
 
@@ -25,29 +25,29 @@ def conv_graph(  # noqa: PLR0917, the same order everywhere
     padding: int = 0,
     competition: Competition = "image",
 ) -> dgl.DGLGraph:
-    """Every parent sees the children of all maps in one window of the grid.
+    """Create a graph in which every parent is connected to the children in one window of the grid.
 
-    Children are ordered by map, row and column, as `PrimaryCapsules` gives them, and parents
-    likewise, on a grid of `(height + 2·padding − kernel_size) // stride + 1` rows. The matrix of
-    an edge depends on the maps at its ends and on where in the window the child stands, so that
-    all positions share `kernel_size² · child_maps · parent_maps` of them, the first of the
-    window's first position. Parents of one map are of one type.
+    Children are ordered by map, row and column, as in `PrimaryCapsules`, and so are parents, on a
+    grid of `(height + 2·padding − kernel_size) // stride + 1` rows. The matrix of an edge depends
+    on the maps of its ends and on the position of the child in the window, so that all windows
+    share `kernel_size² · child_maps · parent_maps` matrices, which are ordered by position first.
+    Parents of one map have the same type.
 
-    `competition` says over which edges the coupling of a child sums to 1:
+    `competition` defines the edges over which the coupling sums to 1:
 
-        "image"    all its edges, to the parents of all maps in all windows that see it (Hinton et
-                   al. 2018, section 2.1)
-        "window"   its edges to the parents of one window: a child that four windows see counts
+        "image"    all edges of a child, to the parents of all maps in all windows that contain it
+                   (Hinton et al. 2018, section 2.1)
+        "window"   the edges of a child to the parents of one window: a child in four windows counts
                    four times
-        "map"      all edges of all children of its map
+        "map"      all edges of all children of one map
 
-    A child that no window reaches, as a stride may leave some at the border, has no edges and no
-    effect. Padding adds positions without children: a window at the border sees fewer. For dynamic
-    routing that is the same as children with zero poses there; for EM, as children with
+    A child in no window, which a stride may leave at the border, has no edges and no effect.
+    Padding adds positions without children, so that windows at the border have fewer edges. For
+    dynamic routing this is equivalent to children with zero poses; for EM, to children with
     activation 0.
 
     Args:
-        height, width: of the children's grid.
+        height, width: height and width of the children's grid.
         child_maps, parent_maps: capsules at each position.
         kernel_size: rows and columns of a window.
         stride: rows, and columns, from one window to the next.
@@ -55,7 +55,7 @@ def conv_graph(  # noqa: PLR0917, the same order everywhere
         competition: `"image"`, `"window"` or `"map"`.
 
     Returns:
-        A graph as `routing_graph` gives it, child-major.
+        A graph in the form of `routing_graph`, in child-major order.
 
     Raises:
         ValueError: sizes below 1, a negative padding or one that would leave windows without
@@ -113,33 +113,33 @@ def conv_graph(  # noqa: PLR0917, the same order everywhere
 
 
 def grid_of_parents(size: int, kernel_size: int, stride: int, padding: int) -> int:
-    """How many windows stand one after the other along so many positions."""
+    """The number of windows along one axis of a grid."""
     return (size + 2 * padding - kernel_size) // stride + 1
 
 
 class ConvCapsules(nn.Module):
     """Convolutional capsules: a grid of capsules routed to a grid of capsules.
 
-    A `CapsuleLayer` on `conv_graph`; the poses of a child that several windows see are not copied.
-    Layers with activations give and take `Capsules`, so that they stack in `nn.Sequential`.
+    This is a `CapsuleLayer` on `conv_graph`; the poses of a child in several windows are not
+    copied. Layers with activations take and return `Capsules`, so that they can be combined by
+    `nn.Sequential`.
 
-    With `coordinates`, a child's votes say where on its grid it stands, which matrices that all
-    positions share cannot: its row and column, from 0 to 1, are added to the first two numbers of
-    a vote that is a vector, and to the last number of the first two rows of one that is a matrix
-    (Hinton et al. 2018, section 4.1).
+    With `coordinates`, votes contain the position of the child, which shared matrices cannot
+    encode: its row and column, from 0 to 1, are added to the first two numbers of a vector, or to
+    the last number of the first two rows of a matrix (Hinton et al. 2018, section 4.1).
 
     Args:
-        height, width: of the children's grid.
+        height, width: height and width of the children's grid.
         child_maps, parent_maps: capsules at each position.
         child_dim: numbers in the pose of a child.
         parent_dim: numbers in the pose of a parent.
         kernel_size, stride, padding, competition: see `conv_graph`.
-        coordinates: add to a vote where its child stands.
-        routing, rows, engine, device, dtype, options: as of `CapsuleLayer`.
+        coordinates: add the child's position to its votes.
+        routing, rows, engine, device, dtype, options: see `CapsuleLayer`.
 
     Attributes:
         layer: the `CapsuleLayer`.
-        height, width: of the parents' grid.
+        height, width: height and width of the parents' grid.
 
     Raises:
         ValueError: as `conv_graph` and `CapsuleLayer`.
@@ -200,21 +200,22 @@ class ConvCapsules(nn.Module):
         """Route a grid of capsules to the next.
 
         Args:
-            u: poses, `[B, child_maps, height, width, child_dim]`; or `Capsules`, these and their
+            u: poses, `[B, child_maps, height, width, child_dim]`, or `Capsules` of poses and
                 activations.
-            a: activations, `[B, child_maps, height, width]`, for a routing that has them; 1 for
-                all, if not given.
+            a: activations, `[B, child_maps, height, width]`, for a routing that has them; 1 if not
+                given.
 
         Returns:
-            Poses of the parents, `[B, parent_maps, height, width, parent_dim]`, on their grid; of
+            Poses of the parents, `[B, parent_maps, height, width, parent_dim]`, on their grid; for
             a routing with activations, `Capsules`.
 
         Raises:
-            ValueError: capsules on another grid, activations twice, and as `CapsuleLayer`.
+            ValueError: the capsules are on another grid, activations are given twice, or as
+                `CapsuleLayer`.
         """
         if isinstance(u, Capsules):
             if a is not None:
-                raise ValueError("got activations twice: among the capsules, and as a")
+                raise ValueError("got activations twice: in the capsules, and as a")
             u, a = u
         for name, x, dims in (("u", u, 5), ("a", a, 4)):
             if x is not None and (x.dim() != dims or x.shape[1:4] != self.children_grid):
@@ -236,6 +237,6 @@ class ConvCapsules(nn.Module):
 
 
 def places(height: int, width: int, maps: int) -> Tensor:
-    """The middle of each child's row and column, from 0 to 1, `[I, 2]`."""
+    """The centre of each child's row and column, from 0 to 1, `[I, 2]`."""
     y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
     return torch.cartesian_prod(y, x).repeat(maps, 1)

@@ -1,4 +1,4 @@
-"""Which engine routes: the one door at which it is chosen, and says why another cannot."""
+"""Chooses the engine that routes, and explains why others cannot."""
 
 import torch
 
@@ -12,7 +12,7 @@ from graphcaps.routing import Routing
 from graphcaps.structure import Structure
 
 ENGINES = ("fused", *WITH_VOTES)
-PREFERRED = ("fused", "builtin", "scatter")  # by "auto", in this order
+PREFERRED = ("fused", "builtin", "scatter")  # the order in which "auto" tries them
 
 
 def why_not(
@@ -24,15 +24,15 @@ def why_not(
     structure: Structure | None = None,
     trace: bool = False,
 ) -> str | None:
-    """Why an engine cannot route, or None where it can.
+    """Return why an engine cannot route, or None if it can.
 
     Args:
         engine: a name in `ENGINES`.
-        device: where the poses are.
-        dtype: that is computed in.
-        routing: what is to be routed; any, if not given.
-        structure: on which graph; on any, if not given.
-        trace: whether a trace is asked for.
+        device: the device of the poses.
+        dtype: the dtype of the computation.
+        routing: the routing; any if not given.
+        structure: the graph; any if not given.
+        trace: whether a trace is requested.
 
     Raises:
         ValueError: an unknown name.
@@ -61,7 +61,7 @@ def choose(
     structure: Structure | None = None,
     trace: bool = False,
 ) -> str:
-    """The engine that runs: the one named, or with `"auto"` the fastest that can.
+    """Return the engine to use: the named one, or for `"auto"` the fastest that can run.
 
     Args:
         engine: `"auto"` or a name in `ENGINES`.
@@ -71,8 +71,8 @@ def choose(
         A name in `ENGINES`.
 
     Raises:
-        ValueError: an unknown name; a trace asked of an engine that cannot give one.
-        RuntimeError: a named engine that cannot run, with the reason.
+        ValueError: the name is unknown, or the engine cannot record the requested trace.
+        RuntimeError: the named engine cannot run; the message gives the reason.
 
     >>> [choose("auto", torch.device("cpu"), trace=trace) for trace in (False, True)]
     ['fused', 'builtin']
@@ -88,7 +88,7 @@ def choose(
         error = ValueError if trace and engine == "fused" else RuntimeError
         raise error(
             f"engine {engine!r} cannot run on {device}: {reasons[engine]}. "
-            "Use engine='auto', or 'scatter', which needs torch alone."
+            "Use engine='auto', or 'scatter', which only needs torch."
         )
     return engine
 
@@ -100,28 +100,28 @@ def bind(
     *,
     etype: EdgeTypes | None = None,
 ) -> MessagePassing:
-    """Make a batched graph ready for message passing on a device.
+    """Prepare a batched graph for message passing on a device.
 
     Args:
         graph: from `batch_graph`, `dgl.batch` or `routing_graph`, or any DGL graph.
         engine: `"auto"`, `"udf"`, `"builtin"` or `"scatter"`.
-        device: where the features are.
+        device: the device of the features.
         etype: the edge types that vote, see `CapsuleLayer`.
 
     Returns:
         The operations on this graph.
 
     Raises:
-        ValueError: edge types that the graph does not have; an unknown engine, or `"fused"`, which
-            has no votes.
-        RuntimeError: an engine that cannot run on the device.
+        ValueError: the graph lacks the edge types, or the engine is unknown or `"fused"`, which has
+            no votes.
+        RuntimeError: the engine cannot run on the device.
 
     >>> from graphcaps import complete_graph
     >>> bind(complete_graph(children=6, parents=3), "udf").structure.edges
     18
     """
     device = torch.device(device)
-    name = choose(engine, device, trace=True)  # of votes, as a trace is
+    name = choose(engine, device, trace=True)  # needs votes, as a trace does
     if isinstance(graph, dgl.DGLGraph) and graph.canonical_etypes == [VOTES]:
         graph = graph.local_var()  # one of `batch_graph` has no weight_index, nor is it needed here
         graph.edata["weight_index"] = torch.zeros(graph.num_edges(), dtype=torch.int64)
@@ -129,7 +129,7 @@ def bind(
 
 
 def check_engine(engine: str, *, named: bool = False) -> None:
-    """Raise ValueError for a name that no engine has; `"auto"` is one unless `named`."""
+    """Raise ValueError for an unknown engine; `"auto"` is allowed unless `named`."""
     choices = ENGINES if named else ("auto", *ENGINES)
     if engine not in choices:
         raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(choices)}")

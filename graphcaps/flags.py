@@ -1,4 +1,4 @@
-"""The flags of each command, with their defaults and help; nothing here needs torch."""
+"""The flags of each command, with their defaults and help; this file does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from graphcaps.files import record
 
 
 def _optional(metavar: str, default: str, name: str | None = None) -> Any:
-    """How help shows a flag that may be left out: its value, and what holds without it."""
+    """The help for an optional flag: the name of its value, and the default in words."""
     return tyro.conf.arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -32,20 +32,20 @@ class TrainSettings:
 
     #: The net and its training recipe: the paper's, or a smaller one for CPUs; efficient, em-small
     #: and em are those of other papers, deep has three layers of routed capsules, photo is for
-    #: pictures of 224 pixels, and cnn and cnn-paper are controls without capsules. With auto, it is
-    #: paper where there is a CUDA device and small elsewhere.
+    #: images of 224 by 224 pixels, and cnn and cnn-paper are controls without capsules. With auto,
+    #: it is paper if there is a CUDA device, otherwise small.
     preset: Literal["auto"] | Preset = "auto"
     #: One of mnist, fashion-mnist, kmnist, cifar10, svhn and mnist-5k (5,000 digits that need no
-    #: download); one made from MNIST: multi-mnist (two digits in an image), affine-mnist (tested
-    #: on rotated, sheared and scaled digits) or rotated-mnist; or your own: a folder of image files
-    #: by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with the files
-    #: of smallNORB or affNIST or with four IDX files.
+    #: download); one generated from MNIST: multi-mnist (two digits in an image), affine-mnist
+    #: (tested on rotated, sheared and scaled digits) or rotated-mnist; or your own: a folder of
+    #: image files by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder
+    #: with the files of smallNORB or affNIST or with four IDX files.
     dataset: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "mnist"
-    #: Height and width in pixels that all images are scaled to, or one number for both.
+    #: Height and width in pixels to which all images are scaled, or one number for both.
     image_size: Annotated[
         tuple[int, ...] | None, _optional("INT [INT]", "that of the images, if all have one")
     ] = None
-    #: Folder where downloaded data sets are kept.
+    #: Folder for downloaded data sets.
     data_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data")
     #: The run's folder.
     run_dir: Annotated[Path | None, _optional("DIR", "runs/DATASET-PRESET-DATE-TIME")] = None
@@ -53,9 +53,9 @@ class TrainSettings:
     #: settings it was started with. Only --data-dir, --engine, --device and --tensorboard may
     #: differ; --cuda-graph must be given again.
     resume: Switch = False
-    #: Train a net further: a run's folder, a folder with model.safetensors, or the name of a net
-    #: that ships with graphcaps, such as mnist-small. Images are scaled to its size and channels;
-    #: for other classes it gets new class capsules. The preset is then only the recipe.
+    #: Fine-tune a net: a run's folder, a folder with model.safetensors, or the name of a net that
+    #: ships with graphcaps, such as mnist-small. Images are converted to its size and channels; for
+    #: other classes it gets new class capsules. The preset then only selects the training recipe.
     start_from: Annotated[
         str | None, _optional("RUN-DIR|NAME", "a net with random weights", name="from")
     ] = None
@@ -76,7 +76,7 @@ class TrainSettings:
     #: Routing iterations, for routings that iterate.
     iterations: Annotated[int | None, _optional("INT", "the preset's; paper and small 3")] = None
     #: Training images are shifted by up to this many pixels.
-    shift: Annotated[int | None, _optional("INT", "2; data sets made from MNIST 0")] = None
+    shift: Annotated[int | None, _optional("INT", "2; 0 for data sets generated from MNIST")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
     #: Device to train on: auto, cpu, cuda, cuda:1 and so on.
@@ -104,7 +104,7 @@ class EvaluateSettings:
     run_dir: tyro.conf.Positional[RunOrWeights]
     #: Data set, as for train.
     dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
-    #: Folder where data sets are kept.
+    #: Folder for downloaded data sets.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
@@ -139,7 +139,7 @@ class ReportSettings:
     output: Annotated[Path | None, _optional("FILE", "report.html in the run's folder")] = None
     #: Data set, as for train.
     dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
-    #: Folder where data sets are kept.
+    #: Folder for downloaded data sets.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
@@ -160,7 +160,7 @@ class DemoSettings:
     output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("demo.html")
     #: Data set, as for train.
     dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
-    #: Folder where data sets are kept.
+    #: Folder for downloaded data sets.
     data_dir: Annotated[Path | None, _optional("DIR", "the run's")] = None
 
 
@@ -172,9 +172,9 @@ class CompareSettings:
     #: results/routings.toml. Each result is written to a folder of its name, the table to NAME.md.
     #: The same command continues an interrupted table, and several processes may work on one.
     table: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TABLE.toml")]
-    #: Folder where the runs are kept.
+    #: Folder for the runs.
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare")
-    #: Folder where data sets are kept.
+    #: Folder for downloaded data sets.
     data_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("data")
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"

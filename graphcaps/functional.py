@@ -1,4 +1,4 @@
-"""Squash and length of capsule vectors, labels and predictions; plain tensors, no graph."""
+"""Functions of plain tensors: squash and length of capsules, labels and predictions."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from graphcaps.tracing import is_traced
 
 
 def length(v: Tensor) -> Tensor:
-    """Euclidean length of every capsule, the probability that its entity is there.
+    """Euclidean length of every capsule, which is the probability that its entity is present.
 
-    At the zero vector the length is 0, and so are its gradient and second derivative, not NaN.
-    A vector that holds NaN has the length NaN.
+    At the zero vector, the length, its gradient and its second derivative are 0 rather than NaN.
+    A vector that contains NaN has the length NaN.
 
     Args:
         v: capsules, `[..., D]`.
@@ -22,7 +22,7 @@ def length(v: Tensor) -> Tensor:
     tensor([5., 0.])
     """
     square = v.square().sum(dim=-1)
-    # sqrt has no derivative at 0, and where() alone would multiply it by 0 into NaN
+    # sqrt has no derivative at 0, and torch.where alone would give NaN as the gradient
     zero = square == 0
     return torch.where(zero, 1, square).sqrt().masked_fill(zero, 0)
 
@@ -44,7 +44,7 @@ def squash(s: Tensor) -> Tensor:
     """
     norm = length(s).unsqueeze(-1)
     unit = s / torch.where(norm > 0, norm, 1)
-    # no power of |s| above the second, also in the gradient: those of long vectors would overflow
+    # no power of |s| above the second, also in the gradient: it would overflow for long vectors
     return unit * (norm.square() / (1 + norm.square()))
 
 
@@ -69,7 +69,7 @@ def exponential_squash(s: Tensor) -> Tensor:
 
 
 def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Labels as 0 and 1 for every class, as losses and the decoder's mask use them.
+    """Convert labels to 0 and 1 for every class, for losses and the decoder's mask.
 
     Args:
         labels: the class of each sample, integers `[B]`, or already 0 and 1, `[B, classes]`.
@@ -77,12 +77,12 @@ def multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
         classes: number of classes.
 
     Returns:
-        `[B, classes]`; int64 where `labels` was `[B]`, otherwise `labels` itself.
+        `[B, classes]`; int64 if `labels` is `[B]`, otherwise `labels` itself.
 
     Raises:
-        ValueError: another shape, class numbers that are not integers, or (on the CPU, where
-            the check costs no synchronisation, and outside of traces) a class number outside
-            `0 … classes − 1`.
+        ValueError: the labels have another shape, are not integers, or are outside
+            `0 … classes − 1` (checked only on the CPU, where this needs no synchronisation, and
+            not in traces).
 
     >>> multi_hot(torch.tensor([2, 0]), batch=2, classes=3)
     tensor([[0, 0, 1],
@@ -109,7 +109,7 @@ def all_right(predicted: Tensor, labels: Tensor) -> Tensor:
     """Whether exactly the true classes of each sample are predicted, `[B]`.
 
     Args:
-        predicted: as `predicted_classes` returns them.
+        predicted: from `predicted_classes`.
         labels: of the same shape, `[B]` or `[B, J]`.
     """
     return predicted == labels if labels.dim() == 1 else (predicted == labels).all(dim=1)
@@ -120,10 +120,12 @@ def predicted_classes(lengths: Tensor, labels_per_image: int = 1) -> Tensor:
 
     Args:
         lengths: the confidence in each class, `[B, J]`.
-        labels_per_image: number of classes of a sample. 0: any number, those above 0.5.
+        labels_per_image: number of classes to predict for a sample; 0 for all classes with a
+            confidence above 0.5.
 
     Returns:
-        The class of the longest capsule, `[B]`; otherwise 0 and 1 for every class, `[B, J]`.
+        For one label per image, the class of the longest capsule, `[B]`; otherwise 0 and 1 for
+        every class, `[B, J]`.
 
     >>> lengths = torch.tensor([[0.1, 0.9, 0.6]])
     >>> predicted_classes(lengths), predicted_classes(lengths, 2), predicted_classes(lengths, 0)

@@ -1,6 +1,6 @@
-"""Bipartite routing graphs: which child may vote for which parent, and with which matrix.
+"""Bipartite routing graphs, which define who votes for whom and with which matrix.
 
-The order of the edges is a contract. The edges of one graph keep the order in which they were
+The order of the edges is guaranteed. The edges of one graph keep the order in which they were
 given; those of a batch are sample-major, so edge `e` of sample `b` is edge `b·E + e`. A complete
 graph is child-major: a feature of its batched edges, `[B·E, D]`, is `[B, I, J, D]` by a view.
 """
@@ -29,29 +29,28 @@ def routing_graph(
     parent_type: Tensor | Sequence[int] | None = None,
     competition: Tensor | Sequence[int] | None = None,
 ) -> dgl.DGLGraph:
-    """Which child may vote for which parent, and with which matrix.
+    """Create a graph that defines which child votes for which parent, and with which matrix.
 
     Args:
-        child: number of the voting child of each edge, `[E]`.
-        parent: number of the parent voted for, `[E]`.
-        children: number of children; the largest that votes, plus one, if not given.
-        parents: number of parents; the largest voted for, plus one, if not given.
-        weight_index: which of the `M` matrices an edge votes with, `[E]`, integers from 0.
-            Edges with the same number share a matrix. If not given, each edge has its own.
-        parent_type: the type of each parent, `[J]`, integers from 0. Parents of one type share
-            what a routing learns for its parents, such as the costs β of EM routing. If not
-            given, each parent is a type of its own.
-        competition: which edges compete, `[E]`, integers from 0: the coupling of the edges with
-            one number sums to 1. If not given, the edges of each child compete.
+        child: index of the child of each edge, `[E]`.
+        parent: index of the parent of each edge, `[E]`.
+        children: number of children; by default the largest index plus one.
+        parents: number of parents; by default the largest index plus one.
+        weight_index: the matrix of each edge, `[E]`, integers from 0. Edges with the same number
+            share a matrix. By default each edge has its own.
+        parent_type: the type of each parent, `[J]`, integers from 0. Parents of one type share the
+            parameters that a routing learns for parents, such as the costs β of EM routing. By
+            default each parent has its own type.
+        competition: the competition of each edge, `[E]`, integers from 0. The coupling of the edges
+            with the same number sums to 1. By default the edges of each child compete.
 
     Returns:
         A DGL heterograph, int32, with node types `child` and `parent`, edge type `votes`, the
-        edge feature `weight_index`, int64 `[E]`, and the parent feature `type`, int64 `[J]`; and
-        the edge feature `competition`, int64 `[E]`, if it was given.
-        Children without parents and parents without children are fine.
+        edge feature `weight_index`, int64 `[E]`, the parent feature `type`, int64 `[J]`, and the
+        edge feature `competition`, int64 `[E]`, if given. Nodes without edges are allowed.
 
     Raises:
-        ValueError: indices that are not integers, lie outside, or differ in number.
+        ValueError: indices are not integers, are out of range, or differ in number.
 
     >>> graph = routing_graph([0, 0, 1], [0, 1, 1], parents=3, weight_index=[0, 1, 0])
     >>> graph.num_nodes("child"), graph.num_nodes("parent"), graph.num_edges()
@@ -92,14 +91,14 @@ def routing_graph(
 
 
 def complete_graph(children: int, parents: int) -> dgl.DGLGraph:
-    """Every child votes for every parent, each edge with a matrix of its own.
+    """Create a graph in which every child votes for every parent, with one matrix for each edge.
 
     Args:
         children: number of children, I.
         parents: number of parents, J.
 
     Returns:
-        A graph as `routing_graph` gives it, its `I·J` edges child-major.
+        A graph in the form of `routing_graph`, with `I·J` edges in child-major order.
 
     Raises:
         ValueError: a number below 1.
@@ -121,12 +120,12 @@ def complete_graph(children: int, parents: int) -> dgl.DGLGraph:
 
 
 def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
-    """The same graph once for each sample, as one DGL graph without features.
+    """Repeat a graph for each sample, as one DGL graph without features.
 
-    All of DGL's sparse formats are built here, so that no later call pays for them.
+    All of DGL's sparse formats are created here, so that later calls need not create them.
 
     Args:
-        graph: as `routing_graph` gives it; not written on.
+        graph: a graph from `routing_graph`; it is not modified.
         batch_size: number of samples, B; 0 gives a graph without nodes.
 
     Returns:
@@ -158,11 +157,11 @@ def batch_graph(graph: dgl.DGLGraph, batch_size: int) -> dgl.DGLGraph:
 
 @contextmanager
 def made_to_be_kept() -> Iterator[None]:
-    """Tensors made here are ordinary ones on the CPU, to be kept for later calls.
+    """A context in which new tensors are ordinary CPU tensors that can be cached for later calls.
 
-    Whatever the caller is in: `torch.device("meta")` and FakeTensorMode would give them no numbers,
-    `torch.func` would wrap them, and those of `torch.inference_mode()` cannot be saved for a
-    backward pass.
+    It disables the modes of the caller: under `torch.device("meta")` and FakeTensorMode tensors
+    have no values, `torch.func` wraps them, and those created under `torch.inference_mode()` cannot
+    be saved for a backward pass.
     """
     with (
         temporarily_clear_interpreter_stack(),
@@ -174,7 +173,7 @@ def made_to_be_kept() -> Iterator[None]:
 
 
 def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
-    """Raise ValueError for edges that do not say with which of `kinds` matrices they vote."""
+    """Raise ValueError unless `weight_index` refers to `kinds` matrices."""
     index = graph.edata.get("weight_index")
     if index is None:
         raise ValueError("the graph's edges lack the feature weight_index; see routing_graph")
@@ -187,10 +186,9 @@ def check_weight_index(graph: dgl.DGLGraph, kinds: int | None = None) -> None:
 
 
 def competition_of_edges(graph: dgl.DGLGraph) -> tuple[Tensor | None, int]:
-    """The number of the competition that each edge takes part in, and how many there are.
+    """Return the competition of each edge, int64 `[E]` from 0, and the number of competitions.
 
-    From 0, int64 `[E]`; those of different graphs of a batch differ. None where it is the edges of
-    each child that compete.
+    Competitions of different graphs in a batch differ. None if the edges of each child compete.
     """
     index = graph.edata.get("competition")
     if index is None:
@@ -204,7 +202,7 @@ def competition_of_edges(graph: dgl.DGLGraph) -> tuple[Tensor | None, int]:
 
 
 def check_numbers_of(name: str, size: str, index: Tensor) -> None:
-    """Raise ValueError for anything but int64 in one dimension, called `size` in the message."""
+    """Raise ValueError unless the tensor is one-dimensional int64; `size` names its length."""
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
             f"expected {name} as int64 [{size}]; got {index.dtype} {list(index.shape)}"

@@ -33,7 +33,7 @@ class NonFinitePosesError(ValueError):
 
 
 class Capsules(NamedTuple):
-    """Capsules with activations, as layers with such a routing return them.
+    """Capsules with activations, the output of a layer whose routing has activations.
 
     Attributes:
         poses: `[B, J, D]`.
@@ -61,18 +61,18 @@ class PrimaryCapsules(nn.Module):
     channel is computed from one channel alone (Mazzia et al. 2021, section 3.1).
 
     Args:
-        in_channels: channels of the feature maps that enter.
+        in_channels: channels of the input.
         capsule_maps: number of groups of channels.
         capsule_dim: length of a pose, K.
-        kernel_size: of the convolution, in pixels.
-        stride: of the convolution, in pixels.
-        padding: of the convolution, in pixels.
-        activations: give activations, too.
-        depthwise: do not mix the channels of the input; the convolution's output channels must be
-            a multiple of them.
-        squash: applied to poses without activations.
-        device: of the parameters.
-        dtype: of the parameters.
+        kernel_size: kernel size of the convolution, in pixels.
+        stride: stride of the convolution, in pixels.
+        padding: padding of the convolution, in pixels.
+        activations: also return activations.
+        depthwise: do not mix the channels of the input; the number of output channels of the
+            convolution must be a multiple of `in_channels`.
+        squash: squash function for poses, used without `activations`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     >>> PrimaryCapsules(256, capsule_maps=32, capsule_dim=8)(torch.rand(2, 256, 20, 20)).shape
     torch.Size([2, 1152, 8])
@@ -123,10 +123,10 @@ class PrimaryCapsules(nn.Module):
             features: `[B, in_channels, H, W]`.
 
         Returns:
-            Poses, `[B, I, K]`; with `activations`, `Capsules`: these and activations, `[B, I]`.
+            Poses, `[B, I, K]`; with `activations`, `Capsules` of poses and activations, `[B, I]`.
 
         Raises:
-            ValueError: features of another shape, or smaller than the kernel.
+            ValueError: the features have another shape, or are smaller than the kernel.
         """
         channels, least = self.conv.in_channels, self.least
         if features.dim() != 4 or features.shape[1] != channels or min(features.shape[2:]) < least:
@@ -143,7 +143,7 @@ class PrimaryCapsules(nn.Module):
         return Capsules(capsules[..., :-1].contiguous(), capsules[..., -1].sigmoid())
 
     def extra_repr(self) -> str:
-        """What the convolution does not tell, for `print(layer)`."""
+        """Options that the convolution does not show, for `print(layer)`."""
         end = "with activations" if self.activations else self.squash.__name__
         return f"{self.capsule_maps} maps of {self.capsule_dim}, {end}"
 
@@ -151,57 +151,57 @@ class PrimaryCapsules(nn.Module):
 class CapsuleLayer(nn.Module):
     """Capsules over any bipartite graph: votes on its edges, routed to its parents.
 
-    Nothing of one forward is kept for the next, and a sample never sees another. Votes and routing
-    are computed in the dtype of `weight`, under autocast too; in float32 where that is a 16-bit
-    one, and rounded once.
+    The layer keeps no state between calls, and samples do not affect each other. Votes and routing
+    are computed in the dtype of `weight`, also under autocast. If that is a 16-bit dtype, they are
+    computed in float32 and rounded once.
 
     Args:
-        graph: from `complete_graph` or `routing_graph`, or any DGL graph, see `etype`; not written
-            on. It is looked at once: what is written on it later changes nothing. None for a layer
-            that is given its graph at each call.
+        graph: from `complete_graph` or `routing_graph`, or any DGL graph, see `etype`. It is copied
+            and not modified; later changes to it have no effect. None for a layer that takes a
+            graph in each call.
         child_dim: numbers in the pose of a child.
         parent_dim: numbers in the pose of a parent.
         routing: a name in `ROUTINGS` (`"dynamic"`, `"uniform"`, `"em"`, `"attention"`,
             `"self_attention"`, `"self_routing"`, `"variational_bayes"`), or a `Routing`.
         rows: P, rows of a pose. Each row is multiplied by the same matrix: with 16 numbers and 4
             rows, poses are 4×4 matrices as in Hinton et al. 2018. One row is a vector.
-        engine: `"udf"`, `"builtin"` or `"scatter"` pass messages; `"fused"` is a kernel that never
-            stores a vote, and gives no trace; `"auto"` takes the kernel where it applies and is
-            the faster one. `"fused"` and `"scatter"` can be compiled, exported and transformed by
-            `torch.func`; second derivatives come from `"scatter"` alone. May be changed at any
-            time, holds no parameters.
-        coordinates: where each child stands, `[I, n]`, added to its votes: to the first n numbers
-            of a vote that is one row, and to the last number of the first n rows of one that has
-            several. Matrices that children share do not tell where these stand.
-        etype: the edge type whose edges lead from children to parents, by its name or as DGL's
-            `(child type, name, parent type)`; or a list of several that lead to one node type. If
-            not given, the only one that a graph has. Edges of one type share a matrix, those of
-            the first in the list the first, unless they have the feature `weight_index`; parents
-            share what a routing learns for its parents, unless they have the feature `type`.
-        kinds: number of matrices, M; as many as the graph asks for, if not given.
-        types: number of types of parents, T; as many as the graph has, if not given.
-        device: of the parameters.
-        dtype: of the parameters.
-        options: of the routing that is named, such as `iterations`.
+        engine: `"udf"`, `"builtin"` or `"scatter"` use message passing; `"fused"` is a kernel that
+            never stores a vote, and has no traces; `"auto"` uses the kernel where it is supported
+            and faster. `"fused"` and `"scatter"` support torch.compile, torch.export and
+            `torch.func`; second derivatives need `"scatter"`. The engine has no parameters and can
+            be changed at any time.
+        coordinates: the position of each child, `[I, n]`, which is added to its votes: to the first
+            n numbers of a vote with one row, or to the last number of the first n rows of a vote
+            with several. This is for matrices that are shared by children at different positions.
+        etype: the edge type from children to parents, by its name or as DGL's `(child type, name,
+            parent type)`, or a list of several that lead to the same node type. By default the
+            graph's only edge type. Edges of one type share a matrix, in the order of the list,
+            unless they have the feature `weight_index`. Parents share the parameters that a
+            routing learns for parents, unless they have the feature `type`.
+        kinds: number of matrices, M; by default as many as the graph refers to.
+        types: number of types of parents, T; by default as many as the graph has.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        options: options of the named routing, such as `iterations`.
 
     Attributes:
         weight: `[M, K, D]`, one matrix for each number in the graph's `weight_index`; K and D are
             the numbers in a row of a child's and of a parent's pose.
-        routing: the `Routing`, with what it learns.
+        routing: the `Routing`, with its parameters.
         graph: the layer's copy of the graph.
         coordinates: as given, or None; saved with the parameters.
 
     Raises:
-        ValueError: no DGL graph, or edge types that it does not have; neither a graph nor `kinds`;
-            sizes below 1 or not divisible by `rows`, an unknown name, options that the routing
-            does not have, coordinates that do not fit.
+        ValueError: `graph` is not a DGL graph or lacks the edge types; neither a graph nor `kinds`
+            is given; a size is below 1 or not divisible by `rows`; a name is unknown; the routing
+            does not have an option; or the coordinates do not match.
 
     >>> from graphcaps import complete_graph
     >>> layer = CapsuleLayer(complete_graph(1152, 10), child_dim=8, parent_dim=16)
     >>> layer(torch.rand(2, 1152, 8)).shape
     torch.Size([2, 10, 16])
 
-    One matrix from every atom to its molecule, for graphs that come with the calls:
+    One matrix from every atom to its molecule, with a graph in each call:
 
     >>> pooled = dgl.heterograph({("atom", "in", "molecule"): ([0, 1, 2], [0, 0, 1])})
     >>> CapsuleLayer(kinds=1, child_dim=8, parent_dim=16)(torch.rand(3, 8), graph=pooled).shape
@@ -271,7 +271,7 @@ class CapsuleLayer(nn.Module):
 
     @property
     def structure(self) -> Structure:
-        """What is kept of the layer's graph; raises ValueError if it has none of its own."""
+        """The structure of the layer's graph; raises ValueError if the layer has no graph."""
         if self._structure is None:
             raise ValueError("this layer has no graph of its own; give each call one: graph=")
         return self._structure
@@ -282,11 +282,11 @@ class CapsuleLayer(nn.Module):
         return self.structure.graph
 
     def reset_parameters(self) -> None:
-        """Draw `weight` anew, and give the routing's parameters their first values."""
+        """Initialise `weight` and the parameters of the routing."""
         self.routing.reset_parameters(self.weight)
 
     def _prepare(self) -> None:
-        """Make all that calls need of the graph now: a call that is traced can make nothing."""
+        """Prepare the graph for calls now, because it cannot be prepared while torch traces."""
         device = self.weight.device
         if self._structure is None:
             return
@@ -295,7 +295,7 @@ class CapsuleLayer(nn.Module):
             EdgesWithoutVotes.prepare(self._structure, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsuleLayer":
-        """Move to another device or dtype: what `to`, `cuda` and their like call."""
+        """Move to another device or dtype; called by `to`, `cuda` and similar methods."""
         super()._apply(fn, recurse)
         self._prepare()
         return self
@@ -315,26 +315,26 @@ class CapsuleLayer(nn.Module):
         """Route poses to the parents.
 
         Args:
-            u: poses of the children, `[B, I, child_dim]`, or of one sample, `[I, child_dim]`. Of
-                children of several node types, a dict with those of each.
-            a: activations of the children, `[B, I]` or `[I]`, for a routing that has them,
-                likewise; 1 for all, if not given.
-            graph: another graph for this one call, whose `weight_index` points into `weight`:
-                for ragged batches, made by `dgl.batch` from graphs of any sizes. Under
-                `torch.compile` the trace breaks where it is looked at.
-            return_trace: give what every iteration computed, too.
+            u: poses of the children, `[B, I, child_dim]`, or of one sample, `[I, child_dim]`; a
+                dict with one tensor for each node type if the children have several.
+            a: activations of the children, `[B, I]` or `[I]`, or such a dict, for a routing that
+                has activations; 1 if not given.
+            graph: another graph for this call, whose `weight_index` refers to `weight`. This is for
+                ragged batches, which `dgl.batch` creates from graphs of any sizes. Under
+                `torch.compile` it causes a graph break.
+            return_trace: also return a trace of the iterations.
 
         Returns:
-            Poses of the parents, `[B, J, parent_dim]`, or of one sample, `[J, parent_dim]`. Of a
-            routing with activations, `Capsules`: these poses, and activations `[B, J]` or `[J]`.
+            Poses of the parents, `[B, J, parent_dim]`, or of one sample, `[J, parent_dim]`. For a
+            routing with activations, `Capsules` of these poses and activations `[B, J]` or `[J]`.
             With `return_trace`, this and a `Trace`.
 
         Raises:
-            ValueError: poses or activations that do not fit graph and weight in shape, dtype or
-                device, or (on the CPU, where looking does not make the device wait) poses with NaN
-                or infinity that reach a parent; activations for a routing that has none; a trace
-                asked of engine `"fused"`; no graph, neither of the layer nor given.
-            RuntimeError: an engine that cannot run on the device of `u`.
+            ValueError: poses or activations do not match graph and weight in shape, dtype or
+                device; poses with NaN or infinity reach a parent (checked on the CPU only, because
+                it would synchronise a GPU); activations are given to a routing without them; a
+                trace is requested of engine `"fused"`; or there is no graph.
+            RuntimeError: the engine cannot run on the device of `u`.
         """
         structure = (
             self.structure if graph is None else _looked_at(graph, len(self.weight), self.etype)
@@ -361,7 +361,7 @@ class CapsuleLayer(nn.Module):
         self, u: Tensor, a: Tensor | None, structure: Structure, return_trace: bool
     ) -> tuple[Tensor, Tensor | None, Trace | None]:
         dtype = u.dtype
-        # 16 bits cannot count beyond 256 or 2048: sums of more terms than that would stand still
+        # 16-bit dtypes cannot count beyond 256 or 2048: longer sums would stop growing
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         samples = u.shape[0]
         u, weight = u.to(wide), self.weight.to(wide)
@@ -400,7 +400,7 @@ class CapsuleLayer(nn.Module):
     def _check(self, u: Tensor, a: Tensor | None, structure: Structure) -> None:
         if len(self.weight) < structure.kinds:
             raise ValueError(
-                f"the graph's weight_index asks for {structure.kinds} matrices, but weight holds "
+                f"the graph's weight_index refers to {structure.kinds} matrices, but weight has "
                 f"{len(self.weight)}"
             )
         child_dim = self.rows * self.weight.shape[1]
@@ -413,7 +413,7 @@ class CapsuleLayer(nn.Module):
             )
         if self.coordinates is not None and len(self.coordinates) != children:
             raise ValueError(
-                f"the graph has {children} children, but coordinates are those of "
+                f"the graph has {children} children, but there are coordinates for "
                 f"{len(self.coordinates)}"
             )
         if a is not None and not self.routing.activations:
@@ -444,7 +444,7 @@ class CapsuleLayer(nn.Module):
         return coordinates
 
     def extra_repr(self) -> str:
-        """Sizes and choices, for `print(layer)`."""
+        """Sizes and options, for `print(layer)`."""
         own, rows = self._structure, f"rows={self.rows}, " if self.rows > 1 else ""
         graph = (
             f"children={own.children}, parents={own.parents}, edges={own.edges}, " if own else ""
@@ -463,14 +463,14 @@ def _under_autocast(device_type: str) -> bool:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    under = _under_autocast(device_type)  # else it would stand in every trace
+    under = _under_autocast(device_type)  # otherwise it would be in every trace
     return torch.autocast(device_type, enabled=False) if under else nullcontext()
 
 
 def _check_finite(poses: Tensor, u: Tensor) -> None:
-    """Raise if NaN or infinity in u reached the parents; where values cannot be seen, do nothing.
+    """Raise if NaN or infinity in u reached the parents; do nothing where values are not available.
 
-    The parents are few, so that looking at them costs nothing.
+    Only the parents are checked first, which is cheap because they are few.
     """
     if u.device.type != "cpu" or is_traced(u, poses):
         return
@@ -480,6 +480,6 @@ def _check_finite(poses: Tensor, u: Tensor) -> None:
     bad = int(not_finite.sum())
     if bad:
         raise NonFinitePosesError(
-            f"{bad} of {not_finite.numel()} poses hold NaN or infinity; "
-            "look at the layer before, or lower the learning rate"
+            f"{bad} of {not_finite.numel()} poses contain NaN or infinity; "
+            "check the previous layer, or lower the learning rate"
         )

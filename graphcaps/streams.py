@@ -1,4 +1,4 @@
-"""Standard output and standard error, also where they cannot be written to."""
+"""Writing to standard output and standard error, even if they are closed or broken."""
 
 import sys
 from contextlib import suppress
@@ -6,13 +6,13 @@ from typing import TextIO
 
 
 class LenientStream:
-    """A text stream that loses what it cannot write, and raises nothing.
+    """A text stream that discards text that it cannot write, and raises no errors.
 
-    The reader of a pipe may be gone, the disk full, the descriptor closed. Of a character that the
-    encoding lacks, the escape sequence is written.
+    The reader of a pipe may have closed it, the disk may be full, or the descriptor closed. If the
+    encoding lacks a character, its escape sequence is written.
 
     Args:
-        stream: such as `sys.stdout`; None where the program was started without one.
+        stream: a stream such as `sys.stdout`; None if the program was started without one.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -28,7 +28,7 @@ class LenientStream:
         return len(text)
 
     def flush(self) -> None:
-        """Write what was kept back, if that is possible."""
+        """Flush the stream, if that is possible."""
         if self._stream is not None:
             with suppress(Exception):
                 self._stream.flush()
@@ -69,5 +69,5 @@ def tell(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text with escapes for what a terminal would obey and for what file names have beyond text."""
+    """Escape control characters, and bytes of file names that are not valid text."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -8,14 +8,14 @@ from graphcaps.structure import Structure
 
 
 def votes_on_edges(u: Tensor, weight: Tensor, structure: Structure, rows: int = 1) -> Tensor:
-    """The vote of every edge, for every sample.
+    """Compute the vote of every edge, for every sample.
 
     Args:
         u: poses, `[B, I, P·K]`: P rows of K numbers each.
         weight: matrices, `[M, K, D]`, in the dtype of `u`.
-        structure: which child votes with which matrix on which edge.
-        rows: P; every row of a pose is multiplied by the same matrix. A pose that is a vector is
-            one row, a 4×4 pose matrix is 4.
+        structure: the graph, with the child and the matrix of each edge.
+        rows: P; every row of a pose is multiplied by the same matrix. A vector has one row, a 4×4
+            matrix has 4.
 
     Returns:
         Votes of the batch's edges, sample-major, `[B·E, P·D]`.
@@ -39,20 +39,20 @@ def votes_on_edges(u: Tensor, weight: Tensor, structure: Structure, rows: int = 
 def with_coordinates(
     u: Tensor, weight: Tensor, coordinates: Tensor, rows: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Poses and matrices whose votes have coordinates of the children added to them.
+    """Extend poses and matrices so that coordinates of the children are added to their votes.
 
-    A coordinate is one more number of a pose, and one more row of each matrix, which holds a single
-    1, says to which number of the vote it is added: of one row, the first n; of P rows, the last
-    one of each of the first n.
+    A coordinate becomes an additional number of a pose. Each matrix gets an additional row with a
+    single 1, which selects the number of the vote to which the coordinate is added: with one row,
+    the first n numbers; with P rows, the last number of each of the first n rows.
 
     Args:
         u: poses, `[B, I, P·K]`.
         weight: matrices, `[M, K, D]`.
-        coordinates: `[I, n]`; n is at most D where P is 1, else at most P.
+        coordinates: `[I, n]`; n is at most D if P is 1, otherwise at most P.
         rows: P.
 
     Returns:
-        Poses, `[B, I, P·K']`, and matrices, `[M, K', D]`; K' is K + n where P is 1, else K + 1.
+        Poses, `[B, I, P·K']`, and matrices, `[M, K', D]`; K' is K + n if P is 1, otherwise K + 1.
 
     >>> place = torch.tensor([[5, 7]])
     >>> u, weight = with_coordinates(torch.zeros(1, 1, 8), torch.ones(1, 8, 3), place)

@@ -20,11 +20,11 @@ from graphcaps.training.loop import load_data_of
 
 CARD = """# {name}
 
-A CapsNet of {parameters:,} parameters that tells the ten digits of MNIST: the preset `{preset}` of
-graphcaps. Its weights are here in half precision ({megabytes:.1f} MB); they are computed with in
-single precision. `mistakes.safetensors` holds the test images that it gets wrong (`images`, uint8,
-and `labels`), `gallery.safetensors` the first thousand test images and these, with their numbers
-in the test set, for `graphcaps demo`.
+A CapsNet with {parameters:,} parameters that classifies the ten digits of MNIST: the preset
+`{preset}` of graphcaps. The weights are stored in half precision ({megabytes:.1f} MB) and used in
+single precision. `mistakes.safetensors` contains the test images that it misclassifies (`images`,
+uint8, and `labels`), `gallery.safetensors` the first thousand test images and these, with their
+numbers in the test set, for `graphcaps demo`.
 
     model = gc.CapsNet.from_pretrained("{name}")
     output = model(images)    # [B, 1, 28, 28], ink 1 on paper 0; poses, lengths, reconstruction
@@ -44,11 +44,11 @@ pixels; no other augmentation |
 | made with | graphcaps {graphcaps}, torch {torch}, DGL {dgl}, Python {python}; \
 {minutes:.0f} minutes of training |
 
-**Limits.** One digit, centred and scaled as MNIST has it; `graphcaps predict` brings a photo there.
-It was never shown anything but digits, and a class capsule may be long for an image that is none:
-`graphcaps predict` and `graphcaps.nets.judge` say so where what it draws is unlike the image.
-Digits that overlap were not trained on. The best of its {best_epoch} epochs was selected on the
-validation set, not on the test set.
+**Limits.** The input is one digit, centred and scaled as in MNIST; `graphcaps predict` normalises
+photos in this way. The net was trained only on digits, and a class capsule can be long for other
+images: `graphcaps predict` and `graphcaps.nets.judge` report this if the reconstruction does not
+resemble the image. Overlapping digits were not in the training data. The best of the {epochs}
+epochs was selected on the validation set, not on the test set.
 """
 
 

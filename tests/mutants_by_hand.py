@@ -356,8 +356,8 @@ MUTANTS = [
     (
         "em's normalisation is squared",
         "routing/em.py",
-        "keepdim=True) / 2\n            # the",
-        "keepdim=True)\n            # the",
+        "keepdim=True) / 2\n            # logsigmoid",
+        "keepdim=True)\n            # logsigmoid",
         reference("em and scatter"),
     ),
     (

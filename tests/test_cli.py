@@ -144,7 +144,7 @@ def test_a_demo_is_written_of_the_shipped_net_and_of_a_run(trained, copied, grap
     assert f"graphcaps · {copied.name}<" in output.read_text(encoding="utf-8")
     status, _, err = graphcaps("demo", "--dataset", DIGITS, "--output", output)
     assert status == 1
-    assert "comes with its images" in err
+    assert "has its own images" in err
     status, _, err = graphcaps("demo", "--output", tmp_path)
     assert status == 1
     assert "got the folder" in err
@@ -217,7 +217,7 @@ runpy.run_module("graphcaps", run_name="__main__")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["predict"], "expected image files to look at; got none"),
+        (["predict"], "expected at least one image file"),
         (["train", "--dataset", "mnits"], "mnits"),
         (["train", "--dataset", DIGITS, "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--dataset", DIGITS, "--iterations", "0"], "iterations must be at least 1"),
@@ -226,7 +226,7 @@ runpy.run_module("graphcaps", run_name="__main__")
         (["train", "--resume"], "add --run-dir FOLDER"),
         (["train", "--resume", "--run-dir", "nowhere"], "no run at nowhere"),
         (["train", "--dataset", DIGITS, "--run-dir", DIGITS], "exists already"),
-        (["predict", "--run-dir", "nowhere"], "got none"),
+        (["predict", "--run-dir", "nowhere"], "at least one image file"),
         (["evaluate", "nowhere"], "no trained net at nowhere"),
         (["predict", "digit.png", "--run-dir", "nowhere"], "no trained net at nowhere"),
         (["report", "nowhere"], "no run at nowhere"),

@@ -327,7 +327,7 @@ def test_poses_that_do_not_fit_the_node_types_are_refused(u):
         (dict(batch=torch.tensor([-1, 0, 0])), "expected batch sorted, from graph 0 on"),
         (dict(batch=torch.zeros(3)), r"batch as int64 \[N\]"),
         (dict(batch=torch.tensor([0, 0])), "child runs from 0 to 2"),
-        (dict(batch=torch.tensor([0, 0, 0]), size=(3, 4)), "4 nodes of type parent, .* of 3"),
+        (dict(batch=torch.tensor([0, 0, 0]), size=(3, 4)), "4 nodes of type parent, .* 3 entries"),
         (dict(batch=torch.tensor([0, 0, 1])), "different graphs of the batch"),
         (dict(weight_index=[0]), "one number per edge, 3; got 1"),
         (dict(parent_type=[0]), "one number per parent, 3; got 1"),

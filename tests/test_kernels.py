@@ -62,5 +62,5 @@ def test_a_layer_whose_matrices_were_exchanged_for_too_few_is_refused(engine):
         if has_run:
             layer(torch.zeros(2, 9, 4))
         layer.weight = too_few
-        with pytest.raises(ValueError, match="asks for 27 matrices, but weight holds 5"):
+        with pytest.raises(ValueError, match="refers to 27 matrices, but weight has 5"):
             layer(torch.zeros(2, 9, 4))

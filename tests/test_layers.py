@@ -265,8 +265,8 @@ def test_looking_for_nan_leaves_the_callers_poses_as_they_are(engine):
         (torch.zeros(2, 6, 3), "poses of length 4"),
         (torch.zeros(2, 6, 4, dtype=torch.float64), "one dtype"),
         (torch.zeros(2, 6, 4, device="meta"), "one device"),
-        (torch.full((2, 6, 4), torch.nan), "12 of 12 poses hold NaN"),
-        (torch.full((2, 6, 4), torch.inf), "12 of 12 poses hold NaN or infinity"),
+        (torch.full((2, 6, 4), torch.nan), "12 of 12 poses contain NaN"),
+        (torch.full((2, 6, 4), torch.inf), "12 of 12 poses contain NaN or infinity"),
     ],
 )
 def test_poses_that_do_not_fit_are_refused(u, said):

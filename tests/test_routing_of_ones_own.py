@@ -98,7 +98,7 @@ def test_one_that_looks_at_the_votes_says_so_and_is_not_given_to_fused():
 def test_a_routing_that_learns_belongs_to_one_layer():
     routing = gc.DynamicRouting(bias=True)
     gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 4, routing=routing)
-    with pytest.raises(ValueError, match="has the parameters of another layer already"):
+    with pytest.raises(ValueError, match="already has the parameters of another layer"):
         gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 4, routing=routing)
     shared = gc.DynamicRouting()
     for _ in range(2):
@@ -116,7 +116,9 @@ def test_parents_of_one_type_share_what_is_learned_for_them():
     layer = gc.CapsuleLayer(graph, 4, 4, routing="em")
     assert layer.routing.beta_a.shape == (2,)
     many_types = gc.routing_graph([0, 0, 0], [0, 1, 2], weight_index=[0, 1, 2])
-    with pytest.raises(ValueError, match="parents of 3 types, but the routing has learned for 2"):
+    with pytest.raises(
+        ValueError, match="parents of 3 types, but the routing has parameters for 2"
+    ):
         layer(torch.zeros(1, 4), graph=many_types)
 
 

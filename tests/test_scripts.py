@@ -162,7 +162,7 @@ def test_a_release_writes_its_version_where_the_old_one_stood(release):
     for version, said in (
         ("0.0.9", f"above {gc.__version__}"),
         ("next", "such as 0.2.0"),
-        ("12.0.3", "says"),
+        ("12.0.3", "nothing under Unreleased"),
     ):
         empty = texts | {"CHANGELOG.md": "## [Unreleased]\n\n## [0.1.0] - 2026-11-22\n"}
         with pytest.raises(ValueError, match=said):

@@ -15,7 +15,7 @@ class InvertedAttention(Routing):
     """Inverted attention: parents attend to the votes and compete for each child.
 
     Procedure 1 of Tsai et al. 2020, *Capsules with Inverted Dot-Product Attention Routing*
-    (arXiv:2002.04764), for one layer by itself, which its authors call sequential routing:
+    (arXiv:2002.04764), for a single layer, which its authors call sequential routing:
 
         v_j = LayerNorm(Σ_i û_ij / out-degree of i)
         R − 1 times:   c = softmax of û_ij · v_j / √D over the parents of each child

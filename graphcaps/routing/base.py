@@ -13,7 +13,7 @@ class Iteration(NamedTuple):
     """The result of one iteration of a routing.
 
     Attributes:
-        sums: of the pass over the edges, with its logits and coupling where votes are stored.
+        sums: sums of the pass over the edges; if votes are stored, also its logits and coupling.
         v: poses of the parents, `[B·J, D]`.
         a: their activations, `[B·J, 1]`; None for a routing without activations.
 
@@ -64,8 +64,8 @@ class Routing(nn.Module):
     """An algorithm that computes parents from votes.
 
     A custom routing implements `steps` with `Edges.couple`, and then runs on every graph and every
-    engine without further code. Parameters of its own are made in `build`. Nothing is kept from one
-    call to the next.
+    engine without further code. It creates its parameters in `build`, and keeps no state between
+    calls.
 
     >>> import torch, graphcaps as gc
     >>> class Mean(gc.Routing):
@@ -105,70 +105,70 @@ class Routing(nn.Module):
             cls.name = cls.__name__
 
     def build_once(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the parameters, for one layer, where its matrices are.
+        """Create the parameters for one layer, on the device of its matrices.
 
         Raises:
-            ValueError: the routing learned something in another layer already.
+            ValueError: the routing already has the parameters of another layer.
         """
         if next(self.parameters(), None) is not None:
             raise ValueError(
-                f"this {self.name} routing has the parameters of another layer already; "
-                "make one for each layer"
+                f"this {self.name} routing already has the parameters of another layer; "
+                "create one for each layer"
             )
         self.build(sizes)
         self.to(device, dtype)
 
     def build(self, sizes: Sizes) -> None:
-        """Make the parameters, with torch's default device and dtype; called by the layer.
+        """Create the parameters, with torch's default device and dtype; called by the layer.
 
         Args:
-            sizes: of the layer.
+            sizes: sizes of the layer.
 
         Raises:
-            ValueError: a layer that the routing cannot work in.
+            ValueError: the routing does not support such a layer.
         """
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """Give matrices and parameters the values that training starts from.
+        """Initialise the layer's matrices and the parameters.
 
         Args:
-            weight: the layer's matrices, `[M, K, D]`, drawn from N(0, 0.1²) unless said otherwise.
+            weight: the layer's matrices, `[M, K, D]`, initialised from N(0, 0.1²) by default.
         """
         nn.init.normal_(weight, std=0.1)
 
     def steps(self, edges: Edges) -> Iterator[Iteration]:
-        """The algorithm: passes over the edges, updates of the parents between them.
+        """The algorithm: passes over the edges, with updates of the parents between them.
 
         Args:
-            edges: of a batch, with `edges.a` if the layer was given activations.
+            edges: the edges of a batch.
 
         Yields:
-            Every iteration; the poses (and activations) of the last are the result.
+            Every iteration; the poses and activations of the last are the result.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement steps")
 
     def dense(
         self, u_hat: Tensor, a: Tensor | None, mask: Tensor, by_edge: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, ...]:
-        """The same on dense votes, by `graphcaps.reference`: what tests and benchmarks compare.
+        """The same on dense votes, from `graphcaps.reference`, for tests and benchmarks.
 
         Args:
-            u_hat: votes, `[B, I, J, D]`, with the columns that the routing's votes have.
+            u_hat: votes, `[B, I, J, D]`, including `vote_columns`.
             a: activations of the children, `[B, I]`.
-            mask: which edges there are, bool `[I, J]`.
-            by_edge: takes what is learned for each matrix, `[M]`, to `[I, J]`.
+            mask: which edges exist, bool `[I, J]`.
+            by_edge: converts a parameter for each matrix, `[M]`, to `[I, J]`.
 
         Returns:
-            Poses of the parents, `[B, J, D]`, the last coupling, `[B, I, J]`, and of a routing with
-            activations those of the parents, `[B, J]`.
+            Poses of the parents, `[B, J, D]`, the last coupling, `[B, I, J]`, and, if the routing
+            has activations, those of the parents, `[B, J]`.
 
         Raises:
-            NotImplementedError: there is no dense form of this routing.
+            NotImplementedError: this routing has no dense form.
         """
         raise NotImplementedError(f"there is no dense form of {self.name} routing")
 
     def by_kernel(self, edges: EdgesWithoutVotes) -> Tensor | None:
-        """Poses of the parents by a kernel of its own, `[B·J, D]`; None where it has none."""
+        """Poses of the parents from a dedicated kernel, `[B·J, D]`, or None without one."""
         return None
 
 

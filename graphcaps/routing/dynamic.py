@@ -22,23 +22,23 @@ class DynamicRouting(Routing):
         b_ij += û_ij · v_j / temperature
 
     Logits start at 0 and add up dot products, so `b_ij = û_ij · V_j`, with V_j the sum of the
-    earlier v_j: a pass needs V alone.
+    earlier v_j: a pass only needs V.
 
     Args:
         iterations: R.
         gradients: `"all"` lets gradients flow through every iteration, as in the authors' code;
             `"last"` stops them in all but the last.
-        bias: learn a vector for each type of parent that is added to s, as the authors' code does.
-            It starts at 0.1, as there.
-        leak: let each child couple to one more parent, of logit 0, that receives nothing: the
+        bias: learn a vector for each type of parent that is added to s, initialised to 0.1, as in
+            the authors' code.
+        leak: let each child couple to one more parent with logit 0, which receives nothing: the
             leaky routing of the authors' code.
-        accumulate: False takes the last agreement alone as logit, `b_ij = û_ij · v_j /
-            temperature`: routing as soft k-means (Wang & Liu 2018), but for their normalisation.
-        temperature: what agreement is divided by.
+        accumulate: False uses only the last agreement as logit, `b_ij = û_ij · v_j /
+            temperature`: routing as soft k-means (Wang & Liu 2018), except for their normalisation.
+        temperature: divisor of the agreement.
 
     Raises:
-        ValueError: iterations below 1, another word for `gradients`, a temperature that is not
-            above 0.
+        ValueError: `iterations` is below 1, `gradients` is unknown, or `temperature` is not above
+            0.
 
     >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing=DynamicRouting(bias=True))
@@ -79,7 +79,7 @@ class DynamicRouting(Routing):
             self.bias = nn.Parameter(torch.empty(sizes.types, sizes.parent_dim))
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """Draw matrices from N(0, 0.1²), as the authors do; the bias starts at 0.1."""
+        """Initialise matrices from N(0, 0.1²) and the bias to 0.1, as the authors do."""
         super().reset_parameters(weight)
         if self.bias is not None:
             nn.init.constant_(self.bias, 0.1)
@@ -117,7 +117,7 @@ class DynamicRouting(Routing):
         )
 
     def by_kernel(self, edges: EdgesWithoutVotes) -> Tensor | None:
-        """The procedure of the paper for vectors, with one backward pass for all iterations."""
+        """The kernel for the paper's procedure, with one backward pass for all iterations."""
         if edges.rows > 1 or not self._as_in_the_paper:
             return None
         return edges.route_dynamically(self.iterations, self.gradients)

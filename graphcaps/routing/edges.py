@@ -1,4 +1,4 @@
-"""The edges of a batch as a routing sees them: one operation, the pass, on every engine."""
+"""The interface of routings to the edges of a batch: one operation, the pass, on every engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from graphcaps.structure import Structure
 
 
 class Sums(NamedTuple):
-    """What a pass adds up at the parents, and what it computed on the edges to do so.
+    """The result of a pass: sums at the parents, and the logits and coupling behind them.
 
     Attributes:
         N: sum of the weights w, `[B·J, 1]`.
-        S: sum of w times the vote, less the reference point, `[B·J, D]`.
-        Q: sum of w times the square of the same; `[B·J, 0]` unless asked for.
+        S: sum of w times y, the vote minus the reference point, `[B·J, D]`.
+        Q: sum of w times y²; `[B·J, 0]` unless requested.
         r: the reference point, `[B·J, D]`; None for 0.
         b, c: logits and coupling, `[B·E, 1]`; None where no votes are stored.
     """
@@ -34,13 +34,13 @@ class Sums(NamedTuple):
 class Edges(ABC):
     """The edges of a batch, between the children's poses and the parents that a routing computes.
 
-    Features of parents are `[B·J, ·]`, of children `[B·I, ·]`: the samples of a batch stand one
-    after the other. A ragged batch is one sample.
+    Features of parents are `[B·J, ·]`, those of children `[B·I, ·]`, with the samples of a batch in
+    order. A ragged batch is one sample.
 
     Attributes:
         samples, children, parents: B, I, J.
-        dim: numbers in a vote.
-        dtype, device: of the votes; float32 where a layer has 16 bits.
+        dim: length of a vote.
+        dtype, device: dtype and device of the votes; float32 in a layer with a 16-bit dtype.
     """
 
     def __init__(
@@ -75,29 +75,29 @@ class Edges(ABC):
         squares: bool = False,
         detach_coupling: bool = False,
     ) -> Sums:
-        """One pass over the edges: couple every vote to its parent and add up at the parents.
+        """One pass over the edges: sums of each parent's votes, weighted by the coupling.
 
-        With `y_e = û_e − r_j`, the vote about the reference point of its parent:
+        With `y_e = û_e − r_j`, the vote relative to the reference point of its parent:
 
             b_e = prior_m + k_j + p_j·y_e + q_j·y_e²     (y² elementwise)
             c_e = softmax of b over the edges that compete, those of the same child
             w_e = a_i (c_e + beta_m)
             N_j = Σ w_e,   S_j = Σ w_e y_e,   Q_j = Σ w_e y_e²
 
-        Whatever is absent counts as 0, a as 1. Without prior, k, p and q the logits are equal
-        and each child couples equally to all its parents. A parent without children gets zeros.
-        A graph may say that other edges compete, see `routing_graph`.
+        Absent terms count as 0, a as 1. Without prior, k, p and q the logits are equal, and each
+        child couples equally to all its parents. The sums of a parent without children are 0. The
+        graph can define that other edges compete, see `routing_graph`.
 
         Args:
             k: `[B·J, 1]`.
             p: `[B·J, D]`.
             q: `[B·J, D]`.
-            r: `[B·J, D]`. With r near the mean of the votes, the variance `Q/N − (S/N)²` loses no
-                digits to cancellation.
+            r: `[B·J, D]`. If r is near the mean of the votes, the variance `Q/N − (S/N)²` does not
+                lose precision by cancellation.
             a: weights of the children, `[B·I, 1]`, often `edges.a`.
             prior: one number for each matrix, `[M]`.
             beta: one number for each matrix, `[M]`.
-            leak: let one more edge compete with those of each child, of logit 0, to no parent.
+            leak: let one more edge with logit 0 compete with those of each child.
             squares: also compute Q.
             detach_coupling: stop gradients at c.
 
@@ -107,31 +107,31 @@ class Edges(ABC):
 
     @abstractmethod
     def detach(self) -> "Edges":
-        """The same edges with votes that no gradient flows to."""
+        """The same edges with detached votes."""
 
     @abstractmethod
     def update(
         self, function: Callable[..., tuple[Tensor, ...]], *features: Tensor
     ) -> tuple[Tensor, ...]:
-        """Apply a function of parents' features, a node function where DGL routes.
+        """Apply a function of parents' features, as a node function on engine `"udf"`.
 
         Args:
-            function: takes features `[B·J, ·]`, gives a tuple of new ones.
+            function: takes features `[B·J, ·]`, returns a tuple of new ones.
             features: its arguments.
         """
 
     def of_type(self, x: Tensor) -> Tensor:
-        """What is learned for each type of parent, at each parent: `[T, …]` to `[B·J, …]`.
+        """Copy a parameter for each type of parent to the parents: `[T, …]` to `[B·J, …]`.
 
         One number for each type, `[T]`, becomes `[B·J, 1]`.
 
         Raises:
-            ValueError: a graph whose parents are of more types.
+            ValueError: the graph has parents of more types.
         """
         if self._structure.types > len(x):
             raise ValueError(
                 f"the graph has parents of {self._structure.types} types, but the routing has "
-                f"learned for {len(x)}; give the graph's parents a type, see routing_graph"
+                f"parameters for {len(x)}; give the graph's parents a type, see routing_graph"
             )
         x = (x.unsqueeze(-1) if x.dim() == 1 else x).to(self.dtype)
         at_parents = x.index_select(0, self._structure.numbers("parent_type", x.device))
@@ -147,25 +147,25 @@ class Edges(ABC):
     def degree(self) -> Tensor:
         """Number of edges that compete with each edge of a child, itself included, `[B·I, 1]`.
 
-        It is the number of the child's parents, unless the graph says that other edges compete.
+        It is the number of the child's parents, unless the graph defines another competition.
 
         Raises:
-            ValueError: a graph in which it is not the same for all edges of a child.
+            ValueError: the number differs between the edges of a child.
         """
         degree = self._structure.degree(self.device).to(self.dtype)
         return degree.unsqueeze(-1).repeat(self.samples, 1)
 
     def zeros_of_parents(self) -> Tensor:
-        """A feature of parents as long as a vote, `[B·J, dim]`."""
+        """Zeros for a feature of parents that is as long as a vote, `[B·J, dim]`."""
         size = (self.samples * self.parents, self.dim)
         return torch.zeros(size, dtype=self.dtype, device=self.device)
 
 
 class EdgesWithVotes(Edges):
-    """Logits, coupling and votes are edge features, on an engine of `graphcaps.passing`.
+    """Edges that store logits, coupling and votes, on an engine of `graphcaps.passing`.
 
     Args:
-        passing: an engine that holds the graph once for each sample.
+        passing: an engine, bound to the batched graph.
         u_hat: votes, `[B·E, D]`.
         a: activations of the children, `[B·I, 1]`.
 
@@ -248,7 +248,7 @@ class EdgesWithVotes(Edges):
 
 
 class EdgesWithoutVotes(Edges):
-    """A compiled kernel computes each vote where it is needed and stores none.
+    """Edges whose votes are recomputed by a compiled kernel where they are needed, never stored.
 
     Args:
         structure: the graph of one sample.
@@ -267,7 +267,7 @@ class EdgesWithoutVotes(Edges):
 
     @staticmethod
     def prepare(structure: Structure, device: torch.device) -> kernels.Edges | kernels.TritonEdges:
-        """What the kernel for a device needs of a graph, kept by its structure."""
+        """The kernel's data for a graph on a device, cached by the structure."""
 
         def sort() -> kernels.Edges | kernels.TritonEdges:
             return kernels.prepare(structure.graph, structure.kinds, device)
@@ -314,7 +314,7 @@ class EdgesWithoutVotes(Edges):
     def route_dynamically(
         self, iterations: int, gradients: Literal["all", "last"] = "all"
     ) -> Tensor:
-        """Dynamic routing as in its paper, by a kernel of its own: v, `[B·J, D]`."""
+        """Dynamic routing as in the paper, by a dedicated kernel: v, `[B·J, D]`."""
         v = kernels.routed(self.u, self.weight, self.sorted, iterations, gradients)
         return v.flatten(0, 1)
 

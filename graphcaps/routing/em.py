@@ -26,11 +26,11 @@ class EMRouting(Routing):
         E-step   c_ij = a_j p_ij / Σ_j' a_j' p_ij',   p_ij = Π_d N(û_ijd; μ_jd, σ_jd²)
 
     with `λ_t = final_inverse_temperature · (1 − 0.95^(t+1))`, the authors' schedule: the paper
-    says only that λ grows. Where N is below 1e-7 and something is divided by it, it counts as
-    1e-7, so that a parent that nobody votes for is finite.
+    only says that λ grows. As a divisor, N is at least 1e-7, so that a parent without votes has
+    finite values.
 
-    `variant="authors"` computes what the authors' code does (google-research, `capsule_em`): the
-    mean moves by 0.9 of the way from that of the iteration before, which starts at 0, and
+    `variant="authors"` follows the authors' code (google-research, `capsule_em`): the mean is 0.9
+    times the new mean plus 0.1 times that of the previous iteration, which starts at 0, and
 
         a_j = logistic(λ_t (N_j (−Σ_d ln σ_jd² − β_u D (ln 2π + 1)) − 5000 β_a))
 
@@ -39,11 +39,11 @@ class EMRouting(Routing):
     Args:
         iterations: R.
         variant: `"paper"` or `"authors"`.
-        final_inverse_temperature: what λ grows towards.
+        final_inverse_temperature: limit of λ.
         min_variance: added to every variance; 5e-4 in the authors' code, not in the paper.
 
     Raises:
-        ValueError: iterations below 1, another variant, a number that is not above 0.
+        ValueError: `iterations` is below 1, `variant` is unknown, or a number is not above 0.
 
     >>> import torch, graphcaps as gc
     >>> graph = gc.complete_graph(children=6, parents=3)
@@ -86,7 +86,7 @@ class EMRouting(Routing):
         self.beta_u = nn.Parameter(torch.empty(sizes.types))
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """See `Routing.reset_parameters`; β_a and β_u start at 0, in the authors' variant at ½."""
+        """See `Routing.reset_parameters`; β_a and β_u become 0, in the authors' variant ½."""
         super().reset_parameters(weight)
         start = 0.5 if self.variant == "authors" else 0.0
         nn.init.constant_(self.beta_a, start)
@@ -105,7 +105,7 @@ class EMRouting(Routing):
             )
             yield Iteration(sums, mu, logit.sigmoid())
             log_normal = -(2 * math.pi * variance).log().sum(dim=-1, keepdim=True) / 2
-            # the logarithm of the sigmoid as such: a sigmoid may round to 0
+            # logsigmoid, because log(sigmoid) could round to ln 0
             k, q, r = F.logsigmoid(logit) + log_normal, -0.5 / variance, mu
             before = mu
 

@@ -31,7 +31,8 @@ def dynamic_routing(
         The R iterations; v of the last, `[B·J, D]`, is the result.
 
     Raises:
-        ValueError: not one vote per edge, iterations below 1, another word for `gradients`.
+        ValueError: the number of votes is wrong, `iterations` is below 1, or `gradients` is
+            unknown.
 
     >>> import torch, graphcaps as gc
     >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))
@@ -53,7 +54,7 @@ def uniform_routing(passing: MessagePassing, u_hat: Tensor) -> Iterator[Iteratio
         One iteration, the result.
 
     Raises:
-        ValueError: not one vote per edge.
+        ValueError: the number of votes is wrong.
 
     >>> import torch, graphcaps as gc
     >>> passing = gc.bind(gc.complete_graph(children=6, parents=3))

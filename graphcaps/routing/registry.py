@@ -1,4 +1,4 @@
-"""The routings by name: what layers, nets, settings and the program choose from."""
+"""The names of the routings, for layers, nets, settings and the program."""
 
 import inspect
 from typing import Any
@@ -42,15 +42,15 @@ def options_of(routing: str) -> tuple[str, ...]:
 
 
 def make_routing(routing: str | Routing, **options: Any) -> Routing:
-    """A routing by its name, or one that is there already.
+    """Create a routing from its name, or return a routing that is given as an object.
 
     Args:
         routing: a name in `ROUTINGS`, or a routing.
-        options: of the named one's class.
+        options: options of the named class.
 
     Raises:
-        ValueError: an unknown name, an option that the routing does not have, options beside a
-            routing that is there already.
+        ValueError: the name is unknown, the routing does not have an option, or options are given
+            with a routing object.
 
     >>> make_routing("dynamic", iterations=2)
     DynamicRouting(iterations=2, gradients='all')

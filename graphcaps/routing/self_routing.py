@@ -19,12 +19,13 @@ class SelfRouting(Routing):
         c = softmax of W2_eᵀ u_i + prior_m over the parents of each child
         v_j = Σ_i a_i c_ij û_ij / Σ_i a_i c_ij,   a_j = Σ_i a_i c_ij / Σ_i a_i
 
-    the last sum over the children that vote for j. W2 is one more column of the matrices, so that
-    `layer.weight` is `[M, K, D + 1]`. Sums below 1e-7 that something is divided by count as 1e-7.
-    In the authors' convolutions each window of a child competes by itself; here all its parents
-    do.
+    where the last sum is over the children that vote for j. W2 is an additional column of the
+    matrices, so `layer.weight` is `[M, K, D + 1]`. Sums are at least 1e-7 as divisors. In the
+    authors' convolutions the parents in each window compete separately; here all parents of a child
+    compete.
 
-    Also learns the prior of each matrix. W2 and prior start at 0, so coupling starts equal.
+    It also learns the prior of each matrix. W2 and prior are initialised to 0, so the initial
+    coupling is equal.
 
     >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="self_routing")
@@ -47,7 +48,7 @@ class SelfRouting(Routing):
         self.prior = nn.Parameter(torch.empty(sizes.kinds))
 
     def reset_parameters(self, weight: Tensor) -> None:
-        """See `Routing.reset_parameters`; what logits are made of starts at 0."""
+        """See `Routing.reset_parameters`; W2 and prior become 0."""
         super().reset_parameters(weight)
         with torch.no_grad():
             weight[:, :, -1] = 0

@@ -1,4 +1,4 @@
-"""What a routing did, iteration by iteration: entropy, parse tree, graphs to look at."""
+"""Traces: the iterations of a routing, with entropy, parse tree and graphs for inspection."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from graphcaps.routing.base import Iteration
 
 @dataclass(frozen=True)
 class Trace:
-    """What routing did on the edges and parents of a graph, iteration by iteration.
+    """A record of all iterations of a routing, on the edges and parents of a graph.
 
-    Iterations are numbered from 0 to R − 1. Gradients flow through all of it, so that a loss may
-    use it; take the trace under `torch.no_grad()` to look only. A ragged batch is one sample, its
-    graph the whole batch; `dgl.unbatch` parts what `graph` gives.
+    Iterations are numbered from 0 to R − 1. Gradients flow through all tensors, so that a loss can
+    use them; record the trace under `torch.no_grad()` if you do not need them. A ragged batch is
+    one sample, whose graph is the whole batch; `dgl.unbatch` splits the result of `graph`.
 
     Attributes:
         structure: the graph of one sample.
         u_hat: votes, `[B, E, D]`.
-        b: logits that each iteration started from, `[R, B, E]`.
+        b: logits at the start of each iteration, `[R, B, E]`.
         c: coupling, `[R, B, E]`.
         s: weighted sums, `[R, B, J, D]`.
         v: outputs, `[R, B, J, D]`.
-        a: activations of the parents, `[R, B, J]`; of a routing without them, the lengths |v|.
+        a: activations of the parents, `[R, B, J]`; for a routing without them, the lengths |v|.
 
     >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), child_dim=4, parent_dim=5, iterations=2)
@@ -50,13 +50,13 @@ class Trace:
     def of(
         cls, structure: dgl.DGLGraph, samples: int, u_hat: Tensor, iterations: Sequence[Iteration]
     ) -> "Trace":
-        """Arrange what an algorithm yielded on a batch by sample.
+        """Create a trace from the iterations of an algorithm on a batch.
 
         Args:
             structure: the graph of one sample.
             samples: number of samples in the batch, B.
             u_hat: votes of the batch, `[B·E, D]`.
-            iterations: all that the algorithm yielded.
+            iterations: all iterations that the algorithm yielded.
         """
 
         def stacked(features: Iterable[Tensor | None], *size: int) -> Tensor:
@@ -79,25 +79,25 @@ class Trace:
         )
 
     def entropy(self) -> Tensor:
-        """How undecided each child is, `−Σ_j c_ij ln c_ij` in nats.
+        """The entropy of each child's coupling, `−Σ_j c_ij ln c_ij` in nats.
 
         Returns:
-            `[R, B, I]`, from 0 (all to one parent) to ln of the child's number of parents.
+            `[R, B, I]`, from 0 (a single parent) to ln of the child's number of parents.
         """
         rounds, samples, _ = self.c.shape
         nothing = self.c.new_zeros(rounds, samples, self.structure.num_nodes("child"))
         return nothing.index_add(2, self._child, torch.special.entr(self.c))
 
     def effective_parents(self) -> Tensor:
-        """How many parents each child votes for in effect, `exp(entropy)`, `[R, B, I]`."""
+        """The effective number of parents of each child, `exp(entropy)`, `[R, B, I]`."""
         return self.entropy().exp()
 
     def agreement(self) -> Tensor:
-        """How well each vote agrees with its parent's output, `û_ij · v_j`, `[R, B, E]`."""
+        """The agreement of each vote with its parent's output, `û_ij · v_j`, `[R, B, E]`."""
         return (self.u_hat * self.v[:, :, self._parent]).sum(dim=-1)
 
     def contributions(self) -> Tensor:
-        """How much each child adds to the length of a parent's sum, and who votes against it.
+        """The signed contribution of each child to the length of a parent's weighted sum.
 
         With `t_j = Σ_i c_ij û_ij`, which is s_j of dynamic and uniform routing, the contribution
         of an edge is `c_ij û_ij · t_j / |t_j|`. A parent's contributions add up to |t_j|; those of
@@ -112,10 +112,10 @@ class Trace:
         return (votes * along[:, :, self._parent]).sum(dim=-1)
 
     def strongest_parent(self) -> Tensor:
-        """The parent that each child couples to most: the parse tree.
+        """The parent to which each child couples most strongly: the parse tree.
 
         Returns:
-            Numbers of parents, int64 `[R, B, I]`; the lowest of equals, −1 without parents.
+            Indices of parents, int64 `[R, B, I]`; the lowest one in a tie, −1 without parents.
         """
         rounds, samples, edges = self.c.shape
         none = self.structure.num_nodes("parent")
@@ -127,12 +127,12 @@ class Trace:
         return torch.where(lowest == none, -1, lowest)
 
     def strongest_children(self, sample: int, iteration: int, count: int) -> list[int]:
-        """The children with the largest coupling to any parent, in the order of their numbers.
+        """The children with the largest coupling to any parent, sorted by index.
 
         Args:
             sample: from 0 to B − 1.
             iteration: from 0 to R − 1.
-            count: how many; all, where there are fewer.
+            count: number of children; all children if there are fewer.
         """
         children = self.structure.num_nodes("child")
         c = self.c[iteration, sample]
@@ -142,14 +142,14 @@ class Trace:
     def children_by_parent(
         self, sample: int, iteration: int, children: Sequence[int] | None = None
     ) -> list[int]:
-        """Children in the order of the parents that they couple to: drawn so, few edges cross.
+        """Children sorted by the parents that they couple to, so that few edges cross in a figure.
 
-        They are sorted by the mean number of their parents, each weighted by the coupling.
+        The sort key is the mean index of a child's parents, weighted by the coupling.
 
         Args:
             sample: from 0 to B − 1.
             iteration: from 0 to R − 1.
-            children: these alone, such as the `strongest_children`; all, if not given.
+            children: the children to sort, such as the `strongest_children`; by default all.
         """
         c = self.c[iteration, sample]
         place = c.new_zeros(self.structure.num_nodes("child"))
@@ -159,7 +159,7 @@ class Trace:
         return sorted(shown, key=place.tolist().__getitem__)
 
     def graph(self, sample: int, iteration: int) -> dgl.DGLGraph:
-        """One sample at one iteration as a DGL graph, for whatever DGL can do with it.
+        """One sample at one iteration as a DGL graph.
 
         Args:
             sample: from 0 to B − 1.
@@ -191,19 +191,20 @@ class Trace:
         Args:
             sample: from 0 to B − 1.
             iteration: from 0 to R − 1.
-            groups: which group each child belongs to, `[I]`, numbers from 0: a group is then one
-                node, as the 1152 children of the paper are too many to draw. Its edges carry the
-                mean coupling of its children.
-            children: these alone, from left to right in this order, such as the
+            groups: the group of each child, `[I]`, integers from 0. Each group becomes one node,
+                whose edges have the mean coupling of its children; the 1152 children of the
+                paper's net, for example, are too many to draw.
+            children: the children to include, in this order from left to right, such as the
                 `strongest_children` or the `children_by_parent`.
 
         Returns:
             Nodes `("child", i)` below and `("parent", j)` above, with `bipartite` 0 and 1 and a
-            position `pos` (x from 0 to 1, y 0 or 1); children have `size`, how many they stand
-            for; parents have `length` |v_j|; edges have the coupling as `weight`.
+            position `pos` (x from 0 to 1, y 0 or 1). Children have `size`, the number of children
+            in the node; parents have `length` |v_j|; edges have the coupling as `weight`.
 
         Raises:
-            ValueError: not one group for each child; both `groups` and `children`.
+            ValueError: `groups` does not have one group for each child, or both `groups` and
+                `children` are given.
         """
         if groups is not None and children is not None:
             raise ValueError("choose groups of all children, or some children; got both")
@@ -243,7 +244,7 @@ class Trace:
 def _merge(
     child: Tensor, parent: Tensor, weight: Tensor, group: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The edges of groups of children with their mean coupling, and how many each group has."""
+    """The edges of groups of children with their mean coupling, and the sizes of the groups."""
     sizes = torch.bincount(group)
     ends, edge = torch.stack([group[child], parent]).unique(dim=1, return_inverse=True)
     total = weight.new_zeros(ends.shape[1]).index_add(0, edge, weight)

@@ -1,4 +1,4 @@
-"""Equal coupling: the control that routing is compared with."""
+"""Equal coupling, the control with which routing is compared."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,8 +13,8 @@ from graphcaps.routing.edges import Edges, EdgesWithoutVotes
 class UniformRouting(Routing):
     """Uniform routing: each child couples equally to all its parents, `c = 1/out-degree`.
 
-    `v_j = squash(Σ_i c_ij û_ij)`: the first iteration of dynamic routing, the softmax of equal
-    logits. Whatever routing is worth shows beside it.
+    `v_j = squash(Σ_i c_ij û_ij)`: this is the first iteration of dynamic routing, in which all
+    logits are equal. Compare with it to see the effect of routing.
 
     >>> import torch, graphcaps as gc
     >>> layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, routing="uniform")

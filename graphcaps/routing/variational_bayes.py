@@ -13,11 +13,11 @@ from graphcaps.routing.gaussians import mean_of_equal_coupling, squares_about
 
 
 class VariationalBayes(Routing):
-    """Variational Bayes: each parent is a Gaussian of unknown mean and precision, with priors.
+    """Variational Bayes: each parent is a Gaussian with priors on its mean and precision.
 
     Ribeiro et al. 2020, *Capsule Routing via Variational Bayes*: the mixture of Gaussians of
     Bishop 2006, section 10.2, with priors Dirichlet(α0), N(0, 1/κ0) and Wishart(Ψ0, ν0), diagonal.
-    With equal coupling at first, R times:
+    The coupling is equal at first. The following is repeated R times:
 
         N_j = Σ_i a_i c_ij,   α_j = α0 + N_j,   κ_j = κ0 + N_j,   ν_j = ν0 + N_j
         m_j = Σ_i a_i c_ij û_ij / κ_j
@@ -28,20 +28,20 @@ class VariationalBayes(Routing):
 
         a_j = logistic(β_a − β_u − exp(E ln π_j) H_j),   H_j = ½ D ln 2πe − ½ E ln|Λ_j|
 
-    The pose of a parent is m_j. The activation is that of the authors' code, less the BatchNorm
-    that the code puts on poses and activations. Learns β_a and β_u for each type of parent; only
-    their difference has an effect.
+    The pose of a parent is m_j. The activation is that of the authors' code, without the BatchNorm
+    that the code applies to poses and activations. It learns β_a and β_u for each type of parent;
+    only their difference has an effect.
 
     Args:
         iterations: R.
         alpha0: concentration of the Dirichlet prior.
-        kappa0: how many votes the prior mean counts for.
+        kappa0: weight of the prior mean, in votes.
         psi0: diagonal of Ψ0⁻¹.
         nu0: degrees of freedom of the Wishart prior, above D − 1; D + 1 if not given.
 
     Raises:
-        ValueError: iterations below 1, a prior that is not above 0; with the layer, a nu0 that is
-            too small for D.
+        ValueError: `iterations` is below 1, or a prior is not above 0; when a layer is created,
+            `nu0` is too small for D.
 
     >>> import torch, graphcaps as gc
     >>> graph = gc.complete_graph(6, 3)
