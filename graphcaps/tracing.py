@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+
+# no public function of torch, from 2.6 to 2.15, tells these two
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 

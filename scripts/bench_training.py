@@ -2,8 +2,10 @@
 
 Without routing, the class capsules are what the same matrices give with equal coupling, as one
 matrix product: the least that a layer of this size can cost. Loss and gradients of every other form
-are first compared with those of dense routing; one that is wrong is not timed. In bfloat16 are the
-convolutions and the decoder alone. Steps alternate in one process: forward, loss, backward, Adam.
+are first compared with those of dense routing; one that is wrong is not timed. `torch.compile` gets
+the dense layer alone in `compiled`, and the whole net, with `fullgraph=True`, in `fused, compiled`.
+In bfloat16 are the convolutions and the decoder alone. Steps alternate in one process: forward,
+loss, backward, Adam.
 
     python scripts/bench_training.py --output benchmarks/training-cpu.json
 """
@@ -22,12 +24,14 @@ import graphcaps as gc
 from graphcaps.pictures.inspection import dense_form
 from graphcaps.training.capture import Captured
 
+COMPILED = "fused, compiled"
 BFLOAT16 = "fused, --amp bf16"
 CAPTURED = "fused, --cuda-graph"  # on a GPU alone
-FORMS = ("without routing", "dense", "compiled", "udf", "builtin", "scatter", "fused", BFLOAT16)
+WITH_VOTES = ("udf", "builtin", "scatter")
+FORMS = ("without routing", "dense", "compiled", *WITH_VOTES, "fused", COMPILED, BFLOAT16)
 ENGINES = {
     **dict.fromkeys(("without routing", "dense", "compiled"), "auto"),
-    **dict.fromkeys((BFLOAT16, CAPTURED), "fused"),
+    **dict.fromkeys((COMPILED, BFLOAT16, CAPTURED), "fused"),
 }
 ALLOWED_ERROR = 1e-4
 ALLOWED_ERROR_IN_BFLOAT16 = 0.1  # which has 8 bits
@@ -92,6 +96,8 @@ class Training:
             if form == "compiled":
                 dense.compile()
             self.model.add_module("capsules", dense)
+        elif form == COMPILED:
+            self.model.compile(fullgraph=True)
         self.model.to(options.device)
         if on_gpu:  # as graphcaps train
             self.model.to(memory_format=torch.channels_last)

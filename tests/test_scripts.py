@@ -67,7 +67,7 @@ def test_a_training_step_is_timed_with_and_without_routing(tmp_path):
     out = script("bench_training.py", *sizes, "--output", str(output))
     results = json.loads(output.read_text())
     assert "| without routing | " in out
-    for form in ("dense", "udf", "builtin", "scatter", "fused"):
+    for form in ("dense", "udf", "builtin", "scatter", "fused", "fused, compiled"):
         assert f"| {form} | " in out
         assert results["relative_error"][form] < 1e-4
     assert {len(x) for x in results["seconds"].values()} == {2}

@@ -61,6 +61,22 @@ def test_gradients_of_every_sample_are_those_of_the_sample_alone(variant, engine
             near(found[name][sample], expected)
 
 
+def test_gradients_of_every_sample_are_compiled_with_scatter():
+    """Of `fused`, torch cannot: it takes no such derivatives of operations from torch.library."""
+    layer = gc.CapsuleLayer(gc.complete_graph(6, 3), 4, 5, engine="scatter")
+    u = torch.randn(7, 6, 4)
+
+    def loss(parameters, u):
+        return loss_of(layer, parameters, Poses(u.unsqueeze(0), None))
+
+    gradients = vmap(grad(loss), (None, 0))
+    torch.compiler.reset()
+    found = torch.compile(gradients, fullgraph=True, backend="aot_eager")(parameters_of(layer), u)
+    for sample in range(7):
+        expected = backward_of(layer, Poses(u[sample : sample + 1], None))
+        near(found["weight"][sample], expected["weight"])
+
+
 @each_engine
 @every_variant
 def test_grad_of_a_functional_call_is_what_backward_gives(variant, engine):

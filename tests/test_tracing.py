@@ -93,7 +93,7 @@ def test_every_routing_is_one_graph(variant):
     ("engine", "training"), [("auto", True), ("fused", False), ("scatter", True)]
 )
 def test_any_numbers_of_samples_take_at_most_two_recompilations(engine, training):
-    """`auto` takes DGL's engine for fewer than 8 samples, but not in a trace."""
+    """One for sizes in general, and one for a single sample."""
     layer = layer_of(engine)
 
     def loss_of(u, labels):
@@ -126,16 +126,24 @@ def test_a_net_and_its_loss_are_one_graph():
     assert graphs.all_have_kernels()
 
 
-def test_a_training_step_runs_by_inductor_in_mode_reduce_overhead():
-    layer, u = layer_of("auto"), torch.randn(2, 6, 4)
+def test_training_steps_run_by_inductor_in_mode_reduce_overhead():
+    layer = layer_of("auto")
     function = torch.compile(
         lambda u: layer(u).square().sum(), fullgraph=True, mode="reduce-overhead"
     )
-    for _ in range(2):
+
+    def step(samples):
+        u = torch.randn(samples, 6, 4)
         layer.zero_grad()
         function(u).backward()
-    (expected,) = torch.autograd.grad(layer(u).square().sum(), layer.weight)
-    assert_close(layer.weight.grad, expected)
+        (expected,) = torch.autograd.grad(layer(u).square().sum(), layer.weight)
+        assert_close(layer.weight.grad, expected)
+
+    for samples in (2, 64):
+        step(samples)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for samples in (64, 7, 65):
+            step(samples)
 
 
 @pytest.mark.parametrize(
