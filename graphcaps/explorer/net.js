@@ -5,6 +5,7 @@
 // weighted sums s and class capsules v of parents j.
 
 const PRIMARY_STRIDE = 2;
+const OF_ROUTING = "capsules.routing.";
 
 /** The layers of a decoder from their packed weights, [out, in] each. */
 function unpackDecoder(layers) {
@@ -77,112 +78,78 @@ function convolve({ weight, bias, kernel, stride }, input, size) {
   return output;
 }
 
-/** The length of the vector of `dim` numbers that starts at `from`. */
-function lengthAt(numbers, from, dim) {
-  let square = 0;
-  for (let d = 0; d < dim; d++) square += numbers[from + d] ** 2;
-  return Math.sqrt(square);
-}
-
-/** Shrink every vector of `dim` numbers to a length below 1: |s|² / (1 + |s|²) · s / |s|. */
-function squash(s, dim) {
-  const v = new Float32Array(s.length);
-  for (let from = 0; from < s.length; from += dim) {
-    const length = lengthAt(s, from, dim);
-    const factor = length / (1 + length * length);
-    for (let d = 0; d < dim; d++) v[from + d] = factor * s[from + d];
-  }
-  return v;
-}
-
-/** c: softmax of the logits b [I, J] over the parents of each child. */
-function couple(b, parents) {
-  const c = new Float32Array(b.length);
-  for (let from = 0; from < b.length; from += parents) {
-    let most = -Infinity;
-    for (let j = 0; j < parents; j++) most = Math.max(most, b[from + j]);
-    let total = 0;
-    for (let j = 0; j < parents; j++) total += c[from + j] = Math.exp(b[from + j] - most);
-    for (let j = 0; j < parents; j++) c[from + j] /= total;
-  }
-  return c;
-}
-
-/** û · v of an edge: of the vote and the outcome that start at these places. */
-function dot(votes, from, v, to, dim) {
-  let total = 0;
-  for (let d = 0; d < dim; d++) total += votes[from + d] * v[to + d];
-  return total;
-}
-
 /**
- * Routing of votes [I, J, D], from equal coupling. Dynamic routing (Sabour et al. 2017,
- * procedure 1) adds û·v to the logits after each iteration; uniform routing leaves them at 0.
- *
- * Returns b and c [I, J], s and v [J, D] and the lengths |v| [J] of every iteration.
- */
-function route(votes, { children, parents, dim, routing, iterations }) {
-  let b = new Float32Array(children * parents);
-  return range(iterations).map(() => {
-    const c = couple(b, parents);
-    const s = new Float32Array(parents * dim);
-    for (let edge = 0; edge < c.length; edge++) {
-      const to = (edge % parents) * dim;
-      for (let d = 0; d < dim; d++) s[to + d] += c[edge] * votes[edge * dim + d];
-    }
-    const v = squash(s, dim);
-    const lengths = Float32Array.from(range(parents), (j) => lengthAt(v, j * dim, dim));
-    const iteration = { b, c, s, v, lengths };
-    if (routing === "dynamic") {
-      b = b.slice();
-      for (let edge = 0; edge < b.length; edge++) {
-        b[edge] += dot(votes, edge * dim, v, (edge % parents) * dim, dim);
-      }
-    }
-    return iteration;
-  });
-}
-
-/**
- * What each child adds to |s_j|: c û·v / |v|, [I]. Since v_j points where s_j does, these sum to
+ * What each child adds to |s_j|: w û·s / |s|, with the weights w of the votes, [I]. These sum to
  * |s_j|; those below zero vote against the class.
  */
-function sharesOf(votes, { c, v, lengths }, parent, dim) {
-  const parents = lengths.length;
-  return Float32Array.from({ length: c.length / parents }, (_, child) => {
-    const edge = child * parents + parent;
-    return (c[edge] * dot(votes, edge * dim, v, parent * dim, dim)) / (lengths[parent] || 1);
-  });
+function sharesOf(votes, { c, weights = c, s }, parent, dim) {
+  const parents = s.length / dim;
+  const length = lengthAt(s, parent * dim, dim) || 1;
+  const shares = new Float32Array(c.length / parents);
+  for (let child = 0, edge = parent; child < shares.length; child++, edge += parents) {
+    shares[child] = (weights[edge] * dot(votes, edge * dim, s, parent * dim, dim)) / length;
+  }
+  return shares;
 }
 
 class CapsNet {
-  /** Of the sizes in model.json and of packed weights, by their names in torch's state dict. */
-  constructor(config, weights) {
-    const at = (name) => halves(weights[name]);
+  /**
+   * Of the sizes in model.json, packed weights by their names in torch's state dict, and options
+   * of the routing.
+   */
+  constructor(config, weights, options) {
+    const unpacked = Object.entries(weights).filter(([name]) => name !== "decoder");
+    const at = Object.fromEntries(unpacked.map(([name, numbers]) => [name, halves(numbers)]));
     const kernel = config.kernel_size;
     const [channels, features] = [config.image_channels, config.conv_channels];
     this.config = config;
+    this.options = options;
     this.featureSize = config.image_size - kernel + 1;
     this.grid = Math.floor((this.featureSize - kernel) / PRIMARY_STRIDE) + 1;
     this.children = config.capsule_maps * this.grid ** 2;
     this.conv = {
-      weight: channelsLast(at("conv.0.weight"), features, channels, kernel),
-      bias: at("conv.0.bias"),
+      weight: channelsLast(at["conv.0.weight"], features, channels, kernel),
+      bias: at["conv.0.bias"],
       kernel,
       stride: 1,
     };
-    const poses = config.capsule_maps * config.child_dim;
+    const poses = at["primary.conv.bias"].length;
     this.primary = {
-      weight: channelsLast(at("primary.conv.weight"), poses, features, kernel),
-      bias: at("primary.conv.bias"),
+      weight: channelsLast(at["primary.conv.weight"], poses, features, kernel),
+      bias: at["primary.conv.bias"],
       kernel,
       stride: PRIMARY_STRIDE,
     };
-    this.matrices = at("capsules.weight");
+    this.group = poses / config.capsule_maps; // a pose, and with activations one number more
+    this.learned = { score: { weight: at["score.weight"], bias: at["score.bias"] } };
+    for (const [name, numbers] of Object.entries(at)) {
+      if (name.startsWith(OF_ROUTING)) this.learned[name.slice(OF_ROUTING.length)] = numbers;
+    }
+    this.takeMatrices(at["capsules.weight"]);
     this.decoder = unpackDecoder(weights.decoder);
   }
 
-  /** Poses u [I, K] of the primary capsules of an image, 0 to 1, [C, H, W]; by map, then place. */
+  /** Matrices [E, K, D] of the votes; those of self-routing have one more column for the logits. */
+  takeMatrices(weight) {
+    const { child_dim: childDim, parent_dim: dim, rows, classes } = this.config;
+    const width = dim / rows;
+    const lines = (this.children * classes * childDim) / rows;
+    const columns = weight.length / lines;
+    this.matrices = weight;
+    if (columns === width) return;
+    this.matrices = new Float32Array(lines * width);
+    this.columnOfLogits = new Float32Array(lines);
+    for (let line = 0; line < lines; line++) {
+      const from = line * columns;
+      this.matrices.set(weight.subarray(from, from + width), line * width);
+      this.columnOfLogits[line] = weight[from + width];
+    }
+  }
+
+  /**
+   * Of an image, 0 to 1, [C, H, W]: poses u [I, K] of the primary capsules, by map, then place, and
+   * their activations a [I], or null.
+   */
   primaryCapsules(image) {
     const { image_size: size, image_channels: channels, child_dim: dim } = this.config;
     const area = size * size;
@@ -192,13 +159,15 @@ class CapsNet {
     const features = convolve(this.conv, pixels, size).map((x) => Math.max(0, x));
     const grouped = convolve(this.primary, features, this.featureSize);
     const places = this.grid ** 2;
-    const u = new Float32Array(grouped.length);
+    const u = new Float32Array(this.children * dim);
+    const a = this.group > dim ? new Float32Array(this.children) : null;
     for (let child = 0; child < this.children; child++) {
       const [map, place] = [Math.floor(child / places), child % places];
-      const from = (place * this.config.capsule_maps + map) * dim;
+      const from = (place * this.config.capsule_maps + map) * this.group;
       u.set(grouped.subarray(from, from + dim), child * dim);
+      if (a) a[child] = logistic(grouped[from + dim]);
     }
-    return squash(u, dim);
+    return { u: a ? u : squash(u, dim), a };
   }
 
   /** û [I, J, D]: the poses of children, as matrices of `rows` rows, times those of the edges. */
@@ -220,12 +189,30 @@ class CapsNet {
     return votes;
   }
 
-  /** All that routing makes of an image, 0 to 1, [C, H, W]; see `route`. */
+  /** The logits [I, J] that the children's poses give, of self-routing; else null. */
+  logits(u) {
+    if (!this.columnOfLogits) return null;
+    const { classes, child_dim: childDim } = this.config;
+    return Float32Array.from({ length: this.children * classes }, (_, edge) => {
+      return dot(this.columnOfLogits, edge * childDim, u, Math.floor(edge / classes) * childDim, childDim);
+    });
+  }
+
+  /** What routing makes of an image, 0 to 1, [C, H, W]: the layer and its iterations. */
   look(image, routing, iterations) {
-    const { classes: parents, parent_dim: dim } = this.config;
-    const u = this.primaryCapsules(image);
-    const votes = this.votes(u);
-    const rounds = route(votes, { children: this.children, parents, dim, routing, iterations });
-    return { image, u, votes, rounds };
+    const { classes: parents, parent_dim: dim, child_dim: childDim } = this.config;
+    const { u, a } = this.primaryCapsules(image);
+    const layer = {
+      votes: this.votes(u),
+      logits: this.logits(u),
+      a,
+      strength: a ?? lengthsOf(u, this.children, childDim),
+      children: this.children,
+      parents,
+      dim,
+      learned: this.learned,
+      options: this.options,
+    };
+    return { layer, rounds: ROUTE[routing](layer, iterations) };
   }
 }
