@@ -400,11 +400,7 @@ function showLayers() {
   });
   const both = document.querySelector("#halves figure canvas");
   set(both, { "aria-label": `${data.classes[two[0]]} and ${data.classes[two[1]]}, as drawn` });
-  fill(both, data.image, (at) => {
-    const [a, b] = [drawn[0][at], drawn[1][at]];
-    const mixed = range(3).map((k) => (a * tints[0][k] + b * tints[1][k]) / (a + b || 1));
-    return [...mixed, 255 * Math.max(a, b)];
-  });
+  paintBoth(both, drawn, data.image, tints);
 }
 
 // the address of the page

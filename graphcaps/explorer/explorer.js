@@ -393,11 +393,11 @@ class Explorer {
         y2: at.classY,
       })),
     );
-    const corner = (child) => {
+    const corners = range(this.childCount).map((child) => {
       const [map, place] = [Math.floor(child / this.places), child % this.places];
       const [row, column] = [Math.floor(place / columns), place % columns];
       return [at.blockX(map) + column * at.cell, at.blockY(map) + row * at.cell];
-    };
+    });
     const blocks = range(maps).map((map) => make(svg, "rect", {
       class: "block",
       x: at.blockX(map),
@@ -439,7 +439,7 @@ class Explorer {
       block.addEventListener("pointerleave", () => this.point(null));
       block.addEventListener("click", (event) => this.chooseChild(childAt(event)));
     });
-    this.graph = { at, lines, edges, squares, corner, ray, mark, nodes };
+    this.graph = { at, lines, edges, squares, corners, ray, mark, nodes };
   }
 
   meanCoupling(map, parent) {
@@ -452,7 +452,7 @@ class Explorer {
   }
 
   drawCoupling() {
-    const { at, lines, edges, squares, corner, nodes } = this.graph;
+    const { at, lines, edges, squares, corners, nodes } = this.graph;
     const { parent, round, amounts, page } = this;
     const parents = page.classes.length;
     edges.forEach((ofMap, map) => ofMap.forEach((edge, j) => {
@@ -470,9 +470,11 @@ class Explorer {
     for (let child = 0; child < this.childCount; child++) {
       const x = showCoupling ? round.c[child * parents + parent] : amounts[child];
       const side = (at.cell - 1) * Math.sqrt(Math.abs(x) / scale); // the area is the number
-      const [left, top] = corner(child).map((edge) => (edge + (at.cell - side) / 2).toFixed(2));
+      const gap = (at.cell - side) / 2;
+      const [left, top] = [corners[child][0] + gap, corners[child][1] + gap];
       const kind = showCoupling ? 2 : x < 0 ? 1 : 0;
-      paths[kind] += `M${left} ${top}h${side.toFixed(2)}v${side.toFixed(2)}h${-side.toFixed(2)}z`;
+      const long = side.toFixed(2);
+      paths[kind] += `M${left.toFixed(2)} ${top.toFixed(2)}h${long}v${long}h-${long}z`;
     }
     squares.forEach((path, kind) => set(path, { d: paths[kind] }));
     nodes.forEach(({ node, circle, text }, j) => {
@@ -508,14 +510,14 @@ class Explorer {
   // one edge
 
   drawChild() {
-    const { look, parent, graph: { at, corner, ray, mark }, page } = this;
+    const { look, parent, graph: { at, corners, ray, mark }, page } = this;
     if (!look) return;
     const child = this.pointed ?? this.child ?? this.strongestChild();
     const { columns } = page.children;
     const place = child % this.places;
     const [left, top] = this.fieldOf(place);
     set(this.frame, { x: left, y: top });
-    const [x, y] = corner(child);
+    const [x, y] = corners[child];
     set(mark, { x, y });
     set(ray, { x1: x + at.cell / 2, y1: y, x2: at.classX(parent), y2: at.classY });
     if (this.pointed === null) byId("child").value = child;

@@ -7,35 +7,18 @@
 const PRIMARY_STRIDE = 2;
 const OF_ROUTING = "capsules.routing.";
 
-/** The layers of a decoder from their packed weights, [out, in] each. */
+/** The layers of a decoder from their packed weights, [out, in] each, as [in, out]. */
 function unpackDecoder(layers) {
-  return layers.map(({ weight, bias }) => ({ weight: halves(weight), bias: halves(bias) }));
-}
-
-/** weight · input + bias, of the inputs from number `first` on; all others are zero. */
-function linear({ weight, bias }, input, first = 0) {
-  const columns = weight.length / bias.length;
-  return bias.map((start, row) => {
-    let total = start;
-    const from = row * columns + first;
-    for (let k = 0; k < input.length; k++) total += weight[from + k] * input[k];
-    return total;
+  return layers.map(({ weight, bias }) => {
+    const unpacked = halves(bias);
+    return { weight: channelsLast(halves(weight), unpacked.length, 1), bias: unpacked };
   });
 }
 
-/** The image, 0 to 1, that a decoder draws from the pose of one class; all others are masked. */
-function decode(decoder, pose, parent) {
-  const [first, ...others] = decoder;
-  let layer = linear(first, pose, parent * pose.length);
-  for (const next of others) {
-    layer = linear(next, layer.map((x) => Math.max(0, x)));
-  }
-  return layer.map((x) => 1 / (1 + Math.exp(-x)));
-}
-
 /** From [out, in, kernel, kernel], as torch has it, to [kernel, kernel, in, out]. */
-function channelsLast(weight, outputs, inputs, kernel) {
+function channelsLast(weight, outputs, kernel) {
   const area = kernel * kernel;
+  const inputs = weight.length / (outputs * area);
   const moved = new Float32Array(weight.length);
   for (let o = 0; o < outputs; o++) {
     for (let c = 0; c < inputs; c++) {
@@ -48,31 +31,94 @@ function channelsLast(weight, outputs, inputs, kernel) {
 }
 
 /**
- * A convolution without padding, [size, size, in] -> [side, side, out]. Each input is added to
- * all outputs that see it, so that zeros, most of a drawing and of what ReLU leaves, cost nothing.
+ * Numbers that are not zero, most of a drawing and of what ReLU leaves are, with the places of
+ * their weights. There is one list for all layers, so that a frame allocates none.
  */
+const terms = { count: 0, values: new Float64Array(0), places: new Int32Array(0) };
+
+function startTerms(most) {
+  if (terms.values.length < most) {
+    terms.values = new Float64Array(most);
+    terms.places = new Int32Array(most);
+  }
+  terms.count = 0;
+}
+
+/** Take `count` numbers from `from` on, whose weights for the outputs start at row `row`. */
+function takeTerms(input, from, count, row, outputs) {
+  const { values, places } = terms;
+  let n = terms.count;
+  for (let k = 0; k < count; k++) {
+    const value = input[from + k];
+    if (value !== 0) {
+      values[n] = value;
+      places[n++] = (row + k) * outputs;
+    }
+  }
+  terms.count = n;
+}
+
+/** Add to the totals the terms times their weights: eight at once, which keeps totals in hand. */
+function addTerms(totals, weight) {
+  const { values: x, places: p, count } = terms;
+  const outputs = totals.length;
+  let n = 0;
+  for (; n + 8 <= count; n += 8) {
+    const p0 = p[n], p1 = p[n + 1], p2 = p[n + 2], p3 = p[n + 3];
+    const p4 = p[n + 4], p5 = p[n + 5], p6 = p[n + 6], p7 = p[n + 7];
+    const x0 = x[n], x1 = x[n + 1], x2 = x[n + 2], x3 = x[n + 3];
+    const x4 = x[n + 4], x5 = x[n + 5], x6 = x[n + 6], x7 = x[n + 7];
+    for (let o = 0; o < outputs; o++) {
+      totals[o] +=
+        x0 * weight[p0 + o] + x1 * weight[p1 + o] + x2 * weight[p2 + o] + x3 * weight[p3 + o] +
+        x4 * weight[p4 + o] + x5 * weight[p5 + o] + x6 * weight[p6 + o] + x7 * weight[p7 + o];
+    }
+  }
+  for (; n < count; n++) {
+    const place = p[n], value = x[n];
+    for (let o = 0; o < outputs; o++) totals[o] += value * weight[place + o];
+  }
+}
+
+/** weightᵀ input + bias, of the inputs from number `first` on; all others are zero. */
+function linear({ weight, bias }, input, first = 0) {
+  const totals = Float64Array.from(bias);
+  startTerms(input.length);
+  takeTerms(input, 0, input.length, first, bias.length);
+  addTerms(totals, weight);
+  return totals;
+}
+
+function relu(numbers) {
+  for (let at = 0; at < numbers.length; at++) if (numbers[at] < 0) numbers[at] = 0;
+  return numbers;
+}
+
+/** The image, 0 to 1, that a decoder draws from the pose of one class; all others are masked. */
+function decode(decoder, pose, parent) {
+  let layer = linear(decoder[0], pose, parent * pose.length);
+  for (const next of decoder.slice(1)) layer = linear(next, relu(layer));
+  return Float32Array.from(layer, logistic);
+}
+
+/** A convolution without padding, [size, size, in] -> [side, side, out]. */
 function convolve({ weight, bias, kernel, stride }, input, size) {
   const outputs = bias.length;
   const inputs = input.length / (size * size);
   const side = Math.floor((size - kernel) / stride) + 1;
+  const line = kernel * inputs;
   const output = new Float32Array(side * side * outputs);
-  for (let at = 0; at < output.length; at += outputs) output.set(bias, at);
-  const firstSeen = (pixel) => Math.max(0, Math.ceil((pixel - kernel + 1) / stride));
-  const lastSeen = (pixel) => Math.min(side - 1, Math.floor(pixel / stride));
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
-      for (let channel = 0; channel < inputs; channel++) {
-        const value = input[(y * size + x) * inputs + channel];
-        if (value === 0) continue;
-        for (let row = firstSeen(y); row <= lastSeen(y); row++) {
-          for (let column = firstSeen(x); column <= lastSeen(x); column++) {
-            const within = (y - row * stride) * kernel + (x - column * stride);
-            const from = (within * inputs + channel) * outputs;
-            const to = (row * side + column) * outputs;
-            for (let o = 0; o < outputs; o++) output[to + o] += value * weight[from + o];
-          }
-        }
+  const totals = new Float64Array(outputs);
+  for (let row = 0; row < side; row++) {
+    for (let column = 0; column < side; column++) {
+      startTerms(kernel * line);
+      for (let k = 0; k < kernel; k++) {
+        const from = ((row * stride + k) * size + column * stride) * inputs;
+        takeTerms(input, from, line, k * line, outputs);
       }
+      totals.set(bias);
+      addTerms(totals, weight);
+      output.set(totals, (row * side + column) * outputs);
     }
   }
   return output;
@@ -101,21 +147,21 @@ class CapsNet {
     const unpacked = Object.entries(weights).filter(([name]) => name !== "decoder");
     const at = Object.fromEntries(unpacked.map(([name, numbers]) => [name, halves(numbers)]));
     const kernel = config.kernel_size;
-    const [channels, features] = [config.image_channels, config.conv_channels];
+    const features = config.conv_channels;
     this.config = config;
     this.options = options;
     this.featureSize = config.image_size - kernel + 1;
     this.grid = Math.floor((this.featureSize - kernel) / PRIMARY_STRIDE) + 1;
     this.children = config.capsule_maps * this.grid ** 2;
     this.conv = {
-      weight: channelsLast(at["conv.0.weight"], features, channels, kernel),
+      weight: channelsLast(at["conv.0.weight"], features, kernel),
       bias: at["conv.0.bias"],
       kernel,
       stride: 1,
     };
     const poses = at["primary.conv.bias"].length;
     this.primary = {
-      weight: channelsLast(at["primary.conv.weight"], poses, features, kernel),
+      weight: channelsLast(at["primary.conv.weight"], poses, kernel),
       bias: at["primary.conv.bias"],
       kernel,
       stride: PRIMARY_STRIDE,
@@ -156,7 +202,7 @@ class CapsNet {
     const pixels = Float32Array.from(image, (_, at) => {
       return image[(at % channels) * area + Math.floor(at / channels)];
     });
-    const features = convolve(this.conv, pixels, size).map((x) => Math.max(0, x));
+    const features = relu(convolve(this.conv, pixels, size));
     const grouped = convolve(this.primary, features, this.featureSize);
     const places = this.grid ** 2;
     const u = new Float32Array(this.children * dim);
@@ -173,16 +219,17 @@ class CapsNet {
   /** û [I, J, D]: the poses of children, as matrices of `rows` rows, times those of the edges. */
   votes(u) {
     const { classes, child_dim: childDim, parent_dim: dim, rows } = this.config;
-    const [height, width] = [childDim / rows, dim / rows];
+    const { matrices } = this;
+    const height = childDim / rows, width = dim / rows;
     const votes = new Float32Array(this.children * classes * dim);
-    for (let edge = 0; edge < this.children * classes; edge++) {
-      const child = Math.floor(edge / classes) * childDim;
-      for (let row = 0; row < rows; row++) {
-        const to = edge * dim + row * width;
-        for (let k = 0; k < height; k++) {
-          const from = (edge * height + k) * width;
-          const value = u[child + row * height + k];
-          for (let d = 0; d < width; d++) votes[to + d] += value * this.matrices[from + d];
+    let from = 0; // of the matrix, and to of the vote, edge by edge
+    for (let to = 0, child = 0; child < u.length; child += childDim) {
+      for (let j = 0; j < classes; j++, from += height * width) {
+        for (let row = 0; row < rows; row++, to += width) {
+          for (let k = 0; k < height; k++) {
+            const value = u[child + row * height + k], line = from + k * width;
+            for (let d = 0; d < width; d++) votes[to + d] += value * matrices[line + d];
+          }
         }
       }
     }
