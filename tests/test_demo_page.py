@@ -251,6 +251,20 @@ def test_nets_of_other_sizes_are_routed_as_torch_routes_them(browser, tmp_path, 
     assert_quiet(shown)
 
 
+def test_a_net_of_colour_pictures_speaks_of_images_and_shows_their_colours(browser, tmp_path):
+    model = lively_model(image_channels=3, image_size=20, classes=3, kernel_size=5)
+    shown = Demo(browser, tmp_path / "demo.html", model, ("cat", "dog", "sports car")).open()
+    assert shown.run("document.title").startswith("Draw an image")
+    assert "digit" not in shown.run("document.querySelector('.board').innerText")
+    pixel = shown.run(
+        "Array.from(document.getElementById('sheet').getContext('2d')"
+        ".getImageData(14, 14, 1, 1).data)"  # in the middle of the first of 20 pixels
+    )
+    assert pixel == [*shown.gallery.images[0, :, 0, 0].tolist(), 255]
+    assert len(set(pixel)) > 1
+    assert_quiet(shown)
+
+
 # its mass is not in the middle
 ANGLE = ([*((80, y) for y in range(50, 231, 6)), *((x, 230) for x in range(86, 201, 6))],)
 SMALL = [[(x / 2.2 + 100, y / 2.2 + 20) for x, y in stroke] for stroke in FOUR]

@@ -368,9 +368,9 @@ def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path
 @pytest.mark.parametrize(
     ("routing", "title", "sure"),
     [
-        ("em", "Activations aj of the classes", "the most active capsule is"),
-        ("attention", "Confidence pj of the classes", "the net is surest of"),
-        ("self_attention", "Lengths |vj| of the classes", "the longest capsule is"),
+        ("em", "Activations aj of the class capsules", "the most active capsule is"),
+        ("attention", "Confidence pj of the class capsules", "the net is surest of"),
+        ("self_attention", "Lengths |vj| of the class capsules", "the longest capsule is"),
     ],
 )
 def test_a_report_says_what_the_net_of_another_routing_is_sure_by(

@@ -127,11 +127,14 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
         ValueError: a net with another routing.
     """
     check_routed(model)
+    digits = all(name in set("0123456789") for name in classes)
     return fill(
         "graphcaps.demo",
         ("drawing.js", "demo.js"),
         json.dumps(page_data(model, classes, gallery), separators=(",", ":")),
         name=escape(name),
+        digit="digit" if digits else "image",
+        a_digit="a digit" if digits else "an image",
         children=f"{model.config.capsule_maps * math.prod(model.config.grid_size()):,}",
         classes=str(len(classes)),
         trained=_trained(model),

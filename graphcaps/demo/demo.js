@@ -207,7 +207,7 @@ function showSheet() {
       lay(context, layerPixels(layer), which ? colours.against : colours.for, place);
     });
   } else if (drawing) state.drawing.paintOn(context);
-  else lay(context, state.seen.pixels, colours.ink, [0, 0, SHEET]);
+  else lay(context, state.seen.pixels, channels === 1 ? colours.ink : null, [0, 0, SHEET]);
   if (byId("overlay").checked && net.decoder.length && state.mode === "one") {
     const { left, top, side } = state.seen;
     lay(context, explorer.drawnOf(explorer.parent), colours.for, [left, top, side]);
@@ -230,8 +230,9 @@ function showSheet() {
 
 const layOn = document.createElement("canvas");
 
+/** Draw pixels as ink of a colour, or, where that is null, in their own colours. */
 function lay(context, pixels, colour, [left, top, side]) {
-  paint(layOn, channels === 1 ? pixels : grey(pixels, data.image), data.image, colour);
+  paint(layOn, colour ? grey(pixels, data.image) : pixels, data.image, colour ?? INK);
   context.globalAlpha = state.mode === "two" ? 0.75 : 1;
   context.drawImage(layOn, left, top, side, side);
   context.globalAlpha = 1;

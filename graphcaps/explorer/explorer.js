@@ -188,7 +188,7 @@ class Explorer {
     this.named = routing;
     this.words = equationsOf(routing);
     const { measure, sum: whole, strength, about } = this.words;
-    byId("lengths-title").innerHTML = `${measure.title} ${measure.html} of the classes`;
+    byId("lengths-title").innerHTML = `${measure.title} ${measure.html} of the class capsules`;
     byId("courses-title").textContent = `${measure.title}, iteration by iteration`;
     byId("amount-name").textContent = whole ? `its share of ${whole}` : `coupling × ${strength}`;
     byId("about-routing").innerHTML =
