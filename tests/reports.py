@@ -18,6 +18,11 @@ def lively_model(**changes):
     with torch.no_grad():
         model.primary.conv.weight.mul_(6)
         model.capsules.weight.mul_(12)
+        routing = model.capsules.routing
+        for learned in routing.parameters():  # many of these start at 0
+            learned.add_(0.3 * torch.randn_like(learned))
+        if routing.vote_columns:
+            model.capsules.weight[..., -1].normal_()
         if model.decoder is not None:
             for layer in model.decoder.layers[::2]:
                 layer.weight.mul_(6)

@@ -109,11 +109,31 @@ def test_the_shipped_gallery_holds_what_the_card_calls_mistakes():
     assert int((read != found.labels[wrong]).sum()) >= 37  # one may stand at the edge
 
 
-def test_a_net_with_another_routing_is_refused_in_one_sentence(tmp_path):
-    model = lively_model(routing="em", child_dim=16, rows=4)
-    with pytest.raises(ValueError, match="this net was trained with em routing"):
+def test_a_net_with_a_routing_of_ones_own_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    class Mean(gc.Routing):
+        def steps(self, edges):
+            sums = edges.couple()
+            yield gc.Iteration(sums, sums.S / sums.N)
+
+    monkeypatch.setitem(gc.ROUTINGS, "mean", Mean)
+    model = lively_model(routing="mean")
+    with pytest.raises(
+        ValueError, match=r"knows the routings dynamic, .*trained with mean:"
+    ) as error:
         demo.write_demo(model, CLASSES, gallery(model), tmp_path / "demo.html", "net")
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_routing_of_the_library_is_known_to_the_page():
+    assert set(demo.ROUTED) == set(gc.ROUTINGS)
+
+
+@pytest.mark.parametrize("routing", ["em", "attention", "self_routing"])
+def test_the_page_offers_the_routing_of_the_net_and_the_two_that_fit_every_net(routing):
+    page = demo.render(model := lively_model(routing=routing), CLASSES, gallery(model), "net")
+    offered = re.findall(r'name="routing" value="(\w+)"', page)
+    assert offered == [routing, "dynamic", "uniform"]
 
 
 def test_names_of_classes_and_nets_are_text_in_the_page():

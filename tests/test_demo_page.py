@@ -13,6 +13,7 @@ from reports import lively_model, random_data
 import graphcaps as gc
 from graphcaps import demo
 from graphcaps.nets.verdict import judge
+from graphcaps.routing import Trace
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no chromium on PATH: the demo's page is not looked at"
@@ -99,29 +100,35 @@ class Demo:
         )
         return torch.tensor(values).view(size, size, 4)[..., 3] / 255
 
-    def check(self, routing="dynamic"):
+    def check(self, routing=None):
         """Compare lengths, coupling, shares and reconstruction of every iteration with torch's."""
-        config = dataclasses.replace(self.model.config, routing=routing, iterations=10)
+        config = dataclasses.replace(self.model.config, iterations=10)
         model = gc.CapsNet(config, engine="scatter").eval()
         model.load_state_dict({k: v.half().float() for k, v in self.model.state_dict().items()})
+        model = model.double()  # float32 has too few digits for logits in the thousands
+        own = routing in (None, config.routing)
         with torch.no_grad():
-            _, trace = model(self.image(), return_trace=True)
+            children = model.primary_capsules(self.image().double())
+            _, trace = model.capsules(*children, return_trace=True)
+            if not own:
+                trace = routed_by(routing, trace)
+            lengths = model.confidence(trace.v, trace.a) if own else trace.a
         classes = config.classes
-        u_hat = trace.u_hat[0].view(-1, classes, config.parent_dim)
-        parent = int(trace.v[min(2, len(trace.v) - 1), 0].norm(dim=-1).argmax())
+        parent = int(lengths[min(2, len(lengths) - 1), 0].argmax())
         self.run("graphcaps.explorer.chooseIteration(2)")
         for r in range(10):
-            t = min(r, len(trace.c) - 1)  # uniform routing has one
+            t = min(r, len(trace.c) - 1)  # of a routing without iterations there is one
             here = f"graphcaps.explorer.look.rounds[{r}]"
             v, c = trace.v[t, 0], trace.c[t, 0]
-            assert torch.allclose(self.numbers(f"{here}.lengths"), v.norm(dim=-1), atol=CLOSE)
-            assert torch.allclose(self.numbers(f"{here}.c"), c, atol=CLOSE)
-            unit = v[parent] / v[parent].norm()
-            shares = c.view(-1, classes)[:, parent] * (u_hat[:, parent] @ unit)
+            assert close(self.numbers(f"{here}.lengths"), lengths[t, 0])
+            assert close(self.numbers(f"{here}.c"), c)
+            found = self.numbers(f"{here}.v").view(classes, -1)
+            assert close(found, v, atol=CLOSE * max(1, float(v.norm(dim=1).max())))
             found = self.numbers(f"{here}.amounts({parent})")
-            length = float(trace.s[t, 0, parent].norm())
-            assert torch.allclose(found, shares, atol=CLOSE * max(1, length))
-            assert float(found.sum()) == pytest.approx(length, rel=CLOSE)
+            amounts, total = amounts_of(model, trace, children, t, parent, own)
+            assert close(found, amounts, atol=CLOSE * max(1, total))
+            if config.routing != "attention" or not own:
+                assert float(found.sum()) == pytest.approx(total, rel=CLOSE)
         third = min(2, len(trace.v) - 1)
         shown = [
             float(x)
@@ -129,16 +136,50 @@ class Demo:
                 "[...document.querySelectorAll('#lengths .number')].map(e => e.textContent)"
             )
         ]
-        assert shown == pytest.approx(trace.v[third, 0].norm(dim=-1).tolist(), abs=CLOSE + 5e-4)
+        assert shown == pytest.approx(lengths[third, 0].tolist(), abs=CLOSE + 5e-4)
         if model.decoder is not None:
             with torch.no_grad():
-                drawn = model.decoder(trace.v[third], torch.eye(classes)[[parent]])[0]
+                mask = torch.eye(classes, dtype=torch.float64)[[parent]]
+                drawn = model.decoder(trace.v[third], mask)[0]
             self.run(f"graphcaps.explorer.chooseParent({parent})")
             found = self.numbers(f"graphcaps.explorer.drawnOf({parent})")
-            assert torch.allclose(found, drawn.flatten(), atol=CLOSE)
+            assert close(found, drawn.flatten())
             if config.image_channels == 1:
-                assert torch.allclose(self.ink("reconstruction"), drawn[0], atol=CLOSE + 0.5 / 255)
+                assert close(self.ink("reconstruction"), drawn[0], atol=CLOSE + 0.5 / 255)
         return trace
+
+
+def close(found, expected, atol=CLOSE):
+    return torch.allclose(found.double(), expected.double(), rtol=0, atol=atol)
+
+
+def routed_by(name, trace):
+    """What another routing, dynamic or uniform, makes of the votes of a trace."""
+    passing, votes = gc.bind(trace.structure), trace.u_hat[0]
+    found = gc.uniform_routing(passing, votes)
+    if name == "dynamic":
+        found = gc.dynamic_routing(passing, votes, iterations=10)
+    return Trace.of(trace.structure, 1, votes, list(found))
+
+
+def amounts_of(model, trace, children, t, parent, own):
+    """What each child adds to the sum of votes, or coupling × size, and what they add up to."""
+    classes = model.config.classes
+    c, v = trace.c[t, 0].view(-1, classes)[:, parent], trace.v[t, 0, parent]
+    u_hat = trace.u_hat[0].view(-1, classes, v.shape[0])[:, parent]
+    routing = model.config.routing if own else "dynamic"
+    if routing == "attention":
+        amounts = c * children[0][0].norm(dim=-1)
+        return amounts, float(amounts.sum())
+    weights = c
+    if routing == "self_attention":
+        weights = c + model.capsules.routing.beta.detach().view(-1, classes)[:, parent]
+    if routing in ("em", "self_routing", "variational_bayes"):
+        weights = c * children[1][0]
+        weights = weights / (weights.sum() + (routing == "variational_bayes"))
+    amounts = weights * (u_hat @ v) / v.norm()
+    total = (weights[:, None] * u_hat).sum(dim=0).norm()
+    return amounts, float(total)
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +227,41 @@ def test_uniform_routing_is_torchs_too(shown):
         {"rows": 4, "child_dim": 8, "parent_dim": 12},
         {"image_channels": 3, "image_size": 20, "classes": 4, "kernel_size": 5},
         {"routing": "uniform", "decoder_hidden": None},
+        {"routing": "attention"},
+        {"routing": "self_attention", "classes": 4},
+        {"routing": "em", "child_dim": 16, "rows": 4},
+        {"routing": "variational_bayes", "child_dim": 16, "rows": 4},
+        {"routing": "self_routing"},
     ],
+    ids=str,
 )
 def test_nets_of_other_sizes_are_routed_as_torch_routes_them(browser, tmp_path, changes):
     model = lively_model(**changes)
     names = ("cat", "dog", "</script><i>", "&amp;", *"456789")[: model.config.classes]
     shown = Demo(browser, tmp_path / "demo.html", model, names).open()
     shown.draw(FOUR[:1])
-    shown.check(model.config.routing)
+    trace = shown.check()
+    assert float(trace.c.max()) > 1.1 / model.config.classes or model.config.routing == "uniform"
+    shown.click("[name=routing][value=dynamic]")
+    shown.check("dynamic")
+    assert shown.run("document.getElementById('untrained').checkVisibility()") is (
+        model.config.routing != "dynamic"
+    )
     assert shown.run("document.getElementById('decoding').checkVisibility()") is bool(model.decoder)
+    assert_quiet(shown)
+
+
+def test_a_net_of_colour_pictures_speaks_of_images_and_shows_their_colours(browser, tmp_path):
+    model = lively_model(image_channels=3, image_size=20, classes=3, kernel_size=5)
+    shown = Demo(browser, tmp_path / "demo.html", model, ("cat", "dog", "sports car")).open()
+    assert shown.run("document.title").startswith("Draw an image")
+    assert "digit" not in shown.run("document.querySelector('.board').innerText")
+    pixel = shown.run(
+        "Array.from(document.getElementById('sheet').getContext('2d')"
+        ".getImageData(14, 14, 1, 1).data)"  # in the middle of the first of 20 pixels
+    )
+    assert pixel == [*shown.gallery.images[0, :, 0, 0].tolist(), 255]
+    assert len(set(pixel)) > 1
     assert_quiet(shown)
 
 

@@ -84,13 +84,41 @@ def test_amounts_are_shares_of_the_length_of_each_class_by_a_loop(model, records
     assert example.amounts.min() < 0
 
 
-def test_where_capsules_do_not_point_as_votes_do_amounts_are_coupling_times_activation(tmp_path):
-    model = lively_model(routing="em", child_dim=16, rows=4)
-    image = random_data(model, 3).test
-    (example,) = report.look_inside(model, image, [1])
+@pytest.mark.parametrize("routing", ["em", "variational_bayes", "self_routing", "self_attention"])
+def test_amounts_of_other_routings_are_shares_of_their_poses_by_a_loop(routing):
+    model = lively_model(routing=routing, classes=4)
+    data = random_data(model, 3).test
+    (example,) = report.look_inside(model, data, [1])
     with torch.no_grad():
-        _, a = model.primary_capsules(image.images[1:2] / 255)
-    assert_close(example.amounts, example.coupling * a[0, :, None])
+        given = model.primary_capsules(data.images[1:2] / 255)
+    u, a = given[0][0], given[1][0] if len(given) == 2 else torch.ones(108)
+    prior = float(routing == "variational_bayes")  # the mass of the prior mean, 0
+    for parent in range(4):
+        weights, votes = [], []
+        for child in range(108):
+            edge = child * 4 + parent
+            votes.append((model.capsules.weight[edge].T @ u[child])[:16])
+            weight = a[child] * example.coupling[-1, child, parent]
+            if routing == "self_attention":
+                weight = weight + model.capsules.routing.beta[edge]
+            weights.append(float(weight))
+        mass = 1 if routing == "self_attention" else sum(weights) + prior
+        pose = sum(w * vote for w, vote in zip(weights, votes, strict=True)) / mass
+        unit = pose / pose.norm()
+        expected = [w * float(vote @ unit) / mass for w, vote in zip(weights, votes, strict=True)]
+        found = example.amounts[-1, :, parent]
+        assert_close(found, torch.tensor(expected), rtol=1e-3, atol=1e-4 * float(pose.norm()))
+        whole = pose if routing == "self_attention" else example.poses[-1, parent]
+        assert float(found.sum()) == pytest.approx(float(whole.norm()), rel=1e-3)
+
+
+def test_where_poses_are_no_sums_of_votes_amounts_are_coupling_times_length():
+    model = lively_model(routing="attention")
+    data = random_data(model, 3).test
+    (example,) = report.look_inside(model, data, [1])
+    with torch.no_grad():
+        (u,) = model.primary_capsules(data.images[1:2] / 255)
+    assert_close(example.amounts, example.coupling * u[0].norm(dim=-1)[:, None])
 
 
 def test_examples_are_right_ones_of_every_class_then_the_surest_mistakes():

@@ -365,6 +365,36 @@ def test_uniform_routing_has_one_iteration_and_nothing_to_step(browser, tmp_path
     assert len(set(widths)) == 1
 
 
+@pytest.mark.parametrize(
+    ("routing", "title", "sure"),
+    [
+        ("em", "Activations aj of the class capsules", "the most active capsule is"),
+        ("attention", "Confidence pj of the class capsules", "the net is surest of"),
+        ("self_attention", "Lengths |vj| of the class capsules", "the longest capsule is"),
+    ],
+)
+def test_a_report_says_what_the_net_of_another_routing_is_sure_by(
+    browser, tmp_path, routing, title, sure
+):
+    sizes = {"child_dim": 16, "rows": 4} if routing == "em" else {}
+    shown = Shown(browser, tmp_path, lively_model(routing=routing, **sizes))
+    example = shown.records.examples[0]
+    last = len(example.coupling) - 1
+    shown.check_drawing(example, last, example.main)
+    assert shown.text("lengths-title") == title
+    assert sure in shown.said()
+    lines = shown.run("[...document.querySelectorAll('#formulas .number')].map(e => e.textContent)")
+    child = int(shown.text("child-number"))
+    assert float(lines[0]) == pytest.approx(
+        float(example.coupling[-1, child, example.main]), abs=1e-3
+    )
+    assert f"{float(example.lengths[-1, example.main]):.3f}" in lines
+    if routing != "attention":
+        share = float(example.amounts[-1, child, example.main])
+        assert float(lines[-1].replace("−", "-")) == pytest.approx(share, abs=2e-3)
+    assert_quiet(shown)
+
+
 def test_colours_other_sizes_and_long_names_of_classes_are_drawn(browser, tmp_path):
     names = ("T-shirt/top", "</script><i>", "Ankle boot", "&amp;")
     model = lively_model(image_channels=3, image_size=(20, 26), classes=4)

@@ -24,9 +24,25 @@ from graphcaps.explorer import (
     write_page,
 )
 from graphcaps.nets.model import PRETRAINED, CapsNet, CapsNetConfig
+from graphcaps.routing import options_of
 from graphcaps.training.evaluation import as_input, evaluate, fitted
 
-ROUTED = ("dynamic", "uniform")  # the routings that the page's script knows
+ROUTED = (  # the routings that the page's script knows
+    "dynamic",
+    "uniform",
+    "attention",
+    "self_attention",
+    "em",
+    "variational_bayes",
+    "self_routing",
+)
+NAMES = {  # where a routing is written in another way than it is chosen
+    "self_attention": "self-attention",
+    "self_routing": "self-routing",
+    "variational_bayes": "variational Bayes",
+}
+COMPARED = ("dynamic", "uniform")  # these can be tried on the votes of every net
+OPTIONS = ("final_inverse_temperature", "min_variance", "alpha0", "kappa0", "psi0", "nu0")
 MOST_ITERATIONS = 10  # that the page shows
 LAYERS = (  # of a configuration; the page's script knows the net that these have by default
     "convolutions",
@@ -41,7 +57,6 @@ LAYERS = (  # of a configuration; the page's script knows the net that these hav
 )
 IMAGES = 1000  # of the test set that the page holds
 MISTAKES = 40  # at most, from anywhere in the test set
-PARTS = ("weight", "bias")
 APART = ((-4, -1), (4, 1))  # where two digits lie at first, pixels right and down
 TRIED = 10  # images, of which the two are chosen that the net sees best together
 IN_A_ROW = 25  # images of the sheet in which they are packed
@@ -100,7 +115,7 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
     """The page.
 
     Args:
-        model: with dynamic or uniform routing.
+        model: with a routing that the page knows.
         classes: names of its classes.
         gallery: images to try it on.
         name: of the net, for the title.
@@ -112,24 +127,47 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
         ValueError: a net with another routing.
     """
     check_routed(model)
+    digits = all(name in set("0123456789") for name in classes)
     return fill(
         "graphcaps.demo",
         ("drawing.js", "demo.js"),
         json.dumps(page_data(model, classes, gallery), separators=(",", ":")),
         name=escape(name),
+        digit="digit" if digits else "image",
+        a_digit="a digit" if digits else "an image",
         children=f"{model.config.capsule_maps * math.prod(model.config.grid_size()):,}",
         classes=str(len(classes)),
         trained=_trained(model),
-        rounds=str(MOST_ITERATIONS),
+        routing=_in_words(str(model.config.routing)),
+        routings=_choices(model.config),
     )
 
 
 def _trained(model: CapsNet) -> str:
     config = model.config
-    if config.routing == "uniform":
-        return "uniform routing, whose coupling stays equal"
+    routing = _in_words(str(config.routing))
+    if "iterations" not in options_of(str(config.routing)):
+        return f"{routing}, which has no iterations: all are the same"
     times = "iteration" if config.iterations == 1 else "iterations"
-    return f"{config.iterations} {times} of {config.routing} routing"
+    return f"{config.iterations} {times} of {routing}; here are up to {MOST_ITERATIONS}"
+
+
+def _choices(config: CapsNetConfig) -> str:
+    """Radio buttons of the routings."""
+    return "\n".join(
+        f'<label><input type="radio" name="routing" value="{name}"> {NAMES.get(name, name)}</label>'
+        for name in _routings(config)
+    )
+
+
+def _routings(config: CapsNetConfig) -> list[str]:
+    """Those that the page offers, the net's own first."""
+    return list(dict.fromkeys([str(config.routing), *COMPARED]))
+
+
+def _in_words(routing: str) -> str:
+    name = NAMES.get(routing, routing)
+    return name if name.endswith("routing") else f"{name} routing"
 
 
 def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dict[str, Any]:
@@ -144,13 +182,17 @@ def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dic
         Values that JSON has.
     """
     state = model.state_dict()
-    names = [f"{layer}.{part}" for layer in ("conv.0", "primary.conv") for part in PARTS]
-    weights = {key: halves(state[key]) for key in [*names, "capsules.weight"]}
+    weights = {
+        name: halves(tensor) for name, tensor in state.items() if not name.startswith("decoder.")
+    }
+    routing = model.capsules.routing
     mistakes = gallery.mistakes.nonzero().flatten()
     return {
         **geometry(model.config, classes),
         "config": asdict(model.config),
         "weights": {**weights, "decoder": pack_decoder(model)},
+        "options": {name: getattr(routing, name) for name in OPTIONS if hasattr(routing, name)},
+        "routings": _routings(model.config),
         "rounds": MOST_ITERATIONS,
         "gallery": {
             "sheet": base64_of(_sheet(gallery.images)),
@@ -182,11 +224,10 @@ def check_routed(model: CapsNet) -> None:
             f"one class each, as preset small has them; this one differs in {', '.join(other)}: "
             "look inside it with graphcaps report"
         )
-    if model.config.routing not in ROUTED:
+    if config.routing not in ROUTED:
         raise ValueError(
-            f"the demo routes {' and '.join(ROUTED)} in the page, and this net was trained with "
-            f"{model.config.routing} routing: train one with --routing dynamic, or look inside "
-            "this one with graphcaps report"
+            f"the demo knows the routings {', '.join(ROUTED)}, and this net was trained with "
+            f"{config.routing}: look inside it with graphcaps report"
         )
 
 

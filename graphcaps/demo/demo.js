@@ -1,7 +1,7 @@
 // The live demo: what is drawn, or taken from the gallery, is routed and shown at once.
 
 const data = JSON.parse(byId("net").textContent);
-const net = new CapsNet(data.config, data.weights);
+const net = new CapsNet(data.config, data.weights, data.options);
 const { height: size, channels } = data.image; // images are square
 const dim = data.config.parent_dim;
 const PIXEL = SHEET / size; // units of the sheet
@@ -21,7 +21,7 @@ const state = {
 };
 
 const explorer = new Explorer(
-  { ...data, decoder: net.decoder, amountIsShare: true, routing: () => state.routing },
+  { ...data, decoder: net.decoder, routing: () => state.routing },
   { changed },
 );
 
@@ -143,7 +143,9 @@ function nameOfLayer({ image }) {
 }
 
 function lookAt(image) {
-  const { votes, rounds } = net.look(image.pixels, state.routing, data.rounds);
+  const { layer, rounds } = net.look(image.pixels, state.routing, data.rounds);
+  const { votes, strength, parents } = layer;
+  const carries = equationsOf(state.routing).sum !== undefined;
   return {
     title: image.title,
     truth: image.truth === null ? null : [image.truth],
@@ -152,10 +154,11 @@ function lookAt(image) {
     rounds: rounds.map((round) => ({
       ...round,
       pose: (parent) => round.v.subarray(parent * dim, (parent + 1) * dim),
-      amounts: (parent) => sharesOf(votes, round, parent, dim),
+      amounts: (parent) => carries
+        ? sharesOf(votes, round, parent, dim)
+        : strength.map((size, child) => round.c[child * parents + parent] * size),
       agreement: (child, parent) => {
-        const edge = child * data.classes.length + parent;
-        return dot(votes, edge * dim, round.v, parent * dim, dim);
+        return dot(votes, (child * parents + parent) * dim, round.v, parent * dim, dim);
       },
     })),
   };
@@ -166,6 +169,7 @@ function update({ keep = false } = {}) {
   state.seen = seen();
   paint(byId("seen"), state.seen.pixels, data.image);
   explorer.show(lookAt(state.seen), { keep });
+  byId("untrained").hidden = state.routing === data.config.routing;
   if (state.mode === "two") showLayers();
   showSheet();
   remember();
@@ -203,7 +207,7 @@ function showSheet() {
       lay(context, layerPixels(layer), which ? colours.against : colours.for, place);
     });
   } else if (drawing) state.drawing.paintOn(context);
-  else lay(context, state.seen.pixels, colours.ink, [0, 0, SHEET]);
+  else lay(context, state.seen.pixels, channels === 1 ? colours.ink : null, [0, 0, SHEET]);
   if (byId("overlay").checked && net.decoder.length && state.mode === "one") {
     const { left, top, side } = state.seen;
     lay(context, explorer.drawnOf(explorer.parent), colours.for, [left, top, side]);
@@ -226,8 +230,9 @@ function showSheet() {
 
 const layOn = document.createElement("canvas");
 
+/** Draw pixels as ink of a colour, or, where that is null, in their own colours. */
 function lay(context, pixels, colour, [left, top, side]) {
-  paint(layOn, channels === 1 ? pixels : grey(pixels, data.image), data.image, colour);
+  paint(layOn, colour ? grey(pixels, data.image) : pixels, data.image, colour ?? INK);
   context.globalAlpha = state.mode === "two" ? 0.75 : 1;
   context.drawImage(layOn, left, top, side, side);
   context.globalAlpha = 1;
@@ -389,18 +394,14 @@ function showLayers() {
   document.querySelectorAll("#halves button").forEach((button, which) => {
     const parent = two[which];
     paint(button.firstChild, drawn[which], data.image, tints[which]);
-    const text = `${data.classes[parent]}, |v| = ${lengths[parent].toFixed(2)}`;
+    const text = `${data.classes[parent]}, ${explorer.words.measure.symbol} = ${lengths[parent].toFixed(2)}`;
     button.lastChild.textContent = text;
     set(button, { "aria-label": `Choose ${text}`, "aria-pressed": parent === explorer.parent });
     button.onclick = () => explorer.chooseParent(parent);
   });
   const both = document.querySelector("#halves figure canvas");
   set(both, { "aria-label": `${data.classes[two[0]]} and ${data.classes[two[1]]}, as drawn` });
-  fill(both, data.image, (at) => {
-    const [a, b] = [drawn[0][at], drawn[1][at]];
-    const mixed = range(3).map((k) => (a * tints[0][k] + b * tints[1][k]) / (a + b || 1));
-    return [...mixed, 255 * Math.max(a, b)];
-  });
+  paintBoth(both, drawn, data.image, tints);
 }
 
 // the address of the page
@@ -450,7 +451,7 @@ function restore(text) {
   const imageOf = (word) => (word === "drawing" ? null : gallery.byNumber.get(Number(word)) ?? 0);
   state.drawing = Drawing.fromText(words.get("drawing") ?? "");
   state.image = imageOf(words.get("show"));
-  if (["dynamic", "uniform"].includes(words.get("routing"))) state.routing = words.get("routing");
+  if (data.routings.includes(words.get("routing"))) state.routing = words.get("routing");
   document.querySelector(`[name=routing][value=${state.routing}]`).checked = true;
   explorer.iteration = (whole("iteration", data.rounds) || data.config.iterations) - 1;
   const two = (words.get("two") ?? "").split(",");

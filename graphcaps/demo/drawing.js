@@ -89,7 +89,9 @@ class Drawing {
     );
     this.paintOn(context, (PEN * side) / SHEET);
     const { data } = context.getImageData(0, 0, count, count);
-    return Uint8Array.from({ length: count * count }, (_, at) => data[4 * at + 3]);
+    const ink = new Uint8Array(count * count);
+    for (let at = 0; at < ink.length; at++) ink[at] = data[4 * at + 3];
+    return ink;
   }
 
   /** For the address of the page: three letters for each point, a dot between strokes. */
@@ -114,25 +116,26 @@ class Drawing {
 
 /** Of ink [count, count], across and down. */
 function centreOfMass(ink, count) {
-  const moments = [0, 0];
-  let mass = 0;
-  ink.forEach((amount, at) => {
-    mass += amount;
-    moments[0] += amount * ((at % count) + 0.5);
-    moments[1] += amount * (Math.floor(at / count) + 0.5);
-  });
-  return moments.map((moment) => moment / (mass || 1));
+  let mass = 0, across = 0, down = 0;
+  for (let y = 0, at = 0; y < count; y++) {
+    for (let x = 0; x < count; x++, at++) {
+      mass += ink[at];
+      across += ink[at] * (x + 0.5);
+      down += ink[at] * (y + 0.5);
+    }
+  }
+  return [across / (mass || 1), down / (mass || 1)];
 }
 
 /** Means of FINER × FINER pixels of ink that was moved by whole pixels, in steps of 1/255. */
 function reduced(ink, count, [right, down]) {
   const size = count / FINER;
   const totals = new Float32Array(size * size);
-  for (let y = 0; y < count; y++) {
-    for (let x = 0; x < count; x++) {
-      const [fromX, fromY] = [x + right, y + down];
-      if (fromX < 0 || fromY < 0 || fromX >= count || fromY >= count) continue;
-      totals[Math.floor(y / FINER) * size + Math.floor(x / FINER)] += ink[fromY * count + fromX];
+  for (let y = Math.max(0, -down); y < Math.min(count, count - down); y++) {
+    const line = Math.floor(y / FINER) * size;
+    const from = (y + down) * count + right;
+    for (let x = Math.max(0, -right); x < Math.min(count, count - right); x++) {
+      totals[line + Math.floor(x / FINER)] += ink[from + x];
     }
   }
   return totals.map((total) => Math.round(total / FINER ** 2) / 255);

@@ -17,7 +17,15 @@ from graphcaps.files import named_in_errors, remove_unfinished, write_whole
 from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.nets.verdict import LARGEST_ERROR, LENGTH_OF_PRESENT, has_verdict
 
-SCRIPTS = ("numbers.js", "net.js", "verdict.js", "canvas.js", "explorer.js")
+SCRIPTS = (
+    "numbers.js",
+    "routings.js",
+    "net.js",
+    "equations.js",
+    "verdict.js",
+    "canvas.js",
+    "explorer.js",
+)
 SHARED = files("graphcaps.explorer")
 
 

@@ -9,12 +9,6 @@ const LARGEST_OFFSET = 0.25; // figure 4 of the paper
 const LARGEST_CIRCLE = 0.475; // of the distance of neighbours
 const SAID_AFTER = 400; // milliseconds without a change
 const STEP_OF_PLAY = 800; // milliseconds
-// symbols of the equations
-const [B, C, S, V, VOTE] = ["b ij", "c ij", "s j", "v j", "û ij"].map((symbol) => {
-  const [letter, places] = symbol.split(" ");
-  return `<i>${letter}<sub>${places}</sub></i>`;
-});
-
 const CARRIED = 0.85; // of |s_j|: how few children carry so much of it is said
 
 class Explorer {
@@ -22,8 +16,8 @@ class Explorer {
    * Of a page that knows classes, names of them; labelsPerImage, how many an image shows (0: any
    * number); hasVerdict, whether thresholds hold; image: { channels, height, width }; children:
    * { maps, rows, columns }; field: { side, step, start } in pixels; decoder, its layers; rounds,
-   * how many iterations there are; routing(), the name of the one that is shown; amountIsShare,
-   * whether amounts are shares of |s_j|; thresholds, of verdicts. `changed` is called when
+   * how many iterations there are; routing(), the name of the one that is shown, whose entry in
+   * equations.js says what amounts are; thresholds, of verdicts. `changed` is called when
    * something else is chosen.
    */
   constructor(page, { changed = () => {} } = {}) {
@@ -150,6 +144,7 @@ class Explorer {
     this.total = sum(this.amounts);
     this.mostOfChild = largestSize(ofRounds);
     this.mostOfPlace = largestSize(ofRounds.map((amounts) => this.byPlace(amounts)));
+    this.nameMeasure();
     this.drawControls();
     this.drawLengths();
     this.drawCarriers();
@@ -184,10 +179,22 @@ class Explorer {
     }
     set(byId("child"), { max: this.childCount - 1 });
     byId("child").addEventListener("input", ({ target }) => this.chooseChild(+target.value));
-    const share = this.page.amountIsShare;
-    byId("amount-name").innerHTML = share
-      ? "its share of |<i>s<sub>j</sub></i>|"
-      : "coupling × activation";
+  }
+
+  /** Say what lengths and amounts are, once for a routing. */
+  nameMeasure() {
+    const routing = this.page.routing();
+    if (this.named === routing) return;
+    this.named = routing;
+    this.words = equationsOf(routing);
+    const { measure, sum: whole, strength, about } = this.words;
+    byId("lengths-title").innerHTML = `${measure.title} ${measure.html} of the class capsules`;
+    byId("courses-title").textContent = `${measure.title}, iteration by iteration`;
+    byId("amount-name").textContent = whole ? `its share of ${whole}` : `coupling × ${strength}`;
+    byId("about-routing").innerHTML =
+      `A child <i>i</i> divides its votes among the classes <i>j</i> by the coupling ` +
+      `<i>c<sub>ij</sub></i>${about} The ${measure.name} ${measure.html} says how sure the net is ` +
+      "of a class.";
   }
 
   play() {
@@ -217,7 +224,7 @@ class Explorer {
 
   /** What the only live region says, once nothing has changed for a moment. */
   say() {
-    const { look, longest, round, page } = this;
+    const { look, longest, round, page, words: { measure } } = this;
     const predicted = predictedClasses(round.lengths, page.labelsPerImage);
     const truth = look.truth === null ? "" : `, true class ${namesOf(look.truth, page.classes)}`;
     const right = look.truth === null ? "" : `: ${same(predicted, look.truth) ? "right" : "wrong ✗"}`;
@@ -228,8 +235,8 @@ class Explorer {
     if (byId("verdict").textContent !== words) byId("verdict").textContent = words;
     byId("verdict").classList.toggle("words", words.length > 2);
     const text =
-      `${look.title}${truth}. Iteration ${this.iteration + 1}: ${words}; the longest capsule is ` +
-      `${this.nameOf(longest)}, |v| = ${round.lengths[longest].toFixed(2)}${right}.`;
+      `${look.title}${truth}. Iteration ${this.iteration + 1}: ${words}; ${measure.most} ` +
+      `${this.nameOf(longest)}, ${measure.symbol} = ${round.lengths[longest].toFixed(2)}${right}.`;
     clearTimeout(this.toSay);
     const say = () => (byId("said").textContent = text);
     if (byId("said").textContent) this.toSay = setTimeout(say, SAID_AFTER);
@@ -256,9 +263,10 @@ class Explorer {
       const truly = this.look.truth?.includes(j) ?? false;
       row.classList.toggle("chosen", j === this.parent);
       row.classList.toggle("true", truly);
-      row.classList.toggle("long", length >= this.page.thresholds.lengthOfPresent);
+      const { hasVerdict, thresholds } = this.page;
+      row.classList.toggle("long", hasVerdict && length >= thresholds.lengthOfPresent);
       input.checked = j === this.parent;
-      const name = `${this.nameOf(j)}, length ${length.toFixed(3)}`;
+      const name = `${this.nameOf(j)}, ${this.words.measure.name} ${length.toFixed(3)}`;
       set(input, { "aria-label": truly ? `${name}, the true class` : name });
       bar.style.transform = `scaleX(${length})`;
       number.textContent = length.toFixed(3);
@@ -321,26 +329,26 @@ class Explorer {
       });
     });
     const name = this.nameOf(this.parent);
-    const text = page.amountIsShare ? this.shareInWords(name) :
-      `Circles: coupling × activation for ${name}, summed over the ${page.children.maps} maps ` +
+    const text = this.words.sum ? this.shareInWords(name) :
+      `Circles: coupling × ${this.words.strength} for ${name}, summed over the ${page.children.maps} maps ` +
       `at a position, up to ${most.toFixed(2)}.`;
     byId("carriers-title").textContent =
-      page.amountIsShare ? `Who carries the ${name}` : `Where votes for ${name} come from`;
+      this.words.sum ? this.words.title(name) : `Where votes for ${name} come from`;
     set(byId("carriers"), { "aria-label": text });
     byId("carriers-caption").textContent = text;
   }
 
   shareInWords(name) {
-    const { amounts, total } = this;
+    const { amounts, total, words } = this;
     const falling = amounts.toSorted().reverse();
     let [carried, count] = [0, 0];
     while (count < falling.length && carried < CARRIED * total) carried += falling[count++];
     const against = amounts.filter((x) => x < 0);
-    const few = `${count} of ${amounts.length} children carry ${percent(carried / total)} of ` +
-      `|s| = ${total.toFixed(2)} for ${name}`;
-    const others = `${against.length} vote against it, ${percent(sum(against) / total)} together`;
+    const few = `${count} of ${amounts.length} children ${words.carry} ${percent(carried / total)} of ` +
+      `${words.sum} = ${total.toFixed(2)} for ${name}`;
+    const others = `${against.length} ${words.against}, ${percent(sum(against) / total)} together`;
     return `${few}; ${others}. ` +
-      "Circles: c û·v/|v| at the middle of what the children see; hollow: against.";
+      `Circles: ${words.share} at the middle of what the children see; hollow: against.`;
   }
 
   // the graph of children and classes
@@ -385,11 +393,11 @@ class Explorer {
         y2: at.classY,
       })),
     );
-    const corner = (child) => {
+    const corners = range(this.childCount).map((child) => {
       const [map, place] = [Math.floor(child / this.places), child % this.places];
       const [row, column] = [Math.floor(place / columns), place % columns];
       return [at.blockX(map) + column * at.cell, at.blockY(map) + row * at.cell];
-    };
+    });
     const blocks = range(maps).map((map) => make(svg, "rect", {
       class: "block",
       x: at.blockX(map),
@@ -431,7 +439,7 @@ class Explorer {
       block.addEventListener("pointerleave", () => this.point(null));
       block.addEventListener("click", (event) => this.chooseChild(childAt(event)));
     });
-    this.graph = { at, lines, edges, squares, corner, ray, mark, nodes };
+    this.graph = { at, lines, edges, squares, corners, ray, mark, nodes };
   }
 
   meanCoupling(map, parent) {
@@ -444,7 +452,7 @@ class Explorer {
   }
 
   drawCoupling() {
-    const { at, lines, edges, squares, corner, nodes } = this.graph;
+    const { at, lines, edges, squares, corners, nodes } = this.graph;
     const { parent, round, amounts, page } = this;
     const parents = page.classes.length;
     edges.forEach((ofMap, map) => ofMap.forEach((edge, j) => {
@@ -462,9 +470,11 @@ class Explorer {
     for (let child = 0; child < this.childCount; child++) {
       const x = showCoupling ? round.c[child * parents + parent] : amounts[child];
       const side = (at.cell - 1) * Math.sqrt(Math.abs(x) / scale); // the area is the number
-      const [left, top] = corner(child).map((edge) => (edge + (at.cell - side) / 2).toFixed(2));
+      const gap = (at.cell - side) / 2;
+      const [left, top] = [corners[child][0] + gap, corners[child][1] + gap];
       const kind = showCoupling ? 2 : x < 0 ? 1 : 0;
-      paths[kind] += `M${left} ${top}h${side.toFixed(2)}v${side.toFixed(2)}h${-side.toFixed(2)}z`;
+      const long = side.toFixed(2);
+      paths[kind] += `M${left.toFixed(2)} ${top.toFixed(2)}h${long}v${long}h-${long}z`;
     }
     squares.forEach((path, kind) => set(path, { d: paths[kind] }));
     nodes.forEach(({ node, circle, text }, j) => {
@@ -477,11 +487,12 @@ class Explorer {
     set(byId("coupling"), {
       "aria-label": `Mean coupling of the capsule maps to ${name}: ${means.join(", ")}.`,
     });
-    const what = showCoupling ? "c" : page.amountIsShare ? "c û·v/|v|" : "c × activation";
+    const { strength, share = `c × ${strength}`, measure } = this.words;
+    const what = showCoupling ? "c" : share;
     byId("coupling-caption").textContent =
       "Lines are as thick as the mean coupling of a map to a class; equal coupling is " +
-      `${(1 / parents).toFixed(2)}. Circles are classes, their area is |v|. The area of a square ` +
-      `is ${what}; a full one is ${scale.toFixed(2)}${showCoupling ? "" : ", a hollow one is below zero"}. ` +
+      `${(1 / parents).toFixed(2)}. Circles are classes, their area is ${measure.symbol}. The area of a square ` +
+      `is ${what}; a full one is ${+scale.toPrecision(2)}${showCoupling ? "" : ", a hollow one is below zero"}. ` +
       this.entropyInWords();
   }
 
@@ -499,14 +510,14 @@ class Explorer {
   // one edge
 
   drawChild() {
-    const { look, parent, graph: { at, corner, ray, mark }, page } = this;
+    const { look, parent, graph: { at, corners, ray, mark }, page } = this;
     if (!look) return;
     const child = this.pointed ?? this.child ?? this.strongestChild();
     const { columns } = page.children;
     const place = child % this.places;
     const [left, top] = this.fieldOf(place);
     set(this.frame, { x: left, y: top });
-    const [x, y] = corner(child);
+    const [x, y] = corners[child];
     set(mark, { x, y });
     set(ray, { x1: x + at.cell / 2, y1: y, x2: at.classX(parent), y2: at.classY });
     if (this.pointed === null) byId("child").value = child;
@@ -540,32 +551,13 @@ class Explorer {
 
   /** Left side in HTML, number and note of each equation of the step. */
   formulas(child) {
-    const { round, parent, iteration, total, page } = this;
-    const parents = page.classes.length;
+    const { round, parent, iteration, total, words } = this;
+    const parents = this.page.classes.length;
     const edge = child * parents + parent;
-    const [c, v, amount] = [round.c[edge], round.lengths[parent], this.amounts[child]];
-    const equal = `equal coupling: ${(1 / parents).toFixed(4)}`;
-    if (!page.amountIsShare) return [[C, c.toFixed(4), equal]];
-    const ofAll = "Σ<sub><i>k</i></sub> e<sup><i>b<sub>ik</sub></i></sup>";
-    const softmax = `${C} = e<sup>${B}</sup> / ${ofAll}`;
-    const share = `this child's share: ${percent(amount / total)}`;
-    const lines = [
-      [softmax, c.toFixed(4), equal],
-      [`|${S}| = |Σ<sub><i>i</i></sub> ${C} ${VOTE}|`, total.toFixed(3), "over all children"],
-      [`|${V}| = |${S}|² / (1 + |${S}|²)`, v.toFixed(3), "squash"],
-      [`${C} ${VOTE}·${V} / |${V}|`, signed(amount, 3), share],
-    ];
-    if (!round.b) return lines;
-    const b = round.b[edge];
-    if (page.routing() === "uniform") return [[B, fixed(b, 3), "uniform: always 0"], ...lines];
-    const agreement = round.agreement(child, parent);
-    const from = iteration ? "the sum of û·v of the earlier iterations" : "all logits start at 0";
-    const next = `the next logit: û·v is ${signed(agreement, 3)}`;
-    return [
-      [B, fixed(b, 3), from],
-      ...lines,
-      [`${B} + ${VOTE}·${V}`, fixed(b + agreement, 3), next],
-    ];
+    const amount = this.amounts[child];
+    return words.of({ round, child, parent, edge, iteration, parents, amount, total })
+      .filter(([, number]) => number !== undefined)
+      .map(([left, number, write, note]) => [left, write(number), note]);
   }
 
   // lengths by iteration
@@ -611,7 +603,7 @@ class Explorer {
     set(end, { y: y(last) + 5 });
     end.textContent = this.shortNames ? this.nameOf(parent) : parent;
     const ofParent = look.rounds.map(({ lengths }) => lengths[parent].toFixed(2)).join(", ");
-    const text = `The length of ${this.nameOf(parent)} by iteration: ${ofParent}.`;
+    const text = `The ${this.words.measure.name} of ${this.nameOf(parent)} by iteration: ${ofParent}.`;
     set(svg, { "aria-label": text });
     byId("courses-caption").textContent = `${text} Thin: the other classes.`;
   }

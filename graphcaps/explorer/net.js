@@ -5,36 +5,20 @@
 // weighted sums s and class capsules v of parents j.
 
 const PRIMARY_STRIDE = 2;
+const OF_ROUTING = "capsules.routing.";
 
-/** The layers of a decoder from their packed weights, [out, in] each. */
+/** The layers of a decoder from their packed weights, [out, in] each, as [in, out]. */
 function unpackDecoder(layers) {
-  return layers.map(({ weight, bias }) => ({ weight: halves(weight), bias: halves(bias) }));
-}
-
-/** weight · input + bias, of the inputs from number `first` on; all others are zero. */
-function linear({ weight, bias }, input, first = 0) {
-  const columns = weight.length / bias.length;
-  return bias.map((start, row) => {
-    let total = start;
-    const from = row * columns + first;
-    for (let k = 0; k < input.length; k++) total += weight[from + k] * input[k];
-    return total;
+  return layers.map(({ weight, bias }) => {
+    const unpacked = halves(bias);
+    return { weight: channelsLast(halves(weight), unpacked.length, 1), bias: unpacked };
   });
 }
 
-/** The image, 0 to 1, that a decoder draws from the pose of one class; all others are masked. */
-function decode(decoder, pose, parent) {
-  const [first, ...others] = decoder;
-  let layer = linear(first, pose, parent * pose.length);
-  for (const next of others) {
-    layer = linear(next, layer.map((x) => Math.max(0, x)));
-  }
-  return layer.map((x) => 1 / (1 + Math.exp(-x)));
-}
-
 /** From [out, in, kernel, kernel], as torch has it, to [kernel, kernel, in, out]. */
-function channelsLast(weight, outputs, inputs, kernel) {
+function channelsLast(weight, outputs, kernel) {
   const area = kernel * kernel;
+  const inputs = weight.length / (outputs * area);
   const moved = new Float32Array(weight.length);
   for (let o = 0; o < outputs; o++) {
     for (let c = 0; c < inputs; c++) {
@@ -47,185 +31,235 @@ function channelsLast(weight, outputs, inputs, kernel) {
 }
 
 /**
- * A convolution without padding, [size, size, in] -> [side, side, out]. Each input is added to
- * all outputs that see it, so that zeros, most of a drawing and of what ReLU leaves, cost nothing.
+ * Numbers that are not zero, most of a drawing and of what ReLU leaves are, with the places of
+ * their weights. There is one list for all layers, so that a frame allocates none.
  */
+const terms = { count: 0, values: new Float64Array(0), places: new Int32Array(0) };
+
+function startTerms(most) {
+  if (terms.values.length < most) {
+    terms.values = new Float64Array(most);
+    terms.places = new Int32Array(most);
+  }
+  terms.count = 0;
+}
+
+/** Take `count` numbers from `from` on, whose weights for the outputs start at row `row`. */
+function takeTerms(input, from, count, row, outputs) {
+  const { values, places } = terms;
+  let n = terms.count;
+  for (let k = 0; k < count; k++) {
+    const value = input[from + k];
+    if (value !== 0) {
+      values[n] = value;
+      places[n++] = (row + k) * outputs;
+    }
+  }
+  terms.count = n;
+}
+
+/** Add to the totals the terms times their weights: eight at once, which keeps totals in hand. */
+function addTerms(totals, weight) {
+  const { values: x, places: p, count } = terms;
+  const outputs = totals.length;
+  let n = 0;
+  for (; n + 8 <= count; n += 8) {
+    const p0 = p[n], p1 = p[n + 1], p2 = p[n + 2], p3 = p[n + 3];
+    const p4 = p[n + 4], p5 = p[n + 5], p6 = p[n + 6], p7 = p[n + 7];
+    const x0 = x[n], x1 = x[n + 1], x2 = x[n + 2], x3 = x[n + 3];
+    const x4 = x[n + 4], x5 = x[n + 5], x6 = x[n + 6], x7 = x[n + 7];
+    for (let o = 0; o < outputs; o++) {
+      totals[o] +=
+        x0 * weight[p0 + o] + x1 * weight[p1 + o] + x2 * weight[p2 + o] + x3 * weight[p3 + o] +
+        x4 * weight[p4 + o] + x5 * weight[p5 + o] + x6 * weight[p6 + o] + x7 * weight[p7 + o];
+    }
+  }
+  for (; n < count; n++) {
+    const place = p[n], value = x[n];
+    for (let o = 0; o < outputs; o++) totals[o] += value * weight[place + o];
+  }
+}
+
+/** weightᵀ input + bias, of the inputs from number `first` on; all others are zero. */
+function linear({ weight, bias }, input, first = 0) {
+  const totals = Float64Array.from(bias);
+  startTerms(input.length);
+  takeTerms(input, 0, input.length, first, bias.length);
+  addTerms(totals, weight);
+  return totals;
+}
+
+function relu(numbers) {
+  for (let at = 0; at < numbers.length; at++) if (numbers[at] < 0) numbers[at] = 0;
+  return numbers;
+}
+
+/** The image, 0 to 1, that a decoder draws from the pose of one class; all others are masked. */
+function decode(decoder, pose, parent) {
+  let layer = linear(decoder[0], pose, parent * pose.length);
+  for (const next of decoder.slice(1)) layer = linear(next, relu(layer));
+  return Float32Array.from(layer, logistic);
+}
+
+/** A convolution without padding, [size, size, in] -> [side, side, out]. */
 function convolve({ weight, bias, kernel, stride }, input, size) {
   const outputs = bias.length;
   const inputs = input.length / (size * size);
   const side = Math.floor((size - kernel) / stride) + 1;
+  const line = kernel * inputs;
   const output = new Float32Array(side * side * outputs);
-  for (let at = 0; at < output.length; at += outputs) output.set(bias, at);
-  const firstSeen = (pixel) => Math.max(0, Math.ceil((pixel - kernel + 1) / stride));
-  const lastSeen = (pixel) => Math.min(side - 1, Math.floor(pixel / stride));
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
-      for (let channel = 0; channel < inputs; channel++) {
-        const value = input[(y * size + x) * inputs + channel];
-        if (value === 0) continue;
-        for (let row = firstSeen(y); row <= lastSeen(y); row++) {
-          for (let column = firstSeen(x); column <= lastSeen(x); column++) {
-            const within = (y - row * stride) * kernel + (x - column * stride);
-            const from = (within * inputs + channel) * outputs;
-            const to = (row * side + column) * outputs;
-            for (let o = 0; o < outputs; o++) output[to + o] += value * weight[from + o];
-          }
-        }
+  const totals = new Float64Array(outputs);
+  for (let row = 0; row < side; row++) {
+    for (let column = 0; column < side; column++) {
+      startTerms(kernel * line);
+      for (let k = 0; k < kernel; k++) {
+        const from = ((row * stride + k) * size + column * stride) * inputs;
+        takeTerms(input, from, line, k * line, outputs);
       }
+      totals.set(bias);
+      addTerms(totals, weight);
+      output.set(totals, (row * side + column) * outputs);
     }
   }
   return output;
 }
 
-/** The length of the vector of `dim` numbers that starts at `from`. */
-function lengthAt(numbers, from, dim) {
-  let square = 0;
-  for (let d = 0; d < dim; d++) square += numbers[from + d] ** 2;
-  return Math.sqrt(square);
-}
-
-/** Shrink every vector of `dim` numbers to a length below 1: |s|² / (1 + |s|²) · s / |s|. */
-function squash(s, dim) {
-  const v = new Float32Array(s.length);
-  for (let from = 0; from < s.length; from += dim) {
-    const length = lengthAt(s, from, dim);
-    const factor = length / (1 + length * length);
-    for (let d = 0; d < dim; d++) v[from + d] = factor * s[from + d];
-  }
-  return v;
-}
-
-/** c: softmax of the logits b [I, J] over the parents of each child. */
-function couple(b, parents) {
-  const c = new Float32Array(b.length);
-  for (let from = 0; from < b.length; from += parents) {
-    let most = -Infinity;
-    for (let j = 0; j < parents; j++) most = Math.max(most, b[from + j]);
-    let total = 0;
-    for (let j = 0; j < parents; j++) total += c[from + j] = Math.exp(b[from + j] - most);
-    for (let j = 0; j < parents; j++) c[from + j] /= total;
-  }
-  return c;
-}
-
-/** û · v of an edge: of the vote and the outcome that start at these places. */
-function dot(votes, from, v, to, dim) {
-  let total = 0;
-  for (let d = 0; d < dim; d++) total += votes[from + d] * v[to + d];
-  return total;
-}
-
 /**
- * Routing of votes [I, J, D], from equal coupling. Dynamic routing (Sabour et al. 2017,
- * procedure 1) adds û·v to the logits after each iteration; uniform routing leaves them at 0.
- *
- * Returns b and c [I, J], s and v [J, D] and the lengths |v| [J] of every iteration.
- */
-function route(votes, { children, parents, dim, routing, iterations }) {
-  let b = new Float32Array(children * parents);
-  return range(iterations).map(() => {
-    const c = couple(b, parents);
-    const s = new Float32Array(parents * dim);
-    for (let edge = 0; edge < c.length; edge++) {
-      const to = (edge % parents) * dim;
-      for (let d = 0; d < dim; d++) s[to + d] += c[edge] * votes[edge * dim + d];
-    }
-    const v = squash(s, dim);
-    const lengths = Float32Array.from(range(parents), (j) => lengthAt(v, j * dim, dim));
-    const iteration = { b, c, s, v, lengths };
-    if (routing === "dynamic") {
-      b = b.slice();
-      for (let edge = 0; edge < b.length; edge++) {
-        b[edge] += dot(votes, edge * dim, v, (edge % parents) * dim, dim);
-      }
-    }
-    return iteration;
-  });
-}
-
-/**
- * What each child adds to |s_j|: c û·v / |v|, [I]. Since v_j points where s_j does, these sum to
+ * What each child adds to |s_j|: w û·s / |s|, with the weights w of the votes, [I]. These sum to
  * |s_j|; those below zero vote against the class.
  */
-function sharesOf(votes, { c, v, lengths }, parent, dim) {
-  const parents = lengths.length;
-  return Float32Array.from({ length: c.length / parents }, (_, child) => {
-    const edge = child * parents + parent;
-    return (c[edge] * dot(votes, edge * dim, v, parent * dim, dim)) / (lengths[parent] || 1);
-  });
+function sharesOf(votes, { c, weights = c, s }, parent, dim) {
+  const parents = s.length / dim;
+  const length = lengthAt(s, parent * dim, dim) || 1;
+  const shares = new Float32Array(c.length / parents);
+  for (let child = 0, edge = parent; child < shares.length; child++, edge += parents) {
+    shares[child] = (weights[edge] * dot(votes, edge * dim, s, parent * dim, dim)) / length;
+  }
+  return shares;
 }
 
 class CapsNet {
-  /** Of the sizes in model.json and of packed weights, by their names in torch's state dict. */
-  constructor(config, weights) {
-    const at = (name) => halves(weights[name]);
+  /**
+   * Of the sizes in model.json, packed weights by their names in torch's state dict, and options
+   * of the routing.
+   */
+  constructor(config, weights, options) {
+    const unpacked = Object.entries(weights).filter(([name]) => name !== "decoder");
+    const at = Object.fromEntries(unpacked.map(([name, numbers]) => [name, halves(numbers)]));
     const kernel = config.kernel_size;
-    const [channels, features] = [config.image_channels, config.conv_channels];
+    const features = config.conv_channels;
     this.config = config;
+    this.options = options;
     this.featureSize = config.image_size - kernel + 1;
     this.grid = Math.floor((this.featureSize - kernel) / PRIMARY_STRIDE) + 1;
     this.children = config.capsule_maps * this.grid ** 2;
     this.conv = {
-      weight: channelsLast(at("conv.0.weight"), features, channels, kernel),
-      bias: at("conv.0.bias"),
+      weight: channelsLast(at["conv.0.weight"], features, kernel),
+      bias: at["conv.0.bias"],
       kernel,
       stride: 1,
     };
-    const poses = config.capsule_maps * config.child_dim;
+    const poses = at["primary.conv.bias"].length;
     this.primary = {
-      weight: channelsLast(at("primary.conv.weight"), poses, features, kernel),
-      bias: at("primary.conv.bias"),
+      weight: channelsLast(at["primary.conv.weight"], poses, kernel),
+      bias: at["primary.conv.bias"],
       kernel,
       stride: PRIMARY_STRIDE,
     };
-    this.matrices = at("capsules.weight");
+    this.group = poses / config.capsule_maps; // a pose, and with activations one number more
+    this.learned = { score: { weight: at["score.weight"], bias: at["score.bias"] } };
+    for (const [name, numbers] of Object.entries(at)) {
+      if (name.startsWith(OF_ROUTING)) this.learned[name.slice(OF_ROUTING.length)] = numbers;
+    }
+    this.takeMatrices(at["capsules.weight"]);
     this.decoder = unpackDecoder(weights.decoder);
   }
 
-  /** Poses u [I, K] of the primary capsules of an image, 0 to 1, [C, H, W]; by map, then place. */
+  /** Matrices [E, K, D] of the votes; those of self-routing have one more column for the logits. */
+  takeMatrices(weight) {
+    const { child_dim: childDim, parent_dim: dim, rows, classes } = this.config;
+    const width = dim / rows;
+    const lines = (this.children * classes * childDim) / rows;
+    const columns = weight.length / lines;
+    this.matrices = weight;
+    if (columns === width) return;
+    this.matrices = new Float32Array(lines * width);
+    this.columnOfLogits = new Float32Array(lines);
+    for (let line = 0; line < lines; line++) {
+      const from = line * columns;
+      this.matrices.set(weight.subarray(from, from + width), line * width);
+      this.columnOfLogits[line] = weight[from + width];
+    }
+  }
+
+  /**
+   * Of an image, 0 to 1, [C, H, W]: poses u [I, K] of the primary capsules, by map, then place, and
+   * their activations a [I], or null.
+   */
   primaryCapsules(image) {
     const { image_size: size, image_channels: channels, child_dim: dim } = this.config;
     const area = size * size;
     const pixels = Float32Array.from(image, (_, at) => {
       return image[(at % channels) * area + Math.floor(at / channels)];
     });
-    const features = convolve(this.conv, pixels, size).map((x) => Math.max(0, x));
+    const features = relu(convolve(this.conv, pixels, size));
     const grouped = convolve(this.primary, features, this.featureSize);
     const places = this.grid ** 2;
-    const u = new Float32Array(grouped.length);
+    const u = new Float32Array(this.children * dim);
+    const a = this.group > dim ? new Float32Array(this.children) : null;
     for (let child = 0; child < this.children; child++) {
       const [map, place] = [Math.floor(child / places), child % places];
-      const from = (place * this.config.capsule_maps + map) * dim;
+      const from = (place * this.config.capsule_maps + map) * this.group;
       u.set(grouped.subarray(from, from + dim), child * dim);
+      if (a) a[child] = logistic(grouped[from + dim]);
     }
-    return squash(u, dim);
+    return { u: a ? u : squash(u, dim), a };
   }
 
   /** û [I, J, D]: the poses of children, as matrices of `rows` rows, times those of the edges. */
   votes(u) {
     const { classes, child_dim: childDim, parent_dim: dim, rows } = this.config;
-    const [height, width] = [childDim / rows, dim / rows];
+    const { matrices } = this;
+    const height = childDim / rows, width = dim / rows;
     const votes = new Float32Array(this.children * classes * dim);
-    for (let edge = 0; edge < this.children * classes; edge++) {
-      const child = Math.floor(edge / classes) * childDim;
-      for (let row = 0; row < rows; row++) {
-        const to = edge * dim + row * width;
-        for (let k = 0; k < height; k++) {
-          const from = (edge * height + k) * width;
-          const value = u[child + row * height + k];
-          for (let d = 0; d < width; d++) votes[to + d] += value * this.matrices[from + d];
+    let from = 0; // of the matrix, and to of the vote, edge by edge
+    for (let to = 0, child = 0; child < u.length; child += childDim) {
+      for (let j = 0; j < classes; j++, from += height * width) {
+        for (let row = 0; row < rows; row++, to += width) {
+          for (let k = 0; k < height; k++) {
+            const value = u[child + row * height + k], line = from + k * width;
+            for (let d = 0; d < width; d++) votes[to + d] += value * matrices[line + d];
+          }
         }
       }
     }
     return votes;
   }
 
-  /** All that routing makes of an image, 0 to 1, [C, H, W]; see `route`. */
+  /** The logits [I, J] that the children's poses give, of self-routing; else null. */
+  logits(u) {
+    if (!this.columnOfLogits) return null;
+    const { classes, child_dim: childDim } = this.config;
+    return Float32Array.from({ length: this.children * classes }, (_, edge) => {
+      return dot(this.columnOfLogits, edge * childDim, u, Math.floor(edge / classes) * childDim, childDim);
+    });
+  }
+
+  /** What routing makes of an image, 0 to 1, [C, H, W]: the layer and its iterations. */
   look(image, routing, iterations) {
-    const { classes: parents, parent_dim: dim } = this.config;
-    const u = this.primaryCapsules(image);
-    const votes = this.votes(u);
-    const rounds = route(votes, { children: this.children, parents, dim, routing, iterations });
-    return { image, u, votes, rounds };
+    const { classes: parents, parent_dim: dim, child_dim: childDim } = this.config;
+    const { u, a } = this.primaryCapsules(image);
+    const layer = {
+      votes: this.votes(u),
+      logits: this.logits(u),
+      a,
+      strength: a ?? lengthsOf(u, this.children, childDim),
+      children: this.children,
+      parents,
+      dim,
+      learned: this.learned,
+      options: this.options,
+    };
+    return { layer, rounds: ROUTE[routing](layer, iterations) };
   }
 }

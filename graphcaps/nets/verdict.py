@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphcaps.functional import multi_hot
 from graphcaps.nets.model import CapsNet, CapsNetConfig, CapsNetOutput
+from graphcaps.routing import ROUTINGS
 
 LENGTH_OF_PRESENT = 0.5  # midway between the margins 0.1 and 0.9 of the loss
 LARGEST_ERROR = 0.45  # of a reconstruction, relative to the squares of the image
@@ -49,9 +50,16 @@ class Verdict:
 def has_verdict(config: CapsNetConfig) -> bool:
     """Whether the thresholds of `judge` are valid for a net, which needs images of single digits.
 
+    They do not hold for routings that are trained with the spread loss, whose activations of absent
+    classes may be close to a half.
+
     >>> has_verdict(CapsNetConfig()), has_verdict(CapsNetConfig(image_kind="picture"))
     (True, False)
+    >>> has_verdict(CapsNetConfig(routing="em"))
+    False
     """
+    if config.routing in ROUTINGS and ROUTINGS[config.routing].loss == "spread":
+        return False
     return config.image_kind == "digit" and config.labels_per_image == 1
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcaps.explorer import base64_of, fill, geometry, halves
-from graphcaps.report.records import Example, Records, carries
+from graphcaps.report.records import Example, Records
 from graphcaps.report.sections import Section
 from graphcaps.routing import ROUTINGS, options_of
 
@@ -63,7 +63,6 @@ def explorer_data(records: Records) -> dict[str, Any]:
     return {
         **geometry(config, records.classes),
         "routing": config.routing,
-        "amountIsShare": carries(config),
         "rounds": len(records.coupling),
         "decoder": [
             {"weight": halves(weight), "bias": halves(bias)} for weight, bias in records.decoder

@@ -11,6 +11,7 @@ from graphcaps.data.splits import Dataset, Split
 from graphcaps.functional import length, multi_hot
 from graphcaps.nets.model import CapsNet, CapsNetConfig
 from graphcaps.pictures.inspection import differences_from_dense, tweak_pose
+from graphcaps.routing import Trace
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.evaluation import Score, as_input, evaluate, fitted
 from graphcaps.training.settings import as_json
@@ -19,6 +20,8 @@ EXAMPLES = 20
 MISTAKES = 8  # at most so many of the examples are misclassified ones
 LOOKED_AT = 100  # test images whose routing is summed up
 IN_GRAPH = 20  # children of the drawn graph
+OF_SUM = ("dynamic", "uniform", "self_attention")  # v points where a sum of votes does
+OF_MEAN = ("em", "variational_bayes", "self_routing")  # v is a mean of votes
 COMPARED = 8  # images on which engines are compared with the dense form
 
 
@@ -34,9 +37,9 @@ class Example:
         poses: class capsules v, `[R, J, D]`.
         lengths: how sure the net is of each class, |v| or activations, `[R, J]`.
         coupling: c, `[R, I, J]`.
-        amounts: what each child gives to each class, `[R, I, J]`: its share of |s_j|, as
-            `Trace.contributions` gives it, where `carries` says so, or else c times the
-            child's activation, or its length |u| where it has none.
+        amounts: what each child gives to each class, `[R, I, J]`: its share of |s_j| or |v_j|, see
+            `shares`, where `carries` says so, or else c times the child's activation, or its
+            length |u| where it has none.
     """
 
     number: int
@@ -222,7 +225,7 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
     rounds, samples = trace.c.shape[:2]
     c = trace.c.view(rounds, samples, -1, model.config.classes)
     if carries(model.config):
-        amounts = trace.contributions().unflatten(2, (-1, trace.v.shape[2]))
+        amounts = shares(model, trace, children[1] if len(children) == 2 else None)
     else:
         strength = children[1] if len(children) == 2 else length(children[0])
         amounts = c * strength[:, :, None]
@@ -247,8 +250,42 @@ def look_inside(model: CapsNet, split: Split, chosen: list[int]) -> tuple[Exampl
 
 
 def carries(config: CapsNetConfig) -> bool:
-    """Whether a class capsule points where the sum of its votes does, as with these routings."""
-    return config.routing in ("dynamic", "uniform")
+    """Whether the pose of a class points where a weighted sum of its votes does.
+
+    >>> carries(CapsNetConfig(routing="em")), carries(CapsNetConfig(routing="attention"))
+    (True, False)
+    """
+    return config.routing in OF_SUM or config.routing in OF_MEAN
+
+
+def shares(model: CapsNet, trace: Trace, a: Tensor | None) -> Tensor:
+    """What each child adds to the length of a class's sum of votes, or of its mean.
+
+    Args:
+        model: with a routing that `carries`.
+        trace: of its class capsules.
+        a: activations of the children, `[B, I]`, where there are some.
+
+    Returns:
+        `[R, B, I, J]`: `w û · v / |v|` with the weights w of the votes. Over the children they sum
+        to |s_j|, or with activations to |v_j|.
+    """
+    rounds, samples, parents, dim = trace.v.shape
+    c = trace.c.view(rounds, samples, -1, parents)
+    beta = getattr(model.capsules.routing, "beta", None)
+    if beta is not None:
+        kinds = trace.structure.edata["weight_index"].long()
+        c = c + beta[kinds].view(-1, parents)
+    weights = c if a is None else c * a.unsqueeze(-1)
+    votes = weights.unsqueeze(-1) * trace.u_hat.view(samples, -1, parents, dim)
+    total = votes.sum(dim=2)  # points where v does
+    size = length(total).unsqueeze(-1)
+    along = total / torch.where(size > 0, size, 1)
+    found = (votes * along.unsqueeze(2)).sum(dim=-1)
+    if a is None:
+        return found
+    divisor = torch.where(size > 0, length(trace.v).unsqueeze(-1) / size, 0)
+    return found * divisor.movedim(-1, -2)
 
 
 def decoder_layers(model: CapsNet) -> tuple[tuple[Tensor, Tensor], ...]:

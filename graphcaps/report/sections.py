@@ -1,5 +1,6 @@
 """The figures of a report's page with their words, in the order in which they are shown."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,8 +89,9 @@ def _of_routing(records: Records) -> list[Section]:
     return [
         Section(
             "Entropy of the coupling",
-            f"How undecided the children are, over {images} test images: ln {parents} nats for one "
-            "that couples to all classes alike, 0 for one that has decided.",
+            f"How undecided the children are, over {images} test images: ln {parents} = "
+            f"{math.log(parents):.4f} nats for one that couples to all classes alike, 0 for one "
+            f"that has decided. The mean at the last iteration is {means[-1]:.4f}.",
             "Mean entropy by iteration: " + ", ".join(f"{mean:.4f}" for mean in means) + " nats.",
             figures.entropy_by_iteration(
                 records.entropy[:, of_image], parents, labels, records.classes
