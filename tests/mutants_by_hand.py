@@ -33,7 +33,7 @@ PASSES = "kernels/cpu/couple_passes.py"
 POSE_PASSES = "kernels/cpu/pose_passes.py"
 TERMS = "kernels/triton/terms.py"
 INTERPRETED = 'triton_numbers.py -k "test_a_pass_equals_the_dense_form_whatever_its_terms"'
-COMPILED = 'test_triton.py -k "real_size and 90 and float32"'
+COMPILED = 'test_triton.py -k "real_size and 90"'
 NEEDED = ["of_u", "of_weight", "of_a", "of_k", "of_p", "of_q", "of_beta", "of_prior"]
 
 

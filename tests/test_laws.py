@@ -1,5 +1,7 @@
 """The laws of routing, for every routing, engine and dtype: poses and matrices in, parents out."""
 
+from inspect import signature
+
 import pytest
 import torch
 from by_hand import route_by_hand
@@ -29,7 +31,9 @@ from routings import (
 from torch.testing import assert_close
 
 import graphcaps as gc
+from graphcaps import reference
 from graphcaps._dgl import dgl
+from graphcaps.routing import ROUTINGS
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 every_engine_with_votes = pytest.mark.parametrize("engine", WITH_VOTES)
@@ -432,6 +436,14 @@ def test_every_option_has_the_effect_that_it_has_in_the_reference(engine, routin
     assert not torch.allclose(route(other, poses).v, route(usual, poses).v, rtol=1e-3) or (
         not torch.allclose(route(other, poses).a, route(usual, poses).a, rtol=1e-3)
     )
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em", "variational_bayes"])
+def test_every_option_has_the_default_of_the_reference(routing):
+    dense = signature(getattr(reference, f"{routing}_routing")).parameters
+    ours = signature(ROUTINGS[routing]).parameters
+    numbers = {"iterations", *OPTIONS[routing]} - {"bias"}  # a tensor there, a flag here
+    assert {x: ours[x].default for x in numbers} == {x: dense[x].default for x in numbers}
 
 
 @every_engine_with_votes
