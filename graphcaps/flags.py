@@ -36,10 +36,10 @@ class TrainSettings:
     #: it is paper if there is a CUDA device, otherwise small.
     preset: Literal["auto"] | Preset = "auto"
     #: One of mnist, fashion-mnist, kmnist, cifar10, svhn and mnist-5k (5,000 digits that need no
-    #: download); one generated from MNIST: multi-mnist (two digits in an image), affine-mnist
-    #: (tested on rotated, sheared and scaled digits) or rotated-mnist; or your own: a folder of
-    #: image files by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder
-    #: with the files of smallNORB or affNIST or with four IDX files.
+    #: download); one generated from MNIST: multi-mnist (two digits in an image), rotated-mnist or
+    #: affine-mnist (tested on rotated, sheared and scaled digits); or your own: a folder of image
+    #: files by class (train/CLASS/ and test/CLASS/, or CLASS/), an .npz file, or a folder with the
+    #: files of smallNORB or affNIST or with four IDX files.
     dataset: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "mnist"
     #: Height and width in pixels to which all images are scaled, or one number for both.
     image_size: Annotated[

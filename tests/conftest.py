@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -19,8 +20,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="dgl")
 hypothesis.settings.register_profile("here", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("here")
 
-# In this order and before all others, so that workers that share the tests end at about the same
-# time: a file is run by one of them (--dist loadfile).
+# These files run first, in this order, so that parallel workers finish at about the same time; with
+# --dist loadfile, each file is run by a single worker.
 LONGEST_FILES = (
     "test_laws.py",
     "test_scripts.py",
@@ -36,7 +37,9 @@ LONGEST_FILES = (
 
 
 def pytest_configure(config):
-    """Cache compiled kernels across test runs, also for the processes that tests start."""
+    """Restore Ctrl-C, and cache compiled kernels for later runs and for processes of the tests."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.pluginmanager.has_plugin("cacheprovider"):
         return
     sources = sorted((Path(__file__).parents[1] / "graphcaps" / "kernels").rglob("*.py"))

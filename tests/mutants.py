@@ -217,7 +217,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("graphcaps", "tests"):
+        for part in ("graphcaps", "tests", "scripts"):
             shutil.copytree(
                 ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
             )

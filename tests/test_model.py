@@ -327,7 +327,7 @@ def test_a_configuration_that_could_not_be_read_again_is_not_saved(tmp_path, cha
     ("dtype", "said"),
     [
         (torch.float16, "not finite in torch.float16"),
-        (torch.int8, "floating point; got torch.int8"),
+        (torch.int8, "floating-point dtype; got torch.int8"),
     ],
 )
 def test_weights_that_a_dtype_cannot_hold_are_not_saved(tmp_path, dtype, said):
