@@ -394,7 +394,8 @@ function showLayers() {
   document.querySelectorAll("#halves button").forEach((button, which) => {
     const parent = two[which];
     paint(button.firstChild, drawn[which], data.image, tints[which]);
-    const text = `${data.classes[parent]}, ${explorer.words.measure.symbol} = ${lengths[parent].toFixed(2)}`;
+    const { symbol } = explorer.words.measure;
+    const text = `${data.classes[parent]}, ${symbol} = ${lengths[parent].toFixed(2)}`;
     button.lastChild.textContent = text;
     set(button, { "aria-label": `Choose ${text}`, "aria-pressed": parent === explorer.parent });
     button.onclick = () => explorer.chooseParent(parent);

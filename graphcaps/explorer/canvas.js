@@ -35,7 +35,10 @@ function takeColours() {
   for (const name of ["for", "against", "ink"]) colours[name] = colourOf(name);
 }
 
-/** Draw numbers from 0 to 1 as ink of one colour, or three channels as they are; size: { height, width }. */
+/**
+ * Draw numbers from 0 to 1 as ink of one colour, or three channels as they are; size: { height,
+ * width }.
+ */
 function paint(canvas, pixels, size, colour = INK) {
   fill(canvas, size, (data, area) => {
     const coloured = pixels.length === 3 * area;

@@ -56,11 +56,12 @@ function logit(at, left, note) {
 }
 
 function coupling(at) {
-  return [SOFTMAX, ofEdge(at.round.c, at), digits(4), `equal coupling: ${(1 / at.parents).toFixed(4)}`];
+  const note = `equal coupling: ${(1 / at.parents).toFixed(4)}`;
+  return [SOFTMAX, ofEdge(at.round.c, at), digits(4), note];
 }
 
-function sumOfVotes(at, weight = C) {
-  return [`|${S}| = |${OVER_CHILDREN} ${weight} ${VOTE}|`, at.total, digits(3), "over all children"];
+function sumOfVotes(at, weight, size) {
+  return [`|${S}| = |${OVER_CHILDREN} ${weight} ${VOTE}|`, size, digits(3), "over all children"];
 }
 
 function sure(at, left, note) {
@@ -73,7 +74,8 @@ function share(at, left) {
 }
 
 function mass(at) {
-  return [`${N} = ${OVER_CHILDREN} ${ACHILD} ${C}`, ofParent(at.round.N, at), digits(2), "votes for it"];
+  const left = `${N} = ${OVER_CHILDREN} ${ACHILD} ${C}`;
+  return [left, ofParent(at.round.N, at), digits(2), "votes for it"];
 }
 
 function activationOfChild({ round, child }) {
@@ -81,7 +83,8 @@ function activationOfChild({ round, child }) {
 }
 
 function mean(at, divisor) {
-  return [`|${V}| = |${OVER_CHILDREN} ${ACHILD} ${C} ${VOTE}| / ${divisor}`, at.total, digits(3), "its pose"];
+  const left = `|${V}| = |${OVER_CHILDREN} ${ACHILD} ${C} ${VOTE}| / ${divisor}`;
+  return [left, at.total, digits(3), "its pose"];
 }
 
 const firstOr = (at, first, later) => (at.iteration ? later : first);
@@ -95,7 +98,7 @@ function equationsOfDynamic(at) {
   return [
     logit(at, B, firstOr(at, "all logits start at 0", earlier)),
     coupling(at),
-    sumOfVotes(at),
+    sumOfVotes(at, C, at.total),
     squashed(at),
     share(at, `${C} ${VOTE}·${V} / |${V}|`),
     [
@@ -111,7 +114,7 @@ function equationsOfUniform(at) {
   return [
     logit(at, B, "uniform: always 0"),
     coupling(at),
-    sumOfVotes(at),
+    sumOfVotes(at, C, at.total),
     squashed(at),
     share(at, `${C} ${VOTE}·${V} / |${V}|`),
   ];
@@ -119,13 +122,14 @@ function equationsOfUniform(at) {
 
 function equationsOfAttention(at) {
   const later = "with the v of the iteration before";
-  const score = "<i>w</i>";
+  const score =
+    `${MEASURES.confidence.html} = logistic(<i>w</i>·${V} + <i>w</i><sub>0</sub>)`;
   return [
     logit(at, `${B} = ${VOTE}·${V} / √<i>D</i>`, firstOr(at, "all logits start at 0", later)),
     coupling(at),
-    [`|${S}| = |${OVER_CHILDREN} ${C} ${VOTE}|`, sizeOf(at.round.s, at), digits(3), "over all children"],
+    sumOfVotes(at, C, sizeOf(at.round.s, at)),
     [`|${V}| = |LayerNorm(${S})|`, sizeOf(at.round.v, at), digits(3), "all are nearly as long"],
-    sure(at, `${MEASURES.confidence.html} = logistic(${score}·${V} + <i>w</i><sub>0</sub>)`, "learned, for all classes alike"),
+    sure(at, score, "w: learned, for all classes alike"),
   ];
 }
 
@@ -137,7 +141,7 @@ function equationsOfSelfAttention(at) {
     logit(at, `${B} = ${VOTE}·${OVER_CHILDREN} ${VOTE} / √<i>D</i>`, "once, without iterations"),
     coupling(at),
     ["<i>β</i>", beta, digits(4), "learned, of this child and class"],
-    sumOfVotes(at, weight),
+    sumOfVotes(at, weight, at.total),
     sure(at, `|${V}| = 1 − e<sup>−|${S}|</sup>`, "squash of this routing"),
     share(at, `${weight} ${VOTE}·${V} / |${V}|`),
   ];
@@ -149,20 +153,23 @@ function equationsOfEm(at) {
   const logOfGaussian = `ln ${A} + ln <i>p<sub>ij</sub></i>`;
   const later = "of the iteration before; p: the vote under the Gaussian of the class";
   const deviation = "ln <i>σ<sub>jd</sub></i>";
+  const deviations = ofParent(at.round.deviations, at);
+  const cost = `${N} ${OVER_NUMBERS} (<i>β<sub>u</sub></i> + ${deviation})`;
   return [
     logit(at, `${B} = ${logOfGaussian}`, firstOr(at, "all logits start at 0", later)),
     coupling(at),
     activationOfChild(at),
     mass(at),
     mean(at, N),
-    [`${OVER_NUMBERS} ${deviation}`, ofParent(at.round.deviations, at), digits(2), "how far its votes are apart"],
-    sure(at, `${A} = logistic(<i>λ</i>(<i>β<sub>a</sub></i> − ${N} ${OVER_NUMBERS} (<i>β<sub>u</sub></i> + ${deviation})))`, ""),
+    [`${OVER_NUMBERS} ${deviation}`, deviations, digits(2), "how far its votes are apart"],
+    sure(at, `${A} = logistic(<i>λ</i>(<i>β<sub>a</sub></i> − ${cost}))`, ""),
     share(at, SHARE_OF_MEAN),
   ];
 }
 
 function equationsOfVariationalBayes(at) {
-  const later = "of the iteration before: the expected logarithm of the class's Gaussian at the vote";
+  const later = "of the iteration before: the expected logarithm of the class's Gaussian";
+  const gain = "<i>β<sub>a</sub></i> − <i>β<sub>u</sub></i>";
   const [logPi, logDet] = ["E ln <i>π<sub>j</sub></i>", "E ln |<i>Λ<sub>j</sub></i>|"];
   return [
     logit(at, B, firstOr(at, "all logits start at 0", later)),
@@ -172,14 +179,15 @@ function equationsOfVariationalBayes(at) {
     mean(at, `(<i>κ</i><sub>0</sub> + ${N})`),
     [logDet, ofParent(at.round.logDet, at), digits(2), "how close its votes are"],
     [logPi, ofParent(at.round.logPi, at), digits(2), "how large its part of all votes is"],
-    sure(at, `${A} = logistic(<i>β<sub>a</sub></i> − <i>β<sub>u</sub></i> − exp(${logPi}) <i>H<sub>j</sub></i>)`, "H: the entropy of its Gaussian"),
+    sure(at, `${A} = logistic(${gain} − exp(${logPi}) <i>H<sub>j</sub></i>)`, "H: its entropy"),
     share(at, `${ACHILD} ${C} ${VOTE}·${V} / ((<i>κ</i><sub>0</sub> + ${N}) |${V}|)`),
   ];
 }
 
 function equationsOfSelfRouting(at) {
+  const logits = `${B} = <i>W</i>′<i><sub>ij</sub></i>·<i>u<sub>i</sub></i> + prior`;
   return [
-    logit(at, `${B} = <i>W</i>′<i><sub>ij</sub></i>·<i>u<sub>i</sub></i> + prior`, "the child decides, without iterations"),
+    logit(at, logits, "the child decides, without iterations"),
     coupling(at),
     activationOfChild(at),
     mass(at),

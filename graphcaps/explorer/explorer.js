@@ -3,7 +3,8 @@
 // It draws a `look`: { title, image [C, H, W] from 0 to 1, truth (classes, or null), rounds, dim },
 // and `predicted`, the class to begin with, if it is not the longest of the shown iteration.
 // A round is an iteration of the routing: { c [I, J], lengths [J], pose(j), amounts(j) [I] }, and
-// of a live net b, s, agreement(i, j), too. `amounts` says how much each child gives to a class.
+// of a live net agreement(i, j) and what routings.js gives, too. `amounts` says how much each child
+// gives to a class.
 
 const LARGEST_OFFSET = 0.25; // figure 4 of the paper
 const LARGEST_CIRCLE = 0.475; // of the distance of neighbours
@@ -193,8 +194,8 @@ class Explorer {
     byId("amount-name").textContent = whole ? `its share of ${whole}` : `coupling × ${strength}`;
     byId("about-routing").innerHTML =
       `A child <i>i</i> divides its votes among the classes <i>j</i> by the coupling ` +
-      `<i>c<sub>ij</sub></i>${about} The ${measure.name} ${measure.html} says how sure the net is ` +
-      "of a class.";
+      `<i>c<sub>ij</sub></i>${about} The ${measure.name} ${measure.html} says how sure the net ` +
+      "is of a class.";
   }
 
   play() {
@@ -330,8 +331,8 @@ class Explorer {
     });
     const name = this.nameOf(this.parent);
     const text = this.words.sum ? this.shareInWords(name) :
-      `Circles: coupling × ${this.words.strength} for ${name}, summed over the ${page.children.maps} maps ` +
-      `at a position, up to ${most.toFixed(2)}.`;
+      `Circles: coupling × ${this.words.strength} for ${name}, summed over the ` +
+      `${page.children.maps} maps at a position, up to ${most.toFixed(2)}.`;
     byId("carriers-title").textContent =
       this.words.sum ? this.words.title(name) : `Where votes for ${name} come from`;
     set(byId("carriers"), { "aria-label": text });
@@ -344,8 +345,8 @@ class Explorer {
     let [carried, count] = [0, 0];
     while (count < falling.length && carried < CARRIED * total) carried += falling[count++];
     const against = amounts.filter((x) => x < 0);
-    const few = `${count} of ${amounts.length} children ${words.carry} ${percent(carried / total)} of ` +
-      `${words.sum} = ${total.toFixed(2)} for ${name}`;
+    const few = `${count} of ${amounts.length} children ${words.carry} ` +
+      `${percent(carried / total)} of ${words.sum} = ${total.toFixed(2)} for ${name}`;
     const others = `${against.length} ${words.against}, ${percent(sum(against) / total)} together`;
     return `${few}; ${others}. ` +
       `Circles: ${words.share} at the middle of what the children see; hollow: against.`;
@@ -491,8 +492,9 @@ class Explorer {
     const what = showCoupling ? "c" : share;
     byId("coupling-caption").textContent =
       "Lines are as thick as the mean coupling of a map to a class; equal coupling is " +
-      `${(1 / parents).toFixed(2)}. Circles are classes, their area is ${measure.symbol}. The area of a square ` +
-      `is ${what}; a full one is ${+scale.toPrecision(2)}${showCoupling ? "" : ", a hollow one is below zero"}. ` +
+      `${(1 / parents).toFixed(2)}. Circles are classes, their area is ${measure.symbol}. The area ` +
+      `of a square is ${what}; a full one is ${+scale.toPrecision(2)}` +
+      `${showCoupling ? "" : ", a hollow one is below zero"}. ` +
       this.entropyInWords();
   }
 
@@ -603,7 +605,8 @@ class Explorer {
     set(end, { y: y(last) + 5 });
     end.textContent = this.shortNames ? this.nameOf(parent) : parent;
     const ofParent = look.rounds.map(({ lengths }) => lengths[parent].toFixed(2)).join(", ");
-    const text = `The ${this.words.measure.name} of ${this.nameOf(parent)} by iteration: ${ofParent}.`;
+    const { name } = this.words.measure;
+    const text = `The ${name} of ${this.nameOf(parent)} by iteration: ${ofParent}.`;
     set(svg, { "aria-label": text });
     byId("courses-caption").textContent = `${text} Thin: the other classes.`;
   }

@@ -241,7 +241,8 @@ class CapsNet {
     if (!this.columnOfLogits) return null;
     const { classes, child_dim: childDim } = this.config;
     return Float32Array.from({ length: this.children * classes }, (_, edge) => {
-      return dot(this.columnOfLogits, edge * childDim, u, Math.floor(edge / classes) * childDim, childDim);
+      const child = Math.floor(edge / classes);
+      return dot(this.columnOfLogits, edge * childDim, u, child * childDim, childDim);
     });
   }
 

@@ -181,7 +181,7 @@ function masses(weights, parents) {
   return N;
 }
 
-/** Divide the weights of the edges of each parent, or the sums [J, D], by a number of the parent. */
+/** Divide weights of edges, [I, J], or sums, [J, D], by a number of the parent. */
 function divided(numbers, divisor, parentOf) {
   return numbers.map((x, at) => x / divisor[parentOf(at)]);
 }
