@@ -363,21 +363,23 @@ def test_what_does_not_fit_is_refused(changes, said):
 
 
 @pytest.mark.parametrize(
-    ("batch", "dim", "competition", "expected"),
+    ("batch", "dim", "parents", "competition", "expected"),
     [
-        (1, 16, None, PosesInLanes),
-        (7, 16, None, PosesInLanes),
-        (12, 16, None, SamplesInLanes),
-        (64, 16, None, SamplesInLanes),
-        (3, 4, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
-        (64, 16, [0, 1, 0], PosesInLanes),  # the other knows no competition but a child's
+        (1, 16, 6, None, PosesInLanes),
+        (8, 16, 6, None, PosesInLanes),
+        (12, 16, 6, None, SamplesInLanes),
+        (64, 16, 6, None, SamplesInLanes),
+        (3, 4, 6, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
+        (8, 16, 1, None, SamplesInLanes),  # expanding poses would cost as much as the votes
+        (64, 16, 2, [0, 1, 0, 1], PosesInLanes),  # the other knows no competition but a child's
     ],
 )
-def test_what_fills_more_lanes_stands_in_them(batch, dim, competition, expected):
-    graph = gc.routing_graph([0, 0, 1], [0, 1, 1], competition=competition)
-    edges = kernels.prepare(graph, 3, torch.device("cpu"))
-    u, weight = torch.zeros(batch, 2, 8), torch.zeros(3, 8, dim)
-    assert type(lay_out.make_parts(u, weight, edges.tensors, 2, 1)) is expected
+def test_the_layout_with_less_work_is_chosen(batch, dim, parents, competition, expected):
+    child = torch.arange(2).repeat_interleave(parents)
+    graph = gc.routing_graph(child, torch.arange(parents).repeat(2), competition=competition)
+    edges = kernels.prepare(graph, 2 * parents, torch.device("cpu"))
+    u, weight = torch.zeros(batch, 2, 8), torch.zeros(2 * parents, 8, dim)
+    assert type(lay_out.make_parts(u, weight, edges.tensors, parents, 1)) is expected
 
 
 def test_threads_have_whole_children_and_whole_competitions():

@@ -19,6 +19,7 @@ def make_parts(
     samples, pose = len(u), rows * weight.shape[2]
     by_sample = SamplesInLanes.lanes_of(samples) * pose
     by_pose = COST_OF_A_POSE * samples * PosesInLanes.lanes_of(pose)
+    by_pose *= 1 + u.shape[1] / max(1, len(edges[1]))  # expanding a child's pose costs a vote
     if facts.by_child and by_sample <= by_pose:
         return SamplesInLanes(u, weight, edges, parents, rows)
     return PosesInLanes(u, weight, edges, parents, rows)
