@@ -161,7 +161,7 @@ class Structure:
             return x
         told = x.shape if isinstance(x, Tensor) else {n: list(y.shape) for n, y in x.items()}
         if not isinstance(x, Tensor):
-            counts = {n: y.shape[dim] if y.dim() >= -dim else -1 for n, y in x.items()}
+            counts = {n: y.shape[dim] if y.dim() >= -dim else None for n, y in x.items()}
             others = {(y.shape[:dim], y.shape[dim:][1:], y.dtype, y.device) for y in x.values()}
             if counts == self.child_types and len(others) == 1:
                 joined = torch.cat([x[node_type] for node_type in self.child_types], dim)
