@@ -6,7 +6,7 @@ graph is child-major: a feature of its batched edges, `[B·E, D]`, is `[B, I, J,
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -166,7 +166,8 @@ def made_to_be_kept() -> Iterator[None]:
     with (
         temporarily_clear_interpreter_stack(),
         _disable_current_modes(),
-        torch.device("cpu"),
+        # a mode that sees every function of torch, and takes half of the time of small ones
+        nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
         torch.inference_mode(False),
     ):
         yield

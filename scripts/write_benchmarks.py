@@ -52,6 +52,7 @@ def with_tables(text: str) -> str:
         "routings-cpu": bench_routing.table_of_routings(routing),
         "routings-mnist": _trained(_read_if_measured("routings-mnist")),
         "conv-cpu": _large_without_votes(routing["conv"]),
+        "choices-cpu": _choices(_read("choices-cpu")),
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
     }
@@ -153,6 +154,24 @@ def _kept(results: dict[str, Any]) -> str:
         "Time of `fused`, forward and backward, on pruned graphs, relative to the complete graph. "
         f"{'; '.join(parts)}."
     )
+
+
+def _choices(results: dict[str, Any]) -> str:
+    """Forward and backward of `auto` beside each form; medians."""
+    forms = {
+        "auto": "`auto`",
+        "samples": "`fused`, samples in lanes",
+        "poses": "`fused`, poses in lanes",
+        "builtin": "`builtin`",
+        "dense": "dense",
+        "padded": "dense, padded",
+    }
+    lines = [_machine(results), "", f"| ms | {' | '.join(forms.values())} |"]
+    lines.append("|---|" + "---|" * len(forms))
+    for name, seconds in results["choices"].items():
+        times = [f"{1e3 * quartiles(seconds[f])[1]:.1f}" if f in seconds else "" for f in forms]
+        lines.append(f"| {name} | {' | '.join(times)} |")
+    return "\n".join(lines)
 
 
 def _on_a_gpu() -> str:
