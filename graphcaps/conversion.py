@@ -235,7 +235,7 @@ def _as_batch(
             parent_type=graph.nodes["parent"].data["type"],
             competition=None if competition is None else competition[order],
         )
-    sizes = [x.bincount(minlength=graphs) for x in (of_child, of_parent, of_edge)]
+    sizes = [x.bincount(minlength=graphs).int() for x in (of_child, of_parent, of_edge)]
     graph.set_batch_num_nodes(dict(zip(("child", "parent"), sizes, strict=False)))
     graph.set_batch_num_edges({VOTES: sizes[2]})
     return graph
