@@ -466,6 +466,7 @@ def test_coupling_sums_to_one_over_the_parents_of_a_child(engine, variant):
 def test_coupling_starts_equal_in_a_new_layer_with_self_routing(engine):
     layer = gc.CapsuleLayer(gc.complete_graph(6, 4), 3, 5, routing="self_routing", engine=engine)
     _, trace = layer(torch.randn(2, 6, 3), torch.rand(2, 6), return_trace=True)
+    assert layer.weight.shape == (6 * 4, 3, 5 + 1)  # the last column makes the logits
     assert not trace.b.any()
     assert_close(trace.c[-1], torch.full_like(trace.c[-1], 1 / 4))
 
