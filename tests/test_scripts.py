@@ -29,9 +29,9 @@ def test_the_papers_recipe_runs_from_images_to_test_accuracy():
     digits = str(ROOT / "tests" / "digits")
     out = script(
         "train_mnist.py",
-        *("--dataset", digits, "--preset", "small", "--epochs", "6", "--batch-size", "24"),
+        *("--dataset", digits, "--preset", "small", "--epochs", "3", "--batch-size", "24"),
     )
-    assert out.count("validation accuracy") == 6
+    assert out.count("validation accuracy") == 3
     errors = int(out.splitlines()[-1].split(", ")[1].split()[0])
     assert errors < 50  # of 100; a net that learnt nothing has 90
 
