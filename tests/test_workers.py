@@ -1,6 +1,5 @@
 """Two gloo processes that torchrun starts, against one process."""
 
-import json
 import os
 import pickle
 import signal
@@ -170,14 +169,24 @@ def test_what_the_leader_cannot_enter_is_told_on_every_worker(tmp_path, monkeypa
     assert len(sent) == 2
 
 
-def test_two_interrupted_processes_go_on_as_if_never_stopped(tmp_path):
-    flags = ["--epochs", 2, "--batch-size", 48, "--device", "cpu", "--checkpoint-every", 1]
-    train = ["-m", "graphcaps", "train", "--dataset", DIGITS, *flags]
-    processes(2, *train, "--run-dir", tmp_path / "unbroken")
-    stopped = RunFolder(tmp_path / "stopped")
-    command = [str(part) for part in (*launcher(2), *train, "--run-dir", stopped.path)]
+TRAIN = [
+    *("-m", "graphcaps", "train", "--dataset", DIGITS, "--epochs", 2, "--batch-size", 48),
+    *("--device", "cpu", "--run-dir"),
+]
+
+
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory):
+    """A run that two processes trained, and what they printed."""
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "two")
+    return run, processes(2, *TRAIN, run.path).stdout
+
+
+def test_two_interrupted_processes_go_on_as_if_never_stopped(run_of_two, tmp_path):
+    unbroken, stopped = run_of_two[0], RunFolder(tmp_path / "stopped")
+    train = [*launcher(2), *TRAIN, stopped.path, "--checkpoint-every", 1]
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+        list(map(str, train)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD
     )
     while stopped.last_checkpoint() is None:
         assert running.poll() is None, running.communicate()
@@ -186,20 +195,18 @@ def test_two_interrupted_processes_go_on_as_if_never_stopped(tmp_path):
     running.communicate(timeout=60)
     assert stopped.result() is None
     processes(2, "-m", "graphcaps", "train", "--run-dir", stopped.path, "--resume")
-    for name, tensor in CapsNet.load(tmp_path / "unbroken" / "best").state_dict().items():
+    for name, tensor in CapsNet.load(unbroken.best).state_dict().items():
         assert_close(CapsNet.load(stopped.best).state_dict()[name], tensor)
 
 
-def test_two_processes_train_one_run_as_one_process_does(tmp_path):
-    flags = ["--dataset", DIGITS, "--epochs", 1, "--batch-size", 48, "--device", "cpu"]
-    for count, name in ((1, "one"), (2, "two")):
-        run = tmp_path / name
-        launched = ["graphcaps", "train", "--run-dir", run, *flags]
-        done = processes(count, "-m", *launched)
-        assert done.stdout.count("The run's files are in") == 1
-    logs = [RunFolder(tmp_path / name).metrics() for name in ("one", "two")]
+def test_two_processes_train_one_run_as_one_process_does(run_of_two, tmp_path):
+    two, told_by_two = run_of_two
+    one = RunFolder(tmp_path / "one")
+    for told in (processes(1, *TRAIN, one.path).stdout, told_by_two):
+        assert told.count("The run's files are in") == 1
+    logs = [run.metrics() for run in (one, two)]
     assert [r["kind"] for r in logs[0]] == [r["kind"] for r in logs[1]]
-    assert logs[1][-1]["train_loss"] == pytest.approx(logs[0][-1]["train_loss"], rel=1e-3)
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
-    assert results[0]["test_images"] == results[1]["test_images"] == 100
-    CapsNet.load(tmp_path / "two" / "best")
+    first = [next(r["train_loss"] for r in log if r["kind"] == "epoch") for log in logs]
+    assert first[1] == pytest.approx(first[0], rel=1e-3)
+    assert one.result()["test_images"] == two.result()["test_images"] == 100
+    CapsNet.load(two.best)
