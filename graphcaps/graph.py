@@ -166,7 +166,7 @@ def made_to_be_kept() -> Iterator[None]:
     with (
         temporarily_clear_interpreter_stack(),
         _disable_current_modes(),
-        # a mode that sees every function of torch, and takes half of the time of small ones
+        # as a context, a device slows down every operation, so it is entered only if needed
         nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
         torch.inference_mode(False),
     ):

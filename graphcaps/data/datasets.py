@@ -323,15 +323,20 @@ class _Source(NamedTuple):
     fetch_elsewhere: Callable[[Path], Mapping[str, bytes]]
 
 
-def _load_torchvision(name: str, folder: Path) -> Parts:
+def _of_torchvision(name: str, kind: str) -> Any:
+    """The class of torchvision for a data set."""
     try:
         from torchvision import datasets
     except ImportError as error:
         raise RuntimeError(
             f'{name} needs torchvision, which is not installed: pip install "graphcaps[train]"'
         ) from error
+    return getattr(datasets, kind)
+
+
+def _load_torchvision(name: str, folder: Path) -> Parts:
     source = _SOURCES[name]
-    kind = getattr(datasets, source.torchvision_class)
+    kind = _of_torchvision(name, source.torchvision_class)
     raw = folder / source.torchvision_class / "raw"
     try:
         legacy = raw.parent / "processed" / "training.pt"
@@ -366,13 +371,7 @@ def _load_torchvision(name: str, folder: Path) -> Parts:
 
 def _load_by_torchvision(name: str, folder: Path) -> Parts:
     """KMNIST, CIFAR-10 or SVHN, whose files torchvision downloads and checks."""
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            f'{name} needs torchvision, which is not installed: pip install "graphcaps[train]"'
-        ) from error
-    kind = getattr(datasets, BY_TORCHVISION[name])
+    kind = _of_torchvision(name, BY_TORCHVISION[name])
     root = folder / BY_TORCHVISION[name]
     if name == "kmnist":  # torchvision adds a folder of that name itself, as for MNIST
         raw = root / "raw"

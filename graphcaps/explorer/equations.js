@@ -204,10 +204,10 @@ const UNKNOWN = {
   about: ".",
 };
 
-// `sum` is what the children's shares sum to, and `share` how each is written; routings without
-// them have no poses that are weighted sums of votes, and coupling × strength of the child is shown
-// instead. Where the pose is a mean, a share says nothing
-// about whether the class is there. `about` ends the sentence about coupling.
+// `sum` is what the children's shares sum to, and `share` how each is written. A routing whose
+// poses are not weighted sums of votes has neither; coupling × `strength` of the child is shown
+// instead. If the pose is a mean, a share does not say whether the class is present. `about` ends
+// the sentence about coupling.
 const OF_SUM = {
   sum: "|s|",
   title: (name) => `Who carries the ${name}`,
