@@ -23,7 +23,7 @@ from graphcaps.routing import (
     make_routing,
 )
 from graphcaps.routing.base import check_at_least_1
-from graphcaps.structure import Structure
+from graphcaps.structure import Structure, structure_of
 from graphcaps.tracing import is_traced
 from graphcaps.votes import votes_on_edges, with_coordinates
 
@@ -337,7 +337,7 @@ class CapsuleLayer(nn.Module):
             RuntimeError: the engine cannot run on the device of `u`.
         """
         structure = (
-            self.structure if graph is None else _looked_at(graph, len(self.weight), self.etype)
+            self.structure if graph is None else structure_of(graph, len(self.weight), self.etype)
         )
         u = structure.join("u", u, dim=-2)
         a = a if a is None else structure.join("a", a, dim=-1)
@@ -450,11 +450,6 @@ class CapsuleLayer(nn.Module):
             f"children={own.children}, parents={own.parents}, edges={own.edges}, " if own else ""
         )
         return f"{graph}weight={list(self.weight.shape)}, {rows}engine={self.engine!r}"
-
-
-@torch.compiler.disable
-def _looked_at(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None) -> Structure:
-    return Structure(graph, kinds=kinds, etype=etype)
 
 
 def _under_autocast(device_type: str) -> bool:

@@ -1,8 +1,10 @@
 """A checked routing graph, with a cache for the data that engines prepare for it."""
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from graphcaps.graph import (
 
 T = TypeVar("T")
 BATCH_SIZES_KEPT = 4  # those of training, evaluation, and the shorter last batch of each
+GRAPHS_KEPT = 8  # the last ones that calls of layers were given
 TERMS = 32  # the least length of a partial sum
 
 
@@ -259,3 +262,51 @@ def _made(make: Callable[[], T]) -> T:
 
 def _count(numbers: Tensor) -> int:
     return int(numbers.max()) + 1 if len(numbers) else 0
+
+
+class _Seen(NamedTuple):
+    content: list[Tensor | None]
+    structure: Structure
+
+
+_seen: WeakKeyDictionary[dgl.DGLGraph, dict[Hashable, _Seen]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@torch.compiler.disable
+def structure_of(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None = None) -> Structure:
+    """Return `Structure(graph, kinds=kinds, etype=etype)`, cached for the last few graphs.
+
+    It is made anew if the graph's edges, batch or features changed since the last call.
+    """
+    if not isinstance(graph, dgl.DGLGraph):
+        return Structure(graph, kinds=kinds, etype=etype)  # which tells what is expected
+    key = kinds, tuple(etype) if isinstance(etype, list) else etype
+    with _lock:
+        of_graph = _seen.pop(graph, {})
+        _seen[graph] = of_graph  # the most recently used is last
+        for oldest in list(_seen)[:-GRAPHS_KEPT]:
+            _seen.pop(oldest, None)
+    with made_to_be_kept():
+        content, seen = _content(graph), of_graph.get(key)
+        if seen is None or not all(map(_same, seen.content, content)):
+            copies = [x if x is None else x.clone() for x in content]
+            seen = _Seen(copies, Structure(graph, kinds=kinds, etype=etype))
+            of_graph[key] = seen
+    return seen.structure
+
+
+def _content(graph: dgl.DGLGraph) -> list[Tensor | None]:
+    """All that `Structure` reads of a graph."""
+    content = [graph.batch_num_nodes(node_type) for node_type in graph.ntypes]
+    for kind in graph.canonical_etypes:
+        features = graph.edges[kind].data
+        content += [*graph.edges(etype=kind), *map(features.get, ("weight_index", "competition"))]
+        content.append(graph.dstnodes[kind[2]].data.get("type"))
+    return content
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)

@@ -85,7 +85,6 @@ class Training:
 
     def __init__(self, form: str, options: Options) -> None:
         torch.manual_seed(0)
-        on_gpu = options.device != "cpu"
         engine = ENGINES.get(form, form)
         self.autocast = torch.autocast(options.device, torch.bfloat16, enabled=form == BFLOAT16)
         self.model = gc.CapsNet.from_preset(options.preset, engine=engine)
@@ -98,10 +97,8 @@ class Training:
             self.model.add_module("capsules", dense)
         elif form == COMPILED:
             self.model.compile(fullgraph=True)
-        self.model.to(options.device)
-        if on_gpu:  # as graphcaps train
-            self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=on_gpu)
+        self.model.to(options.device, memory_format=torch.channels_last)  # as graphcaps train
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         images = torch.rand(options.batch, 1, 28, 28, device=options.device)
         labels = torch.randint(10, (options.batch,), device=options.device)
         self.batch = images, labels

@@ -66,6 +66,43 @@ MUTANTS = [
         "np.asarray(alpha) >= 0",
         "test_images.py -k not_visible",
     ),
+    # what is kept
+    (
+        "a graph that changed is not prepared anew",
+        "structure.py",
+        "if seen is None or not all(map(_same, seen.content, content)):",
+        "if seen is None:",
+        "test_kept_graphs.py",
+    ),
+    (
+        "features are kept, not copies of them",
+        "structure.py",
+        "[x if x is None else x.clone() for x in content]",
+        "content",
+        "test_kept_graphs.py",
+    ),
+    (
+        "graphs are kept for good",
+        "structure.py",
+        "list(_seen)[:-GRAPHS_KEPT]",
+        "[]",
+        "test_kept_graphs.py",
+    ),
+    # threads
+    (
+        "OpenMP in a forked process",
+        "kernels/cpu/threads.py",
+        "None if _Process.forked else _openmp()",
+        "_openmp()",
+        "test_threads.py -k forked",
+    ),
+    (
+        "exceptions of threads are lost",
+        "kernels/cpu/threads.py",
+        "errors.append(error)",
+        "pass",
+        "test_threads.py -k exception",
+    ),
     # dynamic routing
     (
         "gradients='last' ignored with votes",

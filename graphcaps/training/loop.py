@@ -173,11 +173,9 @@ class Trainer:
         self.steps_per_epoch = len(data.train.labels) // self.batch_size
         torch.manual_seed(settings.seed)
         self.model = _make_net(settings, recipe, data, run).to(workers.device)
-        on_gpu = workers.device.type != "cpu"
-        if on_gpu:
-            self.model.to(memory_format=torch.channels_last)  # fastest for convolutions on a GPU
+        self.model.to(memory_format=torch.channels_last)  # fastest for convolutions
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=recipe.learning_rate, fused=on_gpu
+            self.model.parameters(), lr=recipe.learning_rate, fused=True
         )
         self.schedule = make_schedule(self.optimizer, recipe, self.steps_per_epoch)
         self.step = 0

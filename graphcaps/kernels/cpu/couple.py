@@ -27,9 +27,9 @@ def couple(
     detach_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """N, S, Q, and an empty tensor: the backward needs none, as it recomputes the coupling."""
-    with make_parts(u, weight, edges, parents, rows) as parts:
-        inputs = parts.inputs(*map(optional_array, (a, r, k, p, q, beta, prior)))
-        found = parts.couple_pass(inputs, leak, (True, True, squares))
+    parts = make_parts(u, weight, edges, parents, rows)
+    inputs = parts.inputs(*map(optional_array, (a, r, k, p, q, beta, prior)))
+    found = parts.couple_pass(inputs, leak, (True, True, squares))
     N, S, Q = map(torch.from_numpy, found)
     return N.squeeze(-1), S, Q, u.new_empty(0)
 
@@ -57,14 +57,14 @@ def couple_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, weight, a, k, p, q, beta and prior that are needed."""
-    with make_parts(u, weight, edges, parents, rows) as parts:
-        inputs = parts.inputs(*map(optional_array, (a, r, k, p, q, beta, prior)))
-        of_sums = Totals(
-            N=parts.in_lanes(array(dN)),
-            S=parts.in_lanes(array(dS)),
-            Q=parts.in_lanes(array(dQ)) if squares else parts.empty(0),
-        )
-        found = parts.couple_gradient_pass(inputs, leak, detach_coupling, of_sums, Needed(*needed))
+    parts = make_parts(u, weight, edges, parents, rows)
+    inputs = parts.inputs(*map(optional_array, (a, r, k, p, q, beta, prior)))
+    of_sums = Totals(
+        N=parts.in_lanes(array(dN)),
+        S=parts.in_lanes(array(dS)),
+        Q=parts.in_lanes(array(dQ)) if squares else parts.empty(0),
+    )
+    found = parts.couple_gradient_pass(inputs, leak, detach_coupling, of_sums, Needed(*needed))
     kinds = weight.shape[:1]
     shapes = (u.shape, weight.shape, u.shape[:2], dN.shape, dS.shape, dS.shape, kinds, kinds)
     du, dweight, da, dk, dp, dq, dbeta, dprior = (

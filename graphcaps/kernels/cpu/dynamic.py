@@ -1,7 +1,6 @@
 """The operations `graphcaps::dynamic_routing` and its backward on the CPU.
 
-The steps between the passes use numpy rather than torch: torch's threads keep spinning for a while
-after an operation, and would compete with the threads of the next pass.
+The passes take and return numpy arrays, so the short steps between them use numpy, too.
 """
 
 import itertools
@@ -30,13 +29,13 @@ def dynamic_routing(
         v `[B, J, D]`; s of all iterations, `[R, B, J, D]`; and an empty tensor.
     """
     V, s = None, []
-    with make_parts(u, weight, edges, parents, rows=1) as parts:
-        for _ in range(iterations):
-            inputs = parts.inputs(p=V)
-            _, sums, _ = parts.couple_pass(inputs, False, (False, True, False))
-            v = _squash(sums)
-            V = v if V is None else V + v
-            s.append(sums)
+    parts = make_parts(u, weight, edges, parents, rows=1)
+    for _ in range(iterations):
+        inputs = parts.inputs(p=V)
+        _, sums, _ = parts.couple_pass(inputs, False, (False, True, False))
+        v = _squash(sums)
+        V = v if V is None else V + v
+        s.append(sums)
     return torch.from_numpy(v), torch.from_numpy(np.stack(s)), u.new_empty(0)
 
 
@@ -56,17 +55,17 @@ def dynamic_routing_backward(
     sums = array(s)
     last = len(sums) - 1
     none = Needed(*[False] * 8)
-    with make_parts(u, weight, edges, parents, rows=1) as parts:
-        V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, sums[:last]))]
-        q = [parts.in_lanes(_squash_gradient(sums[last], array(dv)))]
-        H = np.zeros_like(sums[last])
-        for r in range(last, 0, -1) if through_all else ():
-            inputs = parts.inputs()._replace(p=V[r - 1])
-            of_sums = Totals(parts.empty(0), q[0], parts.empty(0))
-            dp = parts.couple_gradient_pass(inputs, False, False, of_sums, none._replace(p=True))[4]
-            H = H + dp
-            q.insert(0, parts.in_lanes(_squash_gradient(sums[r - 1], H)))
-        du, dweight = parts.dynamic_gradient_pass(V, q, last + 1, needed)
+    parts = make_parts(u, weight, edges, parents, rows=1)
+    V = [parts.in_lanes(V) for V in itertools.accumulate(map(_squash, sums[:last]))]
+    q = [parts.in_lanes(_squash_gradient(sums[last], array(dv)))]
+    H = np.zeros_like(sums[last])
+    for r in range(last, 0, -1) if through_all else ():
+        inputs = parts.inputs()._replace(p=V[r - 1])
+        of_sums = Totals(parts.empty(0), q[0], parts.empty(0))
+        dp = parts.couple_gradient_pass(inputs, False, False, of_sums, none._replace(p=True))[4]
+        H = H + dp
+        q.insert(0, parts.in_lanes(_squash_gradient(sums[r - 1], H)))
+    du, dweight = parts.dynamic_gradient_pass(V, q, last + 1, needed)
     return (
         torch.from_numpy(du.reshape(u.shape if needed[0] else 0)),
         torch.from_numpy(dweight.reshape(weight.shape if needed[1] else 0)),

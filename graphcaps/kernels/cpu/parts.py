@@ -2,11 +2,9 @@
 
 import itertools
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from graphcaps._dgl import dgl
 from graphcaps.graph import competition_of_edges
+from graphcaps.kernels.cpu.threads import run
 from graphcaps.kernels.edges import SortedEdges, sort_edges
 
 Array = NDArray[Any]
@@ -127,7 +126,7 @@ class EdgeArrays(NamedTuple):
     parent: Array
     kind: Array
     terms_of_parent: Array
-    terms_of_kind: Array
+    terms_of_kind: Array  # empty if no two children share a matrix
 
 
 class Inputs(NamedTuple):
@@ -238,6 +237,9 @@ class Parts(ABC):
         _, child_dim, parent_dim = weight.shape
         self.sizes = Sizes(len(u), u.shape[1], parents, rows, child_dim, parent_dim)
         self.pose = rows * parent_dim
+        self.facts = Facts(*facts.tolist())
+        if self.facts.apart:  # there are no partial sums of matrices
+            of_kind = of_kind[:0]
         self.edges = EdgeArrays(
             start.astype(np.int64),
             child,
@@ -247,13 +249,11 @@ class Parts(ABC):
             _terms_of_a_sum(of_kind * terms_of_an_edge),
         )
         self.cuts = cuts
-        self.facts = Facts(*facts.tolist())
         work = cost * vote * len(kind) * child_dim
         # private sums of parents may take as much memory as the poses, or be those of a few threads
         fitting = max(FEW_THREADS, self.u.size // max(1, 2 * vote * parents))
         worth = min(torch.get_num_threads(), work // WORK_OF_A_THREAD, fitting)
         self.groups = self.ranges(worth)
-        self._threads: Executor | None = None
 
     @property
     @abstractmethod
@@ -312,7 +312,7 @@ class Parts(ABC):
             )
             for groups, own in zip(self.groups, totals, strict=True)
         ]
-        self.run(self.passes.couple, calls)
+        run(self.passes.couple, calls)
         return self.add_up(totals, wanted)
 
     def couple_gradient_pass(
@@ -346,7 +346,7 @@ class Parts(ABC):
             )
             for t in range(len(groups))
         ]
-        self.run(self.passes.couple_gradient, calls)
+        run(self.passes.couple_gradient, calls)
         dk, dp, dq = self.add_up(totals, (needed.k, needed.p, needed.q))
         dbeta, dprior = (sum(x).astype(self.dtype) for x in zip(*of_kinds, strict=True))
         return du, self.gather_matrices(dweights), da, dk, dp, dq, dbeta, dprior
@@ -378,7 +378,7 @@ class Parts(ABC):
             )
             for those, dweight in zip(groups, dweights, strict=True)
         ]
-        self.run(self.passes.dynamic_gradient, calls)
+        run(self.passes.dynamic_gradient, calls)
         return du, self.gather_matrices(dweights)
 
     def inputs(
@@ -398,32 +398,11 @@ class Parts(ABC):
             *(self.empty(0) if x is None else x for x in (beta, prior)),
         )
 
-    def __enter__(self) -> Self:
-        # a pool per call, because the threads of a lasting pool would be missing after a fork;
-        # none while the interpreter shuts down, when threads cannot be started
-        if len(self.groups) > 1 and threading.main_thread().is_alive():
-            self._threads = ThreadPoolExecutor(len(self.groups) - 1)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-
-    def run(self, one_pass: Callable, calls: Sequence[Sequence[Any]]) -> None:
-        """Call a compiled function for all ranges in parallel."""
-        if self._threads is None:
-            for call in calls:
-                one_pass(*call)
-            return
-        others = [self._threads.submit(one_pass, *call) for call in calls[1:]]
-        one_pass(*calls[0])
-        for other in others:
-            other.result()  # raises the exception of its thread, if any
-
     def ranges(self, count: int) -> list[tuple[int, int]]:
         """Divide the competitions into 1 to `count` ranges with about equally many edges."""
         start, cuts = self.edges.start, self.cuts
-        shares = np.linspace(0, start[-1], max(1, min(count, len(cuts) - 1)) + 1)[1:-1]
+        count = max(1, min(count, len(cuts) - 1))
+        shares = [start[-1] * n / count for n in range(1, count)]
         bounds = [0, *cuts[np.searchsorted(start[cuts], shares)].tolist(), int(cuts[-1])]
         return list(itertools.pairwise(bounds))
 
@@ -458,7 +437,7 @@ class Parts(ABC):
             shared = self.zeros(size * wanted)
             return self.groups, [shared] * len(self.groups)
         fitting = max(FEW_THREADS, self.u.size // max(1, size))
-        ranges = self.ranges(min(len(self.groups), fitting))
+        ranges = self.groups if fitting >= len(self.groups) else self.ranges(fitting)
         return ranges, [self.zeros(size) for _ in ranges]
 
     def add_matrices(self, private: Sequence[Array]) -> Array:
@@ -484,12 +463,13 @@ def optional_array(x: Tensor | None) -> Array | None:
 
 def _aligned(make: Callable, size: Sequence[int], dtype: np.dtype) -> Array:
     """A new array that starts at a cache line, so that no vector spans two lines."""
-    count = math.prod(size) * dtype.itemsize
+    count = math.prod(size)
     if count == 0:  # most are: what is absent
         return np.empty(size, dtype)
-    memory = make(count + LINE, np.uint8)
-    first = -memory.__array_interface__["data"][0] % LINE
-    return memory[first : first + count].view(dtype).reshape(size)
+    memory = make(count + LINE // dtype.itemsize, dtype)
+    first = -memory.__array_interface__["data"][0] % LINE // dtype.itemsize
+    aligned = memory[first : first + count]
+    return aligned if len(size) == 1 else aligned.reshape(size)
 
 
 def _terms_of_a_sum(count: Array) -> Array:

@@ -1,0 +1,99 @@
+"""The threads in which the CPU kernel runs."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+import torch
+
+from graphcaps.kernels.cpu import threads
+
+
+@pytest.fixture
+def two_threads():
+    """As many threads for torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+WITHOUT_OPENMP = [False, True]
+
+
+@pytest.fixture(params=WITHOUT_OPENMP, ids=["openmp", "without openmp"])
+def either(request, monkeypatch, two_threads):
+    """With the threads of torch's OpenMP, and with threads of our own."""
+    if request.param:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("torch is not linked to an OpenMP with GOMP_parallel")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 17])
+def test_every_call_is_made_once(either, count):
+    made = []
+    threads.run(lambda *arguments: made.append(arguments), [(n, "x") for n in range(count)])
+    assert sorted(made) == [(n, "x") for n in range(count)]
+
+
+def test_calls_run_at_the_same_time(either):
+    meeting = threading.Barrier(2, timeout=60)
+    threads.run(meeting.wait, [(), ()])
+
+
+def test_an_exception_of_any_call_is_raised(either):
+    def fail(number):
+        if number == 3:
+            raise KeyboardInterrupt("stop")
+
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        threads.run(fail, [(n,) for n in range(4)])
+
+
+def test_the_threads_are_those_of_torch(two_threads):
+    if threads._openmp() is None:
+        pytest.skip("torch is not linked to an OpenMP with GOMP_parallel")
+    x = torch.rand(1 << 20)
+    x + x  # a parallel operation starts torch's threads
+    seen = set()
+
+    def meet(meeting):
+        seen.add(threading.get_native_id())
+        meeting.wait()
+
+    for _ in range(20):
+        meeting = threading.Barrier(2, timeout=60)
+        threads.run(meet, [(meeting,), (meeting,)])
+        x + x
+    assert len(seen) == 2
+
+
+def _in_child(_):
+    made = []
+    threads.run(made.append, [(n,) for n in range(4)])
+    return sorted(made)
+
+
+def test_a_forked_process_has_threads_of_its_own(two_threads):
+    _in_child(0)  # starts OpenMP's threads, which a forked process lacks
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_in_child, (0,)).get(timeout=60) == [0, 1, 2, 3]
+
+
+def test_several_threads_may_run_calls_at_once(either):
+    def add(total, number):
+        time.sleep(0.001)
+        total.append(number)
+
+    totals = [[] for _ in range(4)]
+    callers = [
+        threading.Thread(target=threads.run, args=(add, [(total, n) for n in range(8)]))
+        for total in totals
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert [sorted(total) for total in totals] == [list(range(8))] * 4
