@@ -1,10 +1,12 @@
 """The operations `graphcaps::dynamic_routing` and its backward on the CPU.
 
-The passes take and return numpy arrays, so the short steps between them use numpy, too.
+The passes take and return numpy arrays. The steps between them use numpy for few numbers, which is
+faster, and torch for many.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from graphcaps.kernels.cpu.lay_out import make_parts
 from graphcaps.kernels.cpu.parts import Array, Needed, Totals, array
+
+LARGE = 1 << 15  # numbers
 
 
 def dynamic_routing(
@@ -75,16 +79,23 @@ def dynamic_routing_backward(
 @np.errstate(over="ignore", invalid="ignore")
 def _squash(s: Array) -> Array:
     """`s |s| / (1 + |s|²)`."""
-    square = np.square(s).sum(axis=-1, keepdims=True)
-    return s * (np.sqrt(square) / (1 + square))
+    x = _shared_if_large(s)
+    square = (x * x).sum(axis=-1, keepdims=True)
+    return np.asarray(x * (square**0.5 / (1 + square)))
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def _squash_gradient(s: Array, dv: Array) -> Array:
     """`(∂squash/∂s)ᵀ ∂v`; 0 where s is 0."""
-    square = np.square(s).sum(axis=-1, keepdims=True)
-    norm = np.sqrt(square)
-    unit = s / np.where(norm > 0, norm, 1)
-    along = (unit * dv).sum(axis=-1, keepdims=True)
+    x, of_v = _shared_if_large(s), _shared_if_large(dv)
+    square = (x * x).sum(axis=-1, keepdims=True)
+    norm = square**0.5
+    unit = x / (norm + (norm == 0))
+    along = (unit * of_v).sum(axis=-1, keepdims=True)
     scale = norm / (1 + square)
-    return scale * (dv + (1 - square) / (1 + square) * along * unit)
+    return np.asarray(scale * (of_v + (1 - square) / (1 + square) * along * unit))
+
+
+def _shared_if_large(x: Array) -> Any:
+    """A tensor, on which torch computes with all threads, if this is faster than numpy."""
+    return torch.from_numpy(x) if x.size > LARGE else x

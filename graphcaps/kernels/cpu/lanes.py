@@ -20,6 +20,8 @@ from graphcaps.kernels.cpu.compiled import (
     inlined_in_order,
     intrinsic,
 )
+from graphcaps.kernels.cpu.vectors import add_four_sums, plus, spread, times
+from graphcaps.kernels.cpu.vectors import row as vector
 
 
 @intrinsic
@@ -231,21 +233,17 @@ def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
     L = 16 * len(lanes)
     for b in range(inner):
         for a in range(0, outer - 3, 4):
-            t0 = t1 = t2 = t3 = x.dtype.type(0)
+            t0 = t1 = t2 = t3 = spread(x.dtype.type(0))
             for row in range(rows):
                 i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
                 j1, j2, j3 = j0 + L, j0 + 2 * L, j0 + 3 * L
-                for n in range(L):
-                    x0 = get(x, i0 + n)
-                    t0 += x0 * get(y, j0 + n)
-                    t1 += x0 * get(y, j1 + n)
-                    t2 += x0 * get(y, j2 + n)
-                    t3 += x0 * get(y, j3 + n)
-            m0 = m + b * outer + a
-            put(out, m0, get(out, m0) + t0)
-            put(out, m0 + 1, get(out, m0 + 1) + t1)
-            put(out, m0 + 2, get(out, m0 + 2) + t2)
-            put(out, m0 + 3, get(out, m0 + 3) + t3)
+                for n in range(0, L, 16):
+                    x0 = vector(x, i0 + n)
+                    t0 = plus(t0, times(x0, vector(y, j0 + n)))
+                    t1 = plus(t1, times(x0, vector(y, j1 + n)))
+                    t2 = plus(t2, times(x0, vector(y, j2 + n)))
+                    t3 = plus(t3, times(x0, vector(y, j3 + n)))
+            add_four_sums(out, m + b * outer + a, t0, t1, t2, t3)
         for a in range(outer - outer % 4, outer):
             t0 = x.dtype.type(0)
             for row in range(rows):
