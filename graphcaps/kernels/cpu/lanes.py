@@ -21,6 +21,7 @@ from graphcaps.kernels.cpu.compiled import (
     intrinsic,
 )
 from graphcaps.kernels.cpu.vectors import add_four_sums, plus, spread, times
+from graphcaps.kernels.cpu.vectors import put_row as put_vector
 from graphcaps.kernels.cpu.vectors import row as vector
 
 
@@ -185,43 +186,72 @@ def sum_lanes(x, i, lanes):
 def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes):
     """`out[a] += Σ_b matrix[b, a] x[b]` for each row of a pose.
 
-    `matrix` is `[inner, outer]`, starts at element m, and has strides `down` and `across`. The loop
-    is unrolled over two a and four b, to use each loaded number more than once.
+    `matrix` is `[inner, outer]`, starts at element m, and has strides `down` and `across`. Sums of
+    four a and up to 32 lanes stay in registers over all b.
     """
     L = 16 * len(lanes)
-    for a in range(0, outer - 1, 2):
-        for b in range(0, inner - 3, 4):
-            m0 = m + b * down + a * across
-            m00, m10 = get(matrix, m0), get(matrix, m0 + down)
-            m20, m30 = get(matrix, m0 + 2 * down), get(matrix, m0 + 3 * down)
-            m1 = m0 + across
-            m01, m11 = get(matrix, m1), get(matrix, m1 + down)
-            m21, m31 = get(matrix, m1 + 2 * down), get(matrix, m1 + 3 * down)
-            for row in range(rows):
-                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
-                o1, i1, i2, i3 = o0 + L, i0 + L, i0 + 2 * L, i0 + 3 * L
-                for n in range(L):
-                    x0, x1, x2, x3 = get(x, i0 + n), get(x, i1 + n), get(x, i2 + n), get(x, i3 + n)
-                    t0 = m00 * x0 + m10 * x1 + m20 * x2 + m30 * x3
-                    t1 = m01 * x0 + m11 * x1 + m21 * x2 + m31 * x3
-                    put(out, o0 + n, get(out, o0 + n) + t0)
-                    put(out, o1 + n, get(out, o1 + n) + t1)
-        for b in range(inner - inner % 4, inner):
-            m0 = m + b * down + a * across
-            m00, m01 = get(matrix, m0), get(matrix, m0 + across)
-            for row in range(rows):
-                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
-                for n in range(L):
-                    x0 = get(x, i0 + n)
-                    put(out, o0 + n, get(out, o0 + n) + m00 * x0)
-                    put(out, o0 + L + n, get(out, o0 + L + n) + m01 * x0)
-    for a in range(outer - outer % 2, outer):
-        for b in range(inner):
-            m00 = get(matrix, m + b * down + a * across)
-            for row in range(rows):
-                o0, i0 = (o + row * outer + a) * L, (i + row * inner + b) * L
-                for n in range(L):
-                    put(out, o0 + n, get(out, o0 + n) + m00 * get(x, i0 + n))
+    for row in range(rows):
+        first, o0 = (i + row * inner) * L, (o + row * outer) * L
+        for a in range(0, outer - 3, 4):
+            at, m0 = o0 + a * L, m + a * across
+            for n in range(0, L - 16, 32):
+                _add_to_four_by_two(out, at + n, L, matrix, m0, inner, down, across, x, first + n)
+            if L % 32:
+                n = L - 16
+                _add_to_four(out, at + n, L, matrix, m0, inner, down, across, x, first + n)
+        for a in range(outer - outer % 4, outer):
+            for n in range(0, L, 16):
+                at = o0 + a * L + n
+                total = vector(out, at)
+                for b in range(inner):
+                    weight = spread(get(matrix, m + a * across + b * down))
+                    total = plus(total, times(weight, vector(x, first + n + b * L)))
+                put_vector(out, at, total)
+
+
+@inlined
+def _add_to_four_by_two(out, o, L, matrix, m, inner, down, across, x, i):
+    """Four numbers for 32 lanes: the first is at element o of `out`, the others L further each."""
+    o1, o2, o3 = o + L, o + 2 * L, o + 3 * L
+    t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
+    s0, s1 = vector(out, o + 16), vector(out, o1 + 16)
+    s2, s3 = vector(out, o2 + 16), vector(out, o3 + 16)
+    for b in range(inner):
+        x0, x1 = vector(x, i + b * L), vector(x, i + b * L + 16)
+        m0 = m + b * down
+        weight = spread(get(matrix, m0))
+        t0, s0 = plus(t0, times(weight, x0)), plus(s0, times(weight, x1))
+        weight = spread(get(matrix, m0 + across))
+        t1, s1 = plus(t1, times(weight, x0)), plus(s1, times(weight, x1))
+        weight = spread(get(matrix, m0 + 2 * across))
+        t2, s2 = plus(t2, times(weight, x0)), plus(s2, times(weight, x1))
+        weight = spread(get(matrix, m0 + 3 * across))
+        t3, s3 = plus(t3, times(weight, x0)), plus(s3, times(weight, x1))
+    put_vector(out, o, t0)
+    put_vector(out, o + 16, s0)
+    put_vector(out, o1, t1)
+    put_vector(out, o1 + 16, s1)
+    put_vector(out, o2, t2)
+    put_vector(out, o2 + 16, s2)
+    put_vector(out, o3, t3)
+    put_vector(out, o3 + 16, s3)
+
+
+@inlined
+def _add_to_four(out, o, L, matrix, m, inner, down, across, x, i):
+    """The same for 16 lanes."""
+    o1, o2, o3 = o + L, o + 2 * L, o + 3 * L
+    t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
+    for b in range(inner):
+        x0, m0 = vector(x, i + b * L), m + b * down
+        t0 = plus(t0, times(spread(get(matrix, m0)), x0))
+        t1 = plus(t1, times(spread(get(matrix, m0 + across)), x0))
+        t2 = plus(t2, times(spread(get(matrix, m0 + 2 * across)), x0))
+        t3 = plus(t3, times(spread(get(matrix, m0 + 3 * across)), x0))
+    put_vector(out, o, t0)
+    put_vector(out, o1, t1)
+    put_vector(out, o2, t2)
+    put_vector(out, o3, t3)
 
 
 @compiled
