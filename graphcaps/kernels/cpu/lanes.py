@@ -20,7 +20,7 @@ from graphcaps.kernels.cpu.compiled import (
     inlined_in_order,
     intrinsic,
 )
-from graphcaps.kernels.cpu.vectors import add_four_sums, plus, spread, times
+from graphcaps.kernels.cpu.vectors import add_four_sums, plus, spread, sum_of, times
 from graphcaps.kernels.cpu.vectors import put_row as put_vector
 from graphcaps.kernels.cpu.vectors import row as vector
 
@@ -258,30 +258,45 @@ def _add_to_four(out, o, L, matrix, m, inner, down, across, x, i):
 def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
     """`out[b, a] += Σ x[b] y[a]`, summed over the rows of a pose and over the lanes.
 
-    `out` is `[inner, outer]` and starts at element m. The loop is unrolled over four a.
+    `out` is `[inner, outer]` and starts at element m. Sums of two b and four a stay in registers
+    over all rows and lanes.
     """
     L = 16 * len(lanes)
-    for b in range(inner):
-        for a in range(0, outer - 3, 4):
+    for a in range(0, outer - 3, 4):
+        for b in range(0, inner - 1, 2):
+            t0 = t1 = t2 = t3 = s0 = s1 = s2 = s3 = spread(x.dtype.type(0))
+            for row in range(rows):
+                i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
+                for n in range(0, L, 16):
+                    x0, x1 = vector(x, i0 + n), vector(x, i0 + L + n)
+                    y0, y1 = vector(y, j0 + n), vector(y, j0 + L + n)
+                    y2, y3 = vector(y, j0 + 2 * L + n), vector(y, j0 + 3 * L + n)
+                    t0, s0 = plus(t0, times(x0, y0)), plus(s0, times(x1, y0))
+                    t1, s1 = plus(t1, times(x0, y1)), plus(s1, times(x1, y1))
+                    t2, s2 = plus(t2, times(x0, y2)), plus(s2, times(x1, y2))
+                    t3, s3 = plus(t3, times(x0, y3)), plus(s3, times(x1, y3))
+            add_four_sums(out, m + b * outer + a, t0, t1, t2, t3)
+            add_four_sums(out, m + (b + 1) * outer + a, s0, s1, s2, s3)
+        for b in range(inner - inner % 2, inner):
             t0 = t1 = t2 = t3 = spread(x.dtype.type(0))
             for row in range(rows):
                 i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
-                j1, j2, j3 = j0 + L, j0 + 2 * L, j0 + 3 * L
                 for n in range(0, L, 16):
                     x0 = vector(x, i0 + n)
                     t0 = plus(t0, times(x0, vector(y, j0 + n)))
-                    t1 = plus(t1, times(x0, vector(y, j1 + n)))
-                    t2 = plus(t2, times(x0, vector(y, j2 + n)))
-                    t3 = plus(t3, times(x0, vector(y, j3 + n)))
+                    t1 = plus(t1, times(x0, vector(y, j0 + L + n)))
+                    t2 = plus(t2, times(x0, vector(y, j0 + 2 * L + n)))
+                    t3 = plus(t3, times(x0, vector(y, j0 + 3 * L + n)))
             add_four_sums(out, m + b * outer + a, t0, t1, t2, t3)
-        for a in range(outer - outer % 4, outer):
-            t0 = x.dtype.type(0)
+    for a in range(outer - outer % 4, outer):
+        for b in range(inner):
+            total = spread(x.dtype.type(0))
             for row in range(rows):
                 i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
-                for n in range(L):
-                    t0 += get(x, i0 + n) * get(y, j0 + n)
+                for n in range(0, L, 16):
+                    total = plus(total, times(vector(x, i0 + n), vector(y, j0 + n)))
             m0 = m + b * outer + a
-            put(out, m0, get(out, m0) + t0)
+            put(out, m0, get(out, m0) + sum_of(total))
 
 
 @inlined
