@@ -41,9 +41,10 @@ class Layer:
     """A name in graphcaps.ROUTINGS."""
     iterations: int | None = None
     """Of a routing that has them; its default, if not given."""
-    graph: Literal["complete", "conv"] = "complete"
+    graph: Literal["complete", "conv", "wide-conv"] = "complete"
     """conv: 3×3 windows with stride 2 over 14×14 positions of 32 maps, to 6×6 of 32 maps, with
-    matrices shared by all positions: 331,776 edges (Hinton et al. 2018, first layer)."""
+    matrices shared by all positions: 331,776 edges (Hinton et al. 2018, first layer). wide-conv:
+    the same from 16×16 to 7×7: 451,584 edges."""
     batch: int = 64
     children: int = 1152
     parents: int = 10
@@ -74,6 +75,8 @@ class Options:
     """Alone: whether `auto` takes the fastest form, from one sample to many, on every graph."""
     memory_of: str | None = None
     """Print the peak memory of a form alone, in every mode; used by this script itself."""
+    case: str | None = None
+    """Instead of the layer, a ragged batch of --choices by its name, for --memory-of."""
 
 
 LARGE = Layer(batch=128, children=3872, parents=196)
@@ -97,12 +100,28 @@ OTHERS = (
 
 
 CONV = Layer("em", graph="conv", children=14 * 14 * 32, parents=6 * 6 * 32, **MATRICES)
+WIDE_CONV = Layer(
+    graph="wide-conv",
+    batch=128,
+    children=16 * 16 * 32,
+    parents=7 * 7 * 32,
+    child_dim=36,
+    parent_dim=36,
+    rows=6,
+)
+WITHOUT_VOTES = {
+    "large": LARGE,
+    "conv": CONV,
+    "wide_conv": WIDE_CONV,
+    "wide_conv_em": replace(WIDE_CONV, routing="em"),
+}
 
 
 def make_graph(layer: Layer) -> dgl.DGLGraph:
     """The complete graph, or so many of its edges, each with a matrix of its own; or windows."""
-    if layer.graph == "conv":
-        return gc.conv_graph(14, 14, 32, 32, kernel_size=3, stride=2)
+    if layer.graph != "complete":
+        size = 14 if layer.graph == "conv" else 16
+        return gc.conv_graph(size, size, 32, 32, kernel_size=3, stride=2)
     if layer.kept == 1:
         return gc.complete_graph(layer.children, layer.parents)
     every = layer.children * layer.parents
@@ -342,6 +361,20 @@ def route_padded(capsules: gc.CapsuleLayer, graph: dgl.DGLGraph, u: Tensor) -> T
     return v.flatten(0, 1)
 
 
+def peaks_of_ragged(case: str, options: Options) -> dict[str, float]:
+    """The same of `auto` and of the padded form, in processes of their own."""
+    peaks = {
+        form: float(
+            in_own_process(
+                __file__, f"--threads={options.threads}", f"--memory-of={form}", f"--case={case}"
+            )
+        )
+        for form in ("auto", "padded")
+    }
+    print(f"{case}: " + ", ".join(f"{form} {peak:.1f} MiB" for form, peak in peaks.items()))
+    return peaks
+
+
 def with_lanes_of(which: Literal["samples", "poses"], call: Callable[[], Tensor]) -> Callable:
     """A call of the kernel on the CPU with samples or poses in lanes, whatever it would choose."""
 
@@ -371,6 +404,11 @@ def choice_cases() -> Iterable[tuple[str, gc.CapsuleLayer, Tensor, dgl.DGLGraph 
         capsules = make_capsules(Layer(), graph, "cpu")
         u = make_input(Layer(batch=batch, children=1152), capsules)[0]
         yield f"3x3 windows, batch {batch}", capsules, u, None
+    yield from ragged_cases()
+
+
+def ragged_cases() -> Iterable[tuple[str, gc.CapsuleLayer, Tensor, dgl.DGLGraph]]:
+    """Those of `choice_cases` that are ragged batches."""
     generator = torch.Generator().manual_seed(0)
     few = torch.randint(20, 61, (64,), generator=generator).tolist()
     # from 20 to 620 nodes, most of them small, as the graphs of PROTEINS
@@ -380,6 +418,27 @@ def choice_cases() -> Iterable[tuple[str, gc.CapsuleLayer, Tensor, dgl.DGLGraph 
         capsules = make_capsules(Layer(), ragged([4]), "cpu")
         u = make_input(Layer(batch=1, children=sum(sizes)), capsules)[0]
         yield f"64 graphs of {name}", capsules, u[0].detach().requires_grad_(), batch
+
+
+def route_ragged(
+    form: str, capsules: gc.CapsuleLayer, graph: dgl.DGLGraph
+) -> Callable[[Tensor], Tensor]:
+    """A ragged batch by `auto`, or padded by hand."""
+
+    def route(u: Tensor) -> Tensor:
+        v = route_padded(capsules, graph, u) if form == "padded" else capsules(u, graph=graph)
+        return v.square().sum()
+
+    return route
+
+
+def peak_of_ragged(form: str, case: str) -> float:
+    """MiB that forward and backward of a ragged batch need beyond inputs and gradients."""
+    capsules, u, graph = next(rest for name, *rest in ragged_cases() if name == case)
+    call = _call(route_ragged(form, capsules, graph), capsules, (u,), MODES[-1])
+    call()
+    u.grad = capsules.weight.grad = None
+    return peak_mib(call) - 4 * (u.numel() + capsules.weight.numel()) / MEBI
 
 
 def measure_choices(options: Options) -> dict[str, Any]:
@@ -403,7 +462,7 @@ def measure_choices(options: Options) -> dict[str, Any]:
             "builtin": by("builtin"),
         }
         if graph is not None:
-            padded = lambda u, c=capsules, g=graph: route_padded(c, g, u).square().sum()  # noqa: E731
+            padded = route_ragged("padded", capsules, graph)
             calls["padded"] = _call(padded, capsules, (u,), "forward+backward")
         elif capsules.structure.complete:
             calls["dense"] = _call(make_form("dense", capsules), capsules, (u,), "forward+backward")
@@ -469,6 +528,9 @@ def main() -> None:
     """Measure, print, write the JSON."""
     options = tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,))
     torch.set_num_threads(options.threads)
+    if options.memory_of is not None and options.case is not None:
+        print(peak_of_ragged(options.memory_of, options.case))
+        return
     if options.memory_of is not None:
         capsules = make_capsules(options.layer, make_graph(options.layer), options.device)
         given = make_input(options.layer, capsules)
@@ -477,8 +539,10 @@ def main() -> None:
         return
     if options.choices:
         found = measure_choices(options)
+        peaks = {name: peaks_of_ragged(name, options) for name, *_ in ragged_cases()}
         if options.output is not None:
-            write(options.output, {"machine": machine(options.threads), "choices": found})
+            about = {"machine": machine(options.threads), "peak_mib": peaks}
+            write(options.output, {**about, "choices": found})
         return
     if options.short:
         options = replace(options, rounds=max(2, options.rounds // 3))
@@ -506,7 +570,7 @@ def main() -> None:
         ]
         print("\n" + table_of_routings(results))
         few = replace(options, rounds=2)
-        for name, layer in (("large", LARGE), ("conv", CONV)):
+        for name, layer in WITHOUT_VOTES.items():
             results[name] = measure_alone(layer, few)
             peaks = results[name]["peak_mib"]
             print(f"\n{describe(asdict(layer))}, fused: {peaks} MiB")

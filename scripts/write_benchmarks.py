@@ -51,7 +51,7 @@ def with_tables(text: str) -> str:
         "kept-cpu": _kept(routing),
         "routings-cpu": bench_routing.table_of_routings(routing),
         "routings-mnist": _trained(_read_if_measured("routings-mnist")),
-        "conv-cpu": _large_without_votes(routing["conv"]),
+        "conv-cpu": _large_without_votes(routing),
         "choices-cpu": _choices(_read("choices-cpu")),
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
@@ -118,14 +118,27 @@ def _large(results: dict[str, Any]) -> str:
     )
 
 
-def _large_without_votes(case: dict[str, Any]) -> str:
-    layer = case["layer"]
-    seconds = quartiles(case["seconds"]["forward+backward"]["fused"])[1]
-    return (
-        f"A convolutional layer of EM routing, 14×14×32 → 6×6×32 capsules with 4×4 poses, 3×3 "
-        f"windows, stride 2, batch {layer['batch']}, whose votes would take 1.4 GB: forward and "
-        f"backward with `fused` take {seconds:.1f} s and "
-        f"{case['peak_mib']['forward+backward']:.0f} MiB beyond inputs and gradients."
+def _large_without_votes(results: dict[str, Any]) -> str:
+    sentences = []
+    for name in ("conv", "wide_conv", "wide_conv_em"):
+        case = results[name]
+        layer = case["layer"]
+        sizes = [round((layer[nodes] / 32) ** 0.5) for nodes in ("children", "parents")]
+        votes = layer["batch"] * layer["parents"] * 9 * 32 * layer["parent_dim"] * 4
+        seconds = quartiles(case["seconds"]["forward+backward"]["fused"])[1]
+        maps = " → ".join(f"{size}×{size}×32" for size in sizes)
+        sentences.append(
+            f"- {maps} capsules with {layer['rows']}×{layer['rows']} poses, {layer['routing']} "
+            f"routing, batch {layer['batch']}, whose votes would take {votes / 1e9:.1f} GB: "
+            f"{seconds:.1f} s and {case['peak_mib']['forward+backward']:.0f} MiB."
+        )
+    return "\n".join(
+        [
+            "Convolutional layers with 3×3 windows and stride 2, forward and backward with "
+            "`fused`; memory is beyond inputs and gradients:",
+            "",
+            *sentences,
+        ]
     )
 
 
@@ -171,6 +184,12 @@ def _choices(results: dict[str, Any]) -> str:
     for name, seconds in results["choices"].items():
         times = [f"{1e3 * quartiles(seconds[f])[1]:.1f}" if f in seconds else "" for f in forms]
         lines.append(f"| {name} | {' | '.join(times)} |")
+    lines.append("")
+    for name, peaks in results["peak_mib"].items():
+        lines.append(
+            f"- Memory of {name}, beyond inputs and gradients: {peaks['auto']:.1f} MiB by `auto`, "
+            f"{peaks['padded']:.1f} MiB padded."
+        )
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ class Scratch(NamedTuple):
     """Work space of a thread, flat."""
 
     x: Array  # the pose of a child
-    y: Array  # its votes
-    c: Array  # its coupling
+    y: Array  # its votes; in the last pass over all iterations one at a time
+    c: Array  # its coupling, of all iterations in that pass
     rows: Array  # see steps.py
 
 
@@ -30,7 +30,7 @@ class GradientScratch(NamedTuple):
     rows: Array
     g: Array  # gradients of coupling or logits
     dx: Array  # gradient of the pose, and a partial sum of it
-    dy: Array  # gradients of votes
+    dy: Array  # gradient of a vote
 
 
 class SamplesInLanes(Parts):
@@ -93,20 +93,20 @@ class SamplesInLanes(Parts):
     ) -> Scratch | GradientScratch:
         """See `Parts.scratch`."""
         most, pose = max(1, self.facts.most), self.u.shape[2]
+        votes, rounds = (most, 1) if iterations is None else (1, iterations)
         of_pass = Scratch(
             x=self.empty(pose * self.lanes),
-            y=self.empty(most * self.pose * self.lanes),
-            c=self.empty(most * self.lanes),
+            y=self.empty(votes * self.pose * self.lanes),
+            c=self.empty(rounds * most * self.lanes),
             rows=self.empty(4 * self.lanes),
         )
         if not gradients:
             return of_pass
-        edges_at_once = 1 if iterations is None else most
         return GradientScratch(
             *of_pass,
-            g=self.empty(most * self.lanes),
+            g=self.empty(rounds * most * self.lanes),
             dx=self.empty(2 * pose * self.lanes),
-            dy=self.empty(edges_at_once * self.pose * self.lanes),
+            dy=self.empty(self.pose * self.lanes),
         )
 
     def zero_totals(self, wanted: Sequence[bool]) -> Totals:

@@ -73,7 +73,7 @@ def couple_pass(u, weight, inputs, edges, children, sizes, leak, lanes, scratch,
                 if coupled:
                     _logit(c, y, e, inputs, m, j, pose, lanes)
             if coupled:
-                softmax(c, degree, leak, rows, lanes)
+                softmax(c, FIRST, degree, leak, rows, lanes)
             else:
                 fill(c, FIRST, c.dtype.type(1 / (degree + leak)), degree, lanes)
             if with_a:
@@ -137,7 +137,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, each term may be absent
                 if with_g:
                     _weight_gradient(g, y, e, gradients, j, pose, lanes)
             if with_rivals:
-                softmax(c, degree, leak, rows, lanes)
+                softmax(c, FIRST, degree, leak, rows, lanes)
             else:
                 fill(c, FIRST, c.dtype.type(1 / max(degree + leak, 1)), degree, lanes)
             if with_a:
@@ -145,7 +145,7 @@ def couple_gradient_pass(  # noqa: PLR0912, PLR0915, each term may be absent
                     inputs.a, B, sizes.children, block, i, np.int64(1), rows, ACTIVATION, lanes
                 )
             if with_g:
-                sum_products(c, g, degree, rows, lanes)
+                sum_products(c, g, FIRST, degree, rows, lanes)
             if outputs.a.size:
                 _activation_gradient(g, inputs.beta, edges.kind, first, degree, rows, lanes)
                 lay_node_in_samples(

@@ -10,10 +10,12 @@ from graphcaps.kernels.cpu.compiled import entry, inlined
 from graphcaps.kernels.cpu.lanes import (
     add_dot,
     add_scaled,
+    add_two_scaled,
     blocks_of,
     fill,
     lay_node_in_lanes,
     lay_node_in_samples,
+    scale,
     subtract_and_multiply,
 )
 from graphcaps.kernels.cpu.steps import (
@@ -29,7 +31,7 @@ from graphcaps.kernels.cpu.steps import (
 
 
 @entry
-def dynamic_gradient_pass(
+def dynamic_gradient_pass(  # noqa: PLR0912, two loops over edges, with a loop over iterations each
     u, weight, edges, children, sizes, V, q, iterations, lanes, scratch, matrix_sums, du, dweight
 ):
     """`∂û_e = Σ_r (c^r_e q^r + l^r_e V_{r-1})`, and from it `∂u += W ∂û` and `∂W += u ⊗ ∂û`.
@@ -49,55 +51,56 @@ def dynamic_gradient_pass(
     B, J, K, D = sizes.samples, sizes.parents, sizes.child_dim, sizes.parent_dim
     blocks = blocks_of(B, lanes)
     through_all = len(q) == iterations * blocks * J * D * 16 * len(lanes)
+    begin = 0 if through_all else iterations - 1
+    # rows of c and g: those of all edges in one iteration, then in the next
     for block in range(blocks):
         for i in range(children[0], children[1]):
             first, degree = edges.start[i], edges.start[i + 1] - edges.start[i]
-            ends = edges.parent[first : first + degree]
+            with_rivals = degree > 1
             lay_node_in_lanes(u, B, sizes.children, block, i, K, x, FIRST, lanes)
-            for e in range(degree):
-                m = np.int64(edges.kind[first + e])
-                vote(x, weight, m, sizes, V[:0], FIRST, lanes, u_hat, e)
-            fill(scratch.dy, FIRST, x.dtype.type(0), degree * D, lanes)
-            for t in range(0 if through_all else iterations - 1, iterations):
-                at = ((t if through_all else 0) * blocks + block) * J
-                before = ((t - 1) * blocks + block) * J
-                if t == 0 or degree == 1:
-                    fill(c, FIRST, c.dtype.type(1 / max(degree, 1)), degree, lanes)
-                else:
-                    _add_dots(c, u_hat, V, ends, before, D, lanes)
-                    softmax(c, degree, False, rows, lanes)
-                _add_weighted(scratch.dy, c, q, ends, at, D, lanes)
-                if through_all and t > 0 and degree > 1:
-                    _add_dots(g, u_hat, q, ends, at, D, lanes)
-                    sum_products(c, g, degree, rows, lanes)
-                    for e in range(degree):
-                        subtract_and_multiply(g, e, rows, TOTAL, c, e, lanes)
-                    _add_weighted(scratch.dy, g, V, ends, before, D, lanes)
+            for e in range(degree if with_rivals else 0):
+                m, j = np.int64(edges.kind[first + e]), np.int64(edges.parent[first + e])
+                vote(x, weight, m, sizes, V[:0], FIRST, lanes, u_hat, FIRST)
+                for t in range(max(1, begin), iterations):
+                    row = t * degree + e
+                    before = ((t - 1) * blocks + block) * J + j
+                    _dot(c, row, u_hat, V, before, D, lanes)
+                    if through_all:
+                        _dot(g, row, u_hat, q, (t * blocks + block) * J + j, D, lanes)
+            for t in range(begin, iterations):
+                if t == 0 or not with_rivals:
+                    fill(c, t * degree, c.dtype.type(1 / max(degree, 1)), degree, lanes)
+                    continue
+                softmax(c, t * degree, degree, False, rows, lanes)
+                if through_all:
+                    sum_products(c, g, t * degree, degree, rows, lanes)
+                    for row in range(t * degree, (t + 1) * degree):
+                        subtract_and_multiply(g, row, rows, TOTAL, c, row, lanes)
             fill(scratch.dx, FIRST, x.dtype.type(0), 2 * K, lanes)
             for e in range(degree):
-                m = np.int64(edges.kind[first + e])
+                m, j = np.int64(edges.kind[first + e]), np.int64(edges.parent[first + e])
+                dy = scratch.dy
+                at = block * J + j
+                scale(dy, FIRST, c, begin * degree + e, q, at * D, D, lanes)
+                for t in range(begin + 1, iterations):
+                    row, now = t * degree + e, (t * blocks * J + at) * D
+                    if with_rivals:
+                        before = now - blocks * J * D
+                        add_two_scaled(dy, FIRST, c, row, q, now, g, row, V, before, D, lanes)
+                    else:
+                        add_scaled(dy, FIRST, c, row, q, now, D, lanes)
                 if dweight.size:
                     terms = edges.terms_of_kind
-                    add_to_matrix(
-                        dweight, matrix_sums, terms, m, sizes, x, scratch.dy, e * D, lanes
-                    )
+                    add_to_matrix(dweight, matrix_sums, terms, m, sizes, x, dy, FIRST, lanes)
                 if du.size:
-                    add_to_pose(scratch.dx, weight, m, sizes, scratch.dy, e * D, e, degree, lanes)
+                    add_to_pose(scratch.dx, weight, m, sizes, dy, FIRST, e, degree, lanes)
             if du.size:
                 lay_node_in_samples(scratch.dx, FIRST, B, sizes.children, block, i, K, du, lanes)
     add_matrices(dweight, matrix_sums, K * D)
 
 
 @inlined
-def _add_dots(out, u_hat, x, ends, at, D, lanes):
-    """`out_e = û_e · x_j` for all edges of a child."""
-    for e in range(len(ends)):
-        fill(out, e, out.dtype.type(0), 1, lanes)
-        add_dot(out, e, u_hat, e * D, x, (at + ends[e]) * D, D, lanes)
-
-
-@inlined
-def _add_weighted(out, w, x, ends, at, D, lanes):
-    """`out_e += w_e x_j` for all edges of a child."""
-    for e in range(len(ends)):
-        add_scaled(out, e * D, w, e, x, (at + ends[e]) * D, D, lanes)
+def _dot(out, o, x, y, j, D, lanes):
+    """`out = x · y_j`, one row."""
+    fill(out, o, out.dtype.type(0), 1, lanes)
+    add_dot(out, o, x, FIRST, y, j * D, D, lanes)

@@ -303,18 +303,18 @@ def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
 def add_dot(out, o, x, i, y, j, count, lanes):
     """`out += Σ_d x[d] y[d]`, one row; unrolled over four d."""
     L = 16 * len(lanes)
-    for d in range(0, count - 3, 4):
-        i0, j0 = (i + d) * L, (j + d) * L
-        for n in range(L):
-            t0 = get(x, i0 + n) * get(y, j0 + n)
-            t1 = get(x, i0 + L + n) * get(y, j0 + L + n)
-            t2 = get(x, i0 + 2 * L + n) * get(y, j0 + 2 * L + n)
-            t3 = get(x, i0 + 3 * L + n) * get(y, j0 + 3 * L + n)
-            put(out, o * L + n, get(out, o * L + n) + ((t0 + t1) + (t2 + t3)))
-    for d in range(count - count % 4, count):
-        i0, j0 = (i + d) * L, (j + d) * L
-        for n in range(L):
-            put(out, o * L + n, get(out, o * L + n) + get(x, i0 + n) * get(y, j0 + n))
+    for n in range(0, L, 16):
+        total = vector(out, o * L + n)
+        for d in range(0, count - 3, 4):
+            i0, j0 = (i + d) * L + n, (j + d) * L + n
+            t0 = times(vector(x, i0), vector(y, j0))
+            t1 = times(vector(x, i0 + L), vector(y, j0 + L))
+            t2 = times(vector(x, i0 + 2 * L), vector(y, j0 + 2 * L))
+            t3 = times(vector(x, i0 + 3 * L), vector(y, j0 + 3 * L))
+            total = plus(total, plus(plus(t0, t1), plus(t2, t3)))
+        for d in range(count - count % 4, count):
+            total = plus(total, times(vector(x, (i + d) * L + n), vector(y, (j + d) * L + n)))
+        put_vector(out, o * L + n, total)
 
 
 @inlined
@@ -342,8 +342,20 @@ def scale(out, o, w, e, x, i, count, lanes):
     L = 16 * len(lanes)
     for d in range(count):
         o0, i0 = (o + d) * L, (i + d) * L
-        for n in range(L):
-            put(out, o0 + n, get(w, e * L + n) * get(x, i0 + n))
+        for n in range(0, L, 16):
+            put_vector(out, o0 + n, times(vector(w, e * L + n), vector(x, i0 + n)))
+
+
+@inlined
+def add_two_scaled(out, o, w, e, x, i, v, f, y, j, count, lanes):
+    """`out[d] += w · x[d] + v · y[d]`."""
+    L = 16 * len(lanes)
+    for d in range(count):
+        o0, i0, j0 = (o + d) * L, (i + d) * L, (j + d) * L
+        for n in range(0, L, 16):
+            first = times(vector(w, e * L + n), vector(x, i0 + n))
+            second = times(vector(v, f * L + n), vector(y, j0 + n))
+            put_vector(out, o0 + n, plus(vector(out, o0 + n), plus(first, second)))
 
 
 @inlined

@@ -53,38 +53,41 @@ def vote(x, weight, m, sizes, r, j, lanes, y, e):
 
 
 @compiled
-def softmax(b, degree, leak, rows, lanes):
-    """Replace the logits of a child by their softmax; `leak` adds one more logit, 0."""
+def softmax(b, begin, degree, leak, rows, lanes):
+    """Replace the logits of a child by their softmax; `leak` adds one more logit, 0.
+
+    They are in `degree` rows of b, from row `begin` on.
+    """
     zero = b.dtype.type(0)
-    copy(rows, LARGEST, b, FIRST, 1, lanes)
-    for e in range(1, degree):
+    copy(rows, LARGEST, b, begin, 1, lanes)
+    for e in range(begin + 1, begin + degree):
         maximum(rows, LARGEST, b, e, lanes)
     fill(rows, TOTAL, zero, 1, lanes)
     if leak:
         fill(rows, PART, zero, 1, lanes)
         maximum(rows, LARGEST, rows, PART, lanes)
         exponential(rows, PART, rows, LARGEST, rows, TOTAL, lanes)
-    terms = terms_of_a_sum(degree)
-    for begin in range(0, degree, terms):
+    terms, end = terms_of_a_sum(degree), begin + degree
+    for part in range(begin, end, terms):
         fill(rows, PART, zero, 1, lanes)
-        for e in range(begin, min(begin + terms, degree)):
+        for e in range(part, min(part + terms, end)):
             exponential(b, e, rows, LARGEST, rows, PART, lanes)
         add(rows, TOTAL, rows, PART, 1, lanes)
     invert(rows, TOTAL, lanes)
-    for e in range(degree):
+    for e in range(begin, end):
         multiply(b, e, rows, TOTAL, lanes)
 
 
 @compiled
-def sum_products(c, g, degree, rows, lanes):
-    """`Σ c g` over the edges of a child, in row `TOTAL`."""
+def sum_products(c, g, begin, degree, rows, lanes):
+    """`Σ c g` over the edges of a child, in row `TOTAL`; c and g are in rows from `begin` on."""
     L = 16 * len(lanes)
     zero = c.dtype.type(0)
     fill(rows, TOTAL, zero, 1, lanes)
-    terms = terms_of_a_sum(degree)
-    for begin in range(0, degree, terms):
+    terms, end = terms_of_a_sum(degree), begin + degree
+    for part in range(begin, end, terms):
         fill(rows, PART, zero, 1, lanes)
-        for e in range(begin, min(begin + terms, degree)):
+        for e in range(part, min(part + terms, end)):
             for n in range(L):
                 product = get(c, e * L + n) * get(g, e * L + n)
                 put(rows, PART * L + n, get(rows, PART * L + n) + product)
