@@ -183,8 +183,8 @@ def sum_lanes(x, i, lanes):
 
 
 @compiled
-def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes):
-    """`out[a] += Σ_b matrix[b, a] x[b]` for each row of a pose.
+def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, there, lanes):
+    """`out[a] += Σ_b matrix[b, a] x[b]` for each row of a pose; `out` counts as 0 unless `there`.
 
     `matrix` is `[inner, outer]`, starts at element m, and has strides `down` and `across`. Sums of
     four a and up to 32 lanes stay in registers over all b.
@@ -195,14 +195,16 @@ def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes
         for a in range(0, outer - 3, 4):
             at, m0 = o0 + a * L, m + a * across
             for n in range(0, L - 16, 32):
-                _add_to_four_by_two(out, at + n, L, matrix, m0, inner, down, across, x, first + n)
+                _add_to_four_by_two(
+                    out, at + n, L, matrix, m0, inner, down, across, x, first + n, there
+                )
             if L % 32:
                 n = L - 16
-                _add_to_four(out, at + n, L, matrix, m0, inner, down, across, x, first + n)
+                _add_to_four(out, at + n, L, matrix, m0, inner, down, across, x, first + n, there)
         for a in range(outer - outer % 4, outer):
             for n in range(0, L, 16):
                 at = o0 + a * L + n
-                total = vector(out, at)
+                total = vector(out, at) if there else spread(out.dtype.type(0))
                 for b in range(inner):
                     weight = spread(get(matrix, m + a * across + b * down))
                     total = plus(total, times(weight, vector(x, first + n + b * L)))
@@ -210,12 +212,14 @@ def add_product(out, o, matrix, m, inner, outer, down, across, x, i, rows, lanes
 
 
 @inlined
-def _add_to_four_by_two(out, o, L, matrix, m, inner, down, across, x, i):
+def _add_to_four_by_two(out, o, L, matrix, m, inner, down, across, x, i, there):
     """Four numbers for 32 lanes: the first is at element o of `out`, the others L further each."""
     o1, o2, o3 = o + L, o + 2 * L, o + 3 * L
-    t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
-    s0, s1 = vector(out, o + 16), vector(out, o1 + 16)
-    s2, s3 = vector(out, o2 + 16), vector(out, o3 + 16)
+    t0 = t1 = t2 = t3 = s0 = s1 = s2 = s3 = spread(out.dtype.type(0))
+    if there:
+        t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
+        s0, s1 = vector(out, o + 16), vector(out, o1 + 16)
+        s2, s3 = vector(out, o2 + 16), vector(out, o3 + 16)
     for b in range(inner):
         x0, x1 = vector(x, i + b * L), vector(x, i + b * L + 16)
         m0 = m + b * down
@@ -238,10 +242,12 @@ def _add_to_four_by_two(out, o, L, matrix, m, inner, down, across, x, i):
 
 
 @inlined
-def _add_to_four(out, o, L, matrix, m, inner, down, across, x, i):
+def _add_to_four(out, o, L, matrix, m, inner, down, across, x, i, there):
     """The same for 16 lanes."""
     o1, o2, o3 = o + L, o + 2 * L, o + 3 * L
-    t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
+    t0 = t1 = t2 = t3 = spread(out.dtype.type(0))
+    if there:
+        t0, t1, t2, t3 = vector(out, o), vector(out, o1), vector(out, o2), vector(out, o3)
     for b in range(inner):
         x0, m0 = vector(x, i + b * L), m + b * down
         t0 = plus(t0, times(spread(get(matrix, m0)), x0))

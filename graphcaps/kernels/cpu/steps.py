@@ -43,13 +43,12 @@ def terms_of_a_sum(count):
 @inlined
 def vote(x, weight, m, sizes, r, j, lanes, y, e):
     """`y_e = û_e − r_j` for a child with pose x."""
-    pose = sizes.rows * sizes.parent_dim
-    if r.size:
+    K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
+    pose = P * D
+    relative = r.size > 0
+    if relative:
         copy_negative(y, e * pose, r, j * pose, pose, lanes)
-    else:
-        fill(y, e * pose, y.dtype.type(0), pose, lanes)
-    K, D = sizes.child_dim, sizes.parent_dim
-    add_product(y, e * pose, weight, m * K * D, K, D, D, np.int64(1), x, FIRST, sizes.rows, lanes)
+    add_product(y, e * pose, weight, m * K * D, K, D, D, np.int64(1), x, FIRST, P, relative, lanes)
 
 
 @compiled
@@ -102,7 +101,7 @@ def add_to_pose(dx, weight, m, sizes, dy, row, e, degree, lanes):
     """
     K, D, P = sizes.child_dim, sizes.parent_dim, sizes.rows
     part = P * K
-    add_product(dx, part, weight, m * K * D, D, K, np.int64(1), D, dy, row, P, lanes)
+    add_product(dx, part, weight, m * K * D, D, K, np.int64(1), D, dy, row, P, True, lanes)
     if (e + 1) % terms_of_a_sum(degree) == 0 or e + 1 == degree:
         add(dx, FIRST, dx, part, part, lanes)
         fill(dx, part, dx.dtype.type(0), part, lanes)
