@@ -320,8 +320,9 @@ class CapsuleLayer(nn.Module):
             a: activations of the children, `[B, I]` or `[I]`, or such a dict, for a routing that
                 has activations; 1 if not given.
             graph: another graph for this call, whose `weight_index` refers to `weight`. This is for
-                ragged batches, which `dgl.batch` creates from graphs of any sizes. Under
-                `torch.compile` it causes a graph break.
+                ragged batches, which `dgl.batch` creates from graphs of any sizes. It is checked
+                and prepared again only if it changed, or is not among the last few graphs of such
+                calls. Under `torch.compile` it causes a graph break.
             return_trace: also return a trace of the iterations.
 
         Returns:

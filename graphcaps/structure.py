@@ -296,6 +296,12 @@ def structure_of(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None = None
     return seen.structure
 
 
+def forget_graphs() -> None:
+    """Empty the cache of `structure_of`."""
+    with _lock:
+        _seen.clear()
+
+
 def _content(graph: dgl.DGLGraph) -> list[Tensor | None]:
     """All that `Structure` reads of a graph."""
     content = [graph.batch_num_nodes(node_type) for node_type in graph.ntypes]

@@ -8,6 +8,7 @@ benchmarks/README.md.
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import bench_training
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from measuring import quartiles
+
+from graphcaps.compare import read_cells, read_comparison
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -55,6 +58,8 @@ def with_tables(text: str) -> str:
         "choices-cpu": _choices(_read("choices-cpu")),
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
+        "results-routings": _compared(ROOT / "results" / "routings.toml"),
+        "results-presets": _compared(ROOT / "results" / "presets.toml"),
     }
     places = re.findall(r"^<!-- ([a-z-]+) -->$", text, flags=re.MULTILINE)
     for name in places:
@@ -169,6 +174,30 @@ def _kept(results: dict[str, Any]) -> str:
     )
 
 
+def _compared(table: Path) -> str:
+    """Test accuracies of a table of `graphcaps compare`: rows by data sets."""
+    comparison, cells = read_comparison(table), read_cells(table)
+    lines = [f"| test accuracy, % | {' | '.join(comparison.datasets)} |"]
+    lines.append("|---|" + "---|" * len(comparison.datasets))
+    for row in comparison.rows:
+        texts = []
+        for dataset in comparison.datasets:
+            found = [
+                100 * cell.test_accuracy
+                for cell in cells
+                if (cell.row, cell.dataset) == (row, dataset) and cell.test_accuracy is not None
+            ]
+            seeds = len(comparison.seeds)
+            text = f"{statistics.mean(found):.2f}" if found else ""
+            if len(found) > 1:
+                text += f" ± {statistics.stdev(found):.2f}"
+            if found and len(found) < seeds:
+                text += f" ({len(found)} of {seeds})"
+            texts.append(text)
+        lines.append(f"| {row} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def _choices(results: dict[str, Any]) -> str:
     """Forward and backward of `auto` beside each form; medians."""
     forms = {
@@ -178,6 +207,7 @@ def _choices(results: dict[str, Any]) -> str:
         "builtin": "`builtin`",
         "dense": "dense",
         "padded": "dense, padded",
+        "anew": "`auto`, prepared anew",
     }
     lines = [_machine(results), "", f"| ms | {' | '.join(forms.values())} |"]
     lines.append("|---|" + "---|" * len(forms))

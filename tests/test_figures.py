@@ -302,6 +302,18 @@ def test_class_lengths_part_the_true_class_from_the_longest_other():
     drawn(figure)
 
 
+def test_class_lengths_may_be_another_confidence():
+    lengths = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    figure = figures.class_lengths(
+        lengths, torch.tensor([0, 1]), quantity="confidence", margins=[0.5]
+    )
+    (axes,) = figure.axes
+    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert axes.get_ylabel() == "confidence"
+    assert dashed == [0.5]
+    drawn(figure)
+
+
 def test_differences_have_a_row_for_each_form_and_a_mark_for_each_quantity():
     units = {"dense": {"v": 2.0, "gradient": 3.0}, "builtin": {"v": 1.0, "gradient": 4.0}}
     figure = figures.differences(units)

@@ -469,17 +469,25 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> Figure:
+def class_lengths(
+    lengths: Tensor,
+    labels: Tensor,
+    classes: Sequence[str] = (),
+    *,
+    quantity: str = "length |v|",
+    margins: Sequence[float] = (0.9, 0.1),
+) -> Figure:
     """Lengths of the capsule of the true class and of the longest other capsule.
 
     Args:
-        lengths: lengths of the class capsules, `[N, J]`.
+        lengths: lengths of the class capsules, or another confidence in the classes, `[N, J]`.
         labels: true classes, `[N]`.
         classes: their names; numbers if not given.
+        quantity: what `lengths` are, for the axis.
+        margins: drawn as dashed lines; by default those of the margin loss.
 
     Returns:
-        Two boxes per class: quartiles, with whiskers over 98 % of the images; the dashed lines are
-        the margins 0.9 and 0.1 of the loss.
+        Two boxes per class: quartiles, with whiskers over 98 % of the images.
     """
     present = labels.unique().tolist()
     of_true = lengths.gather(1, labels[:, None])[:, 0]
@@ -488,7 +496,7 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
     axes = figure.subplots()
     for values, name, color, shift in (
         (of_true, "of the true class", ACCENT, -0.18),
-        (others, "longest of the others", PALE, 0.18),
+        (others, "largest of the others", PALE, 0.18),
     ):
         boxes = axes.boxplot(
             [_numbers(values[labels == k]) for k in present],
@@ -502,10 +510,10 @@ def class_lengths(lengths: Tensor, labels: Tensor, classes: Sequence[str] = ()) 
         for box in boxes["boxes"]:
             box.set(facecolor=color, edgecolor=INK)
         boxes["boxes"][0].set_label(name)
-    for margin in (0.9, 0.1):
+    for margin in margins:
         axes.axhline(margin, color=INK, linestyle="--", linewidth=0.8)
     axes.set_xticks(range(len(present)), [_name(classes, k) for k in present])
-    axes.set(xlabel="class of the image", ylabel="length |v|", ylim=(0, 1))
+    axes.set(xlabel="class of the image", ylabel=quantity, ylim=(0, 1))
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 

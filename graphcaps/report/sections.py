@@ -12,6 +12,7 @@ from graphcaps.functional import multi_hot
 from graphcaps.pictures import figures
 from graphcaps.pictures.inspection import TWEAKS
 from graphcaps.report.records import Example, Records
+from graphcaps.routing import ROUTINGS
 
 ROUNDING = 1e-6  # by which equal coupling may differ
 
@@ -47,13 +48,18 @@ def _of_training(records: Records) -> list[Section]:
     classes, score = records.classes, records.score
     of_class, labels = one_label_each(score.lengths, score.labels)
     of_true = of_class.gather(1, labels[:, None]).median()
+    routing = ROUTINGS[str(records.config.routing)]
+    is_length = routing.length_is_activation and not routing.activations
+    quantity = "length |v|" if is_length else "confidence"
+    margins = (0.9, 0.1) if routing.loss == "margin" else ()
+    aim = "above 0.9, all others below 0.1 (dashed)" if margins else "larger than all others"
     lengths = Section(
-        "Lengths of the class capsules",
-        "The capsule of the true class should be longer than 0.9, all others shorter than 0.1 "
-        "(dashed). Boxes hold half of the test images, whiskers 98 %.",
-        f"Box plots for each class. The true class's capsule has a median length of {of_true:.2f} "
-        "over all test images.",
-        figures.class_lengths(of_class, labels, classes),
+        "Lengths of the class capsules" if is_length else "Confidence in the classes",
+        f"The {quantity} of the true class should be {aim}. Boxes hold half of the test images, "
+        "whiskers 98 %.",
+        f"Box plots for each class. The median for the true class is {of_true:.2f} over all test "
+        "images.",
+        figures.class_lengths(of_class, labels, classes, quantity=quantity, margins=margins),
     )
     epochs = [record for record in records.metrics if record.get("kind") == "epoch"]
     if not epochs:
