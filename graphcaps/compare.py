@@ -19,6 +19,8 @@ A comparison is described by a TOML file:
     [columns.affine-mnist]          # additional settings of a data set; optional
     until_accuracy = 0.992
 
+An optional `note = "…"` at the beginning is printed below the table.
+
 The result of each training, a cell of the table, is written to NAME/ROW--DATASET--SEED.json beside
 NAME.toml. The table, NAME.md, is written from these files only.
 """
@@ -76,6 +78,7 @@ class Comparison:
     rows: dict[str, dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.control not in self.rows:
@@ -406,6 +409,8 @@ def render(comparison: Comparison, cells: Sequence[Cell]) -> str:
     notes = [f"{missing} cells are not measured yet."] if missing else []
     if any(cell.load and cell.cores and cell.load > cell.cores + 0.5 for cell in cells):
         notes.append("\\* timed while other work shared the machine.")
+    if comparison.note:
+        notes.append(comparison.note)
     return "\n\n".join([*parts, *notes]) + "\n"
 
 

@@ -97,7 +97,7 @@ class Training:
             self.model.add_module("capsules", dense)
         elif form == COMPILED:
             self.model.compile(fullgraph=True)
-        self.model.to(options.device, memory_format=torch.channels_last)  # as graphcaps train
+        self.model.to(options.device).to(memory_format=torch.channels_last)  # as graphcaps train
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         images = torch.rand(options.batch, 1, 28, 28, device=options.device)
         labels = torch.randint(10, (options.batch,), device=options.device)

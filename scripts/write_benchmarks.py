@@ -53,7 +53,6 @@ def with_tables(text: str) -> str:
         "large-cpu": _large(routing),
         "kept-cpu": _kept(routing),
         "routings-cpu": bench_routing.table_of_routings(routing),
-        "routings-mnist": _trained(_read_if_measured("routings-mnist")),
         "conv-cpu": _large_without_votes(routing),
         "choices-cpu": _choices(_read("choices-cpu")),
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
@@ -147,24 +146,6 @@ def _large_without_votes(results: dict[str, Any]) -> str:
     )
 
 
-def _trained(results: dict[str, Any] | None) -> str:
-    if results is None:
-        return "Not measured."
-    epochs = "one epoch" if results["epochs"] == 1 else f"{results['epochs']} epochs"
-    lines = [
-        f"{_machine(results)}",
-        "",
-        f"| routing | parameters | test accuracy after {epochs} | time |",
-        "|---|---|---|---|",
-    ]
-    for routing, found in results["routings"].items():
-        accuracy = 1 - found["test_errors"] / found["test_images"]
-        lines.append(
-            f"| {routing} | {found['parameters']:,} | {accuracy:.2%} | {found['seconds']:.0f} s |"
-        )
-    return "\n".join(lines)
-
-
 def _kept(results: dict[str, Any]) -> str:
     cost = {float(share): quartiles(x)[1] for share, x in results["kept"].items()}
     parts = [f"{share:.0%} of the edges: {x / cost[1.0]:.2f}" for share, x in cost.items()]
@@ -177,7 +158,7 @@ def _kept(results: dict[str, Any]) -> str:
 def _compared(table: Path) -> str:
     """Test accuracies of a table of `graphcaps compare`: rows by data sets."""
     comparison, cells = read_comparison(table), read_cells(table)
-    lines = [f"| test accuracy, % | {' | '.join(comparison.datasets)} |"]
+    lines = [f"| test accuracy, % (seeds so far) | {' | '.join(comparison.datasets)} |"]
     lines.append("|---|" + "---|" * len(comparison.datasets))
     for row in comparison.rows:
         texts = []

@@ -231,6 +231,8 @@ def test_the_table_has_means_and_paired_differences():
     shared = [replace(c, load=3.5) for c in cells]
     assert "11.0 ± 1.0\\* |" in compare.render(comparison, shared)
     assert "\\* timed while other work shared the machine." in compare.render(comparison, shared)
+    told = replace(comparison, note="One thread each.")
+    assert compare.render(told, shared).endswith("\n\nOne thread each.\n")
     alone = compare.render(comparison, [cells[0], cells[4]])
     assert "| 91.00 (1 seed) | +1.00 (1 seed) |" in alone
 
