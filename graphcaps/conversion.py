@@ -158,8 +158,9 @@ def _voting_types(graph: dgl.DGLGraph, etype: EdgeTypes | None) -> list[Canonica
     for named in etype if isinstance(etype, list) else [etype]:
         found = [kind for kind in there if named in (kind, kind[1])]
         if len(found) != 1:
+            number = "several edge types" if found else "no edge type"
             raise ValueError(
-                f"the graph has {len(found)} edge types {named!r}; it has {there}; "
+                f"the graph has {number} {named!r}; it has {there}; "
                 "name one by (child type, name, parent type)"
             )
         etypes += found
