@@ -281,7 +281,8 @@ def structure_of(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None = None
     """
     if not isinstance(graph, dgl.DGLGraph):
         return Structure(graph, kinds=kinds, etype=etype)  # which tells what is expected
-    key = kinds, tuple(etype) if isinstance(etype, list) else etype
+    # a list of three names is not the edge type with these three
+    key = (kinds, "several", *etype) if isinstance(etype, list) else (kinds, etype)
     with _lock:
         of_graph = _seen.pop(graph, {})
         _seen[graph] = of_graph  # the most recently used is last
@@ -293,11 +294,13 @@ def structure_of(graph: dgl.DGLGraph, kinds: int, etype: EdgeTypes | None = None
             copies = [x if x is None else x.clone() for x in content]
             seen = _Seen(copies, Structure(graph, kinds=kinds, etype=etype))
             of_graph[key] = seen
+            for oldest in list(of_graph)[:-GRAPHS_KEPT]:
+                of_graph.pop(oldest, None)
     return seen.structure
 
 
 def forget_graphs() -> None:
-    """Empty the cache of `structure_of`."""
+    """Empty the cache of `structure_of`, to measure what it saves."""
     with _lock:
         _seen.clear()
 

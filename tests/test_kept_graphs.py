@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import graphcaps as gc
+from graphcaps._dgl import dgl
 from graphcaps.structure import structure_of
 
 
@@ -22,6 +23,18 @@ def test_what_is_prepared_for_a_graph_is_kept():
     assert structure_of(graph, 2, "votes") is not first
     assert structure_of(graph, 2) is first
     assert structure_of(_voting([0, 1, 2], [0, 0, 1], [0, 1, 0]), 2) is not first
+
+
+def test_three_edge_types_are_not_one_with_their_names():
+    graph = dgl.heterograph(
+        {
+            ("x", "y", "z"): ([0, 1], [0, 0]),
+            ("q", "x", "z"): ([0, 1], [0, 0]),
+            ("q", "z", "z"): ([0], [0]),
+        }
+    )
+    assert structure_of(graph, 3, ("x", "y", "z")).edges == 2
+    assert structure_of(graph, 3, ["x", "y", "z"]).edges == 5
 
 
 def _with_another_matrix(graph):

@@ -1,12 +1,14 @@
 """The threads in which the CPU kernel runs."""
 
 import multiprocessing
+import signal
 import threading
 import time
 
 import pytest
 import torch
 
+import graphcaps as gc
 from graphcaps.kernels.cpu import threads
 
 
@@ -43,13 +45,39 @@ def test_calls_run_at_the_same_time(either):
     threads.run(meeting.wait, [(), ()])
 
 
-def test_an_exception_of_any_call_is_raised(either):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_of_any_call_ends_the_run(either):
     def fail(number):
         if number == 3:
-            raise KeyboardInterrupt("stop")
+            raise ValueError("three")
 
-    with pytest.raises(KeyboardInterrupt, match="stop"):
+    with pytest.raises((ValueError, RuntimeError), match=r"three|exception printed above"):
         threads.run(fail, [(n,) for n in range(4)])
+
+
+class AlarmError(Exception):
+    """Raised by a signal handler."""
+
+
+def _raise_alarm(*_):
+    raise AlarmError
+
+
+@pytest.mark.skipif(threads._openmp() is None, reason="torch has no GOMP_parallel")
+def test_no_exception_of_a_signal_handler_is_lost(two_threads):
+    layer = gc.CapsuleLayer(gc.complete_graph(1152, 10), 8, 16, engine="fused")
+    u = torch.rand(64, 1152, 8)
+    expected = layer(u)
+    before = signal.signal(signal.SIGALRM, _raise_alarm)
+    try:
+        for shot in range(40):
+            signal.setitimer(signal.ITIMER_REAL, 0.003 + 0.0005 * shot)
+            with pytest.raises(AlarmError):  # noqa: PT012, the loop is what is interrupted
+                for _ in range(1000):
+                    assert torch.equal(layer(u), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_threads_are_those_of_torch(two_threads):

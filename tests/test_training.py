@@ -167,6 +167,27 @@ def test_a_resumed_optimizer_keeps_the_options_of_this_device(tmp_path):
     assert (here["fused"], here["lr"], here["betas"]) == (True, there["lr"], there["betas"])
 
 
+def test_a_run_of_an_older_version_resumes_with_the_strides_of_this_one(tmp_path):
+    stopped = trainer(tmp_path / "run")
+    for module in stopped.model.modules():  # as versions before 0.2
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.contiguous()
+    order, shifts = stopped._plan(0)
+    stopped._take_step(order[:5], shifts[:5])
+    stopped.step = 1
+    stopped._save_checkpoint()
+    resumed = Trainer(stopped.settings, stopped.recipe, stopped.data, CPU, stopped.run)
+    resumed.resume()
+    for one in (stopped, resumed):
+        one._take_step(order[5:10], shifts[5:10])
+    differ = 0
+    for there, here in zip(stopped.model.parameters(), resumed.model.parameters(), strict=True):
+        differ += there.stride() != here.stride()
+        assert resumed.optimizer.state[here]["exp_avg"].stride() == here.stride()
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-6)
+    assert differ
+
+
 def test_processes_that_see_other_checkpoints_do_not_go_on_together(tmp_path, monkeypatch):
     stopped = trainer(tmp_path / "run")
     stopped._save_checkpoint()

@@ -478,6 +478,7 @@ class Trainer:
             self._check_training(saved)
             own = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**own, "state": saved["optimizer"]["state"]})
+            _lay_out_like_parameters(self.optimizer)
             torch.set_rng_state(saved["rng"])
             if saved["cuda_rng"] is not None and self.workers.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.workers.device)
@@ -627,6 +628,18 @@ def load_data_of(settings: TrainSettings, run: RunFolder | None = None) -> Datas
         channels, *of_net = config.image_shape
         size = size or (of_net[0], of_net[1])
     return load_dataset(settings.dataset, settings.data_dir, image_size=size, channels=channels)
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's tensors the strides of their parameters.
+
+    Fused Adam takes the numbers by their place in memory, and versions before 0.2 trained with
+    other strides.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, x in state.items():
+            if x.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(x)
 
 
 def _check_data(data: Dataset) -> None:

@@ -21,6 +21,7 @@ WORK_OF_A_THREAD = 8_000_000  # multiplications for votes in one pass that are w
 FEW_THREADS = 4  # may have private sums, however many parents and matrices there are
 TERMS = 32  # the least length of a partial sum; it is the square root of all terms, if that is more
 LINE = 64  # bytes of a cache line
+_compiled: set[tuple[Callable, np.dtype, tuple[int, ...]]] = set()
 
 
 class Edges(NamedTuple):
@@ -312,7 +313,7 @@ class Parts(ABC):
             )
             for groups, own in zip(self.groups, totals, strict=True)
         ]
-        run(self.passes.couple, calls)
+        self.run(self.passes.couple, calls)
         return self.add_up(totals, wanted)
 
     def couple_gradient_pass(
@@ -346,7 +347,7 @@ class Parts(ABC):
             )
             for t in range(len(groups))
         ]
-        run(self.passes.couple_gradient, calls)
+        self.run(self.passes.couple_gradient, calls)
         dk, dp, dq = self.add_up(totals, (needed.k, needed.p, needed.q))
         dbeta, dprior = (sum(x).astype(self.dtype) for x in zip(*of_kinds, strict=True))
         return du, self.gather_matrices(dweights), da, dk, dp, dq, dbeta, dprior
@@ -378,7 +379,7 @@ class Parts(ABC):
             )
             for those, dweight in zip(groups, dweights, strict=True)
         ]
-        run(self.passes.dynamic_gradient, calls)
+        self.run(self.passes.dynamic_gradient, calls)
         return du, self.gather_matrices(dweights)
 
     def inputs(
@@ -397,6 +398,19 @@ class Parts(ABC):
             *(self.empty(0) if x is None else self.in_lanes(x) for x in (r, k, p, q)),
             *(self.empty(0) if x is None else x for x in (beta, prior)),
         )
+
+    def run(self, one_pass: Callable, calls: Sequence[Sequence[Any]]) -> None:
+        """Call a compiled function for all ranges in parallel; the first time one by one.
+
+        The first call compiles, for which someone may wait until they press Ctrl-C.
+        """
+        signature = one_pass, self.dtype, self.lanes_as_type
+        if signature in _compiled:
+            run(one_pass, calls)
+            return
+        for arguments in calls:
+            one_pass(*arguments)
+        _compiled.add(signature)
 
     def ranges(self, count: int) -> list[tuple[int, int]]:
         """Divide the competitions into 1 to `count` ranges with about equally many edges."""

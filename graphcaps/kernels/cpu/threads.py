@@ -7,19 +7,24 @@ occupy their cores. Other threads that compute meanwhile would have to share the
 
 import ctypes
 import functools
+import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Work = ctypes.CFUNCTYPE(None)  # OpenMP gives it a pointer, which it ignores
 
 
 class _Process:
-    """Whether this process was forked: OpenMP's threads are missing there, and it would hang."""
+    """Whether this process was forked: OpenMP's threads are missing there.
+
+    A parallel operation of OpenMP would wait for them forever; torch's own operations do.
+    """
 
     forked = False
 
@@ -33,39 +38,38 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def run(function: Callable, calls: Sequence[Sequence[Any]]) -> None:
-    """Call a function that releases the interpreter's lock with all arguments, in parallel.
+    """Call a compiled function with all arguments, in parallel; each thread takes the next ones.
+
+    Args:
+        function: compiled for these arguments, and releasing the interpreter's lock.
+        calls: the arguments of each call.
 
     Raises:
-        BaseException: the first exception of a call.
+        RuntimeError: a call raised an exception, which was printed.
     """
     # no other thread may run Python code while the interpreter shuts down
     if len(calls) < 2 or not threading.main_thread().is_alive():
         for arguments in calls:
             function(*arguments)
         return
-    waiting = iter(calls)  # each thread takes the next
-    errors: list[BaseException] = []
-
-    def work(*_: Any) -> None:
-        try:
-            for arguments in waiting:
-                function(*arguments)
-        except BaseException as error:
-            errors.append(error)
-
     threads = torch.get_num_threads()
     in_parallel = None if _Process.forked else _openmp()
-    # all of OpenMP's threads run Python code in turn, which takes too long if few have work
+    # all of OpenMP's threads need the interpreter in turn, which takes too long if few have work
     if in_parallel is None or threads > 2 * len(calls):
         with ThreadPoolExecutor(len(calls) - 1) as pool:
-            for _ in calls[1:]:
-                pool.submit(work)
-            work()
-    else:
-        # with fewer than torch has, OpenMP would end the others, and torch start them again
-        in_parallel(_Work(work), None, threads, 0)
-    if errors:
-        raise errors[0]
+            others = [pool.submit(function, *arguments) for arguments in calls[1:]]
+            function(*calls[0])
+            for other in others:
+                other.result()
+        return
+    # All of this is C code. Python code would take signals, and ctypes drops the exceptions that
+    # their handlers raise, such as KeyboardInterrupt.
+    done: deque[None] = deque()
+    work = _Work(functools.partial(done.extend, itertools.starmap(function, iter(calls))))
+    # with fewer threads than torch has, OpenMP would end the others, and torch start them again
+    in_parallel(work, None, threads, 0)
+    if len(done) < len(calls):
+        raise RuntimeError("a pass of the kernel failed, with the exception printed above")
 
 
 @functools.cache
