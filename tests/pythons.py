@@ -20,7 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ("3.11", "3.12", "3.13", "3.14")
-TESTS = ("test_laws.py", "test_layers.py", "test_dgl.py", "test_installation.py")
+TESTS = ("test_laws.py", "test_layers.py", "test_threads.py", "test_dgl.py", "test_installation.py")
 FORWARD = """
 import torch
 import graphcaps as gc
