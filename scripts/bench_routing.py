@@ -362,20 +362,6 @@ def route_padded(capsules: gc.CapsuleLayer, graph: dgl.DGLGraph, u: Tensor) -> T
     return v.flatten(0, 1)
 
 
-def peaks_of_ragged(case: str, options: Options) -> dict[str, float]:
-    """The same of `auto` and of the padded form, in processes of their own."""
-    peaks = {
-        form: float(
-            in_own_process(
-                __file__, f"--threads={options.threads}", f"--memory-of={form}", f"--case={case}"
-            )
-        )
-        for form in ("auto", "padded")
-    }
-    print(f"{case}: " + ", ".join(f"{form} {peak:.1f} MiB" for form, peak in peaks.items()))
-    return peaks
-
-
 def with_lanes_of(which: Literal["samples", "poses"], call: Callable[[], Tensor]) -> Callable:
     """A call of the kernel on the CPU with samples or poses in lanes, whatever it would choose."""
 
@@ -450,6 +436,20 @@ def peak_of_ragged(form: str, case: str) -> float:
     call()
     u.grad = capsules.weight.grad = None
     return peak_mib(call) - 4 * (u.numel() + capsules.weight.numel()) / MEBI
+
+
+def peaks_of_ragged(case: str, options: Options) -> dict[str, float]:
+    """The same of `auto` and of the padded form, each in a process of its own."""
+    peaks = {
+        form: float(
+            in_own_process(
+                __file__, f"--threads={options.threads}", f"--memory-of={form}", f"--case={case}"
+            )
+        )
+        for form in ("auto", "padded")
+    }
+    print(f"{case}: " + ", ".join(f"{form} {peak:.1f} MiB" for form, peak in peaks.items()))
+    return peaks
 
 
 def measure_choices(options: Options) -> dict[str, Any]:

@@ -58,7 +58,6 @@ def with_tables(text: str) -> str:
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
         "results-routings": _compared(ROOT / "results" / "routings.toml"),
-        "results-presets": _compared(ROOT / "results" / "presets.toml"),
     }
     places = re.findall(r"^<!-- ([a-z-]+) -->$", text, flags=re.MULTILINE)
     for name in places:
@@ -158,6 +157,7 @@ def _kept(results: dict[str, Any]) -> str:
 def _compared(table: Path) -> str:
     """Test accuracies of a table of `graphcaps compare`: rows by data sets."""
     comparison, cells = read_comparison(table), read_cells(table)
+    seeds = len(comparison.seeds)
     lines = [f"| test accuracy, % (seeds so far) | {' | '.join(comparison.datasets)} |"]
     lines.append("|---|" + "---|" * len(comparison.datasets))
     for row in comparison.rows:
@@ -168,7 +168,6 @@ def _compared(table: Path) -> str:
                 for cell in cells
                 if (cell.row, cell.dataset) == (row, dataset) and cell.test_accuracy is not None
             ]
-            seeds = len(comparison.seeds)
             text = f"{statistics.mean(found):.2f}" if found else ""
             if len(found) > 1:
                 text += f" ± {statistics.stdev(found):.2f}"

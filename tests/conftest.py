@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from graphcaps.kernels.cpu import lay_out
+from graphcaps.kernels.cpu import lay_out, parts
 from graphcaps.kernels.cpu.by_pose import PosesInLanes
 from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 
@@ -59,6 +59,27 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(set_threads):
+    """Let torch and the kernels use one thread."""
+    set_threads(1)
+
+
+@pytest.fixture
+def several_threads(set_threads, monkeypatch):
+    """Divide even the smallest graph among threads of the CPU kernel."""
+    set_threads(3)
+    monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
 
 
 @pytest.fixture(params=["samples", "poses"])

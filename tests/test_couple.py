@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 import graphcaps as gc
 from graphcaps import kernels
-from graphcaps.kernels.cpu import lay_out, parts
+from graphcaps.kernels.cpu import lay_out
 from graphcaps.kernels.cpu.by_pose import PosesInLanes
 from graphcaps.kernels.cpu.by_sample import SamplesInLanes
 
@@ -59,14 +59,7 @@ IRREGULAR = Graph(
 )  # child 1 has no parent, parent 2 no child; children 2 and 4 have one parent
 
 
-@pytest.fixture(autouse=True)
-def several_threads(monkeypatch):
-    """Divide even the smallest graph among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("several_threads")
 
 
 def assert_equal(got, expected, **tolerance):

@@ -33,14 +33,7 @@ BATCHES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def several_threads(monkeypatch):
-    """Divide even the smallest graph among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    monkeypatch.setattr(parts, "WORK_OF_A_THREAD", 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("several_threads")
 
 
 def shared(case):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from graphcaps import cli
 from graphcaps.nets.model import PRESETS, CapsNetConfig
@@ -27,14 +26,6 @@ def old(tmp_path, monkeypatch):
     settings = run.path / "settings.json"
     settings.write_text(settings.read_text().replace("/home/user/digits", str(HERE / "digits")))
     return run
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

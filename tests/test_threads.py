@@ -11,26 +11,22 @@ import torch
 import graphcaps as gc
 from graphcaps.kernels.cpu import threads
 
+NEEDS_OPENMP = pytest.mark.skipif(
+    threads._openmp() is None, reason="torch is not linked to an OpenMP with GOMP_parallel"
+)
+
 
 @pytest.fixture
-def two_threads():
+def two_threads(set_threads):
     """As many threads for torch, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    set_threads(2)
 
 
-WITHOUT_OPENMP = [False, True]
-
-
-@pytest.fixture(params=WITHOUT_OPENMP, ids=["openmp", "without openmp"])
+@pytest.fixture(params=[pytest.param("openmp", marks=NEEDS_OPENMP), "without openmp"])
 def either(request, monkeypatch, two_threads):
     """With the threads of torch's OpenMP, and with threads of our own."""
-    if request.param:
+    if request.param != "openmp":
         monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
-        pytest.skip("torch is not linked to an OpenMP with GOMP_parallel")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 17])
@@ -63,7 +59,7 @@ def _raise_alarm(*_):
     raise AlarmError
 
 
-@pytest.mark.skipif(threads._openmp() is None, reason="torch has no GOMP_parallel")
+@NEEDS_OPENMP
 def test_no_exception_of_a_signal_handler_is_lost(two_threads):
     layer = gc.CapsuleLayer(gc.complete_graph(1152, 10), 8, 16, engine="fused")
     u = torch.rand(64, 1152, 8)
@@ -80,9 +76,8 @@ def test_no_exception_of_a_signal_handler_is_lost(two_threads):
         signal.signal(signal.SIGALRM, before)
 
 
+@NEEDS_OPENMP
 def test_the_threads_are_those_of_torch(two_threads):
-    if threads._openmp() is None:
-        pytest.skip("torch is not linked to an OpenMP with GOMP_parallel")
     x = torch.rand(1 << 20)
     x + x  # a parallel operation starts torch's threads
     seen = set()

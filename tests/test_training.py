@@ -39,12 +39,7 @@ NOWHERE = ("hpu", "mtia", "privateuseone", "mps", "opengl", "cuda:77")  # device
 CPU = Workers(rank=0, size=1, device=torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +164,7 @@ def test_a_resumed_optimizer_keeps_the_options_of_this_device(tmp_path):
 
 def test_a_run_of_an_older_version_resumes_with_the_strides_of_this_one(tmp_path):
     stopped = trainer(tmp_path / "run")
-    for module in stopped.model.modules():  # as versions before 0.2
+    for module in stopped.model.modules():  # as version 0.1.0
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.contiguous()
     order, shifts = stopped._plan(0)

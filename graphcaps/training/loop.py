@@ -173,7 +173,7 @@ class Trainer:
         self.steps_per_epoch = len(data.train.labels) // self.batch_size
         torch.manual_seed(settings.seed)
         self.model = _make_net(settings, recipe, data, run).to(workers.device)
-        self.model.to(memory_format=torch.channels_last)  # fastest for convolutions
+        self.model.to(memory_format=torch.channels_last)  # mostly faster
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=recipe.learning_rate, fused=True
         )
@@ -633,8 +633,8 @@ def load_data_of(settings: TrainSettings, run: RunFolder | None = None) -> Datas
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer's tensors the strides of their parameters.
 
-    Fused Adam takes the numbers by their place in memory, and versions before 0.2 trained with
-    other strides.
+    Fused Adam takes the numbers by their place in memory, and version 0.1.0 trained with other
+    strides on the CPU.
     """
     for parameter, state in optimizer.state.items():
         for name, x in state.items():

@@ -47,12 +47,12 @@ def dynamic_gradient_pass(  # noqa: PLR0912, two loops over edges, with a loop o
         du: written, `[B, I, K]`; skipped if empty.
         dweight: added to; skipped if empty.
     """
-    x, u_hat, c, g, rows = scratch.x, scratch.y, scratch.c, scratch.g, scratch.rows
+    x, u_hat, dy, rows = scratch.x, scratch.y, scratch.dy, scratch.rows
+    c, g = scratch.c, scratch.g  # g becomes l; rows of all edges in one iteration, then in the next
     B, J, K, D = sizes.samples, sizes.parents, sizes.child_dim, sizes.parent_dim
     blocks = blocks_of(B, lanes)
     through_all = len(q) == iterations * blocks * J * D * 16 * len(lanes)
     begin = 0 if through_all else iterations - 1
-    # rows of c and g: those of all edges in one iteration, then in the next
     for block in range(blocks):
         for i in range(children[0], children[1]):
             first, degree = edges.start[i], edges.start[i + 1] - edges.start[i]
@@ -79,7 +79,6 @@ def dynamic_gradient_pass(  # noqa: PLR0912, two loops over edges, with a loop o
             fill(scratch.dx, FIRST, x.dtype.type(0), 2 * K, lanes)
             for e in range(degree):
                 m, j = np.int64(edges.kind[first + e]), np.int64(edges.parent[first + e])
-                dy = scratch.dy
                 at = block * J + j
                 scale(dy, FIRST, c, begin * degree + e, q, at * D, D, lanes)
                 for t in range(begin + 1, iterations):

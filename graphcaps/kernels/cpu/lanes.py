@@ -283,19 +283,9 @@ def add_outer(out, m, inner, outer, x, i, y, j, rows, lanes):
                     t3, s3 = plus(t3, times(x0, y3)), plus(s3, times(x1, y3))
             add_four_sums(out, m + b * outer + a, t0, t1, t2, t3)
             add_four_sums(out, m + (b + 1) * outer + a, s0, s1, s2, s3)
-        for b in range(inner - inner % 2, inner):
-            t0 = t1 = t2 = t3 = spread(x.dtype.type(0))
-            for row in range(rows):
-                i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
-                for n in range(0, L, 16):
-                    x0 = vector(x, i0 + n)
-                    t0 = plus(t0, times(x0, vector(y, j0 + n)))
-                    t1 = plus(t1, times(x0, vector(y, j0 + L + n)))
-                    t2 = plus(t2, times(x0, vector(y, j0 + 2 * L + n)))
-                    t3 = plus(t3, times(x0, vector(y, j0 + 3 * L + n)))
-            add_four_sums(out, m + b * outer + a, t0, t1, t2, t3)
-    for a in range(outer - outer % 4, outer):
-        for b in range(inner):
+    for b in range(inner):
+        paired = b < inner - inner % 2
+        for a in range(outer - outer % 4 if paired else 0, outer):
             total = spread(x.dtype.type(0))
             for row in range(rows):
                 i0, j0 = (i + row * inner + b) * L, (j + row * outer + a) * L
