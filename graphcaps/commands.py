@@ -28,7 +28,13 @@ from graphcaps.flags import (
     TrainSettings,
 )
 from graphcaps.functional import multi_hot
-from graphcaps.nets.model import CapsNet, CapsNetOutput, find_net
+from graphcaps.nets.model import (
+    PRETRAINED,
+    CapsNet,
+    CapsNetOutput,
+    find_net,
+    pretrained_names,
+)
 from graphcaps.nets.verdict import has_verdict, judge_images
 from graphcaps.streams import tell
 from graphcaps.training.checkpoints import RunFolder
@@ -36,9 +42,6 @@ from graphcaps.training.evaluation import as_input, check_lengths, evaluate, fit
 from graphcaps.training.loop import TrainingInterrupt, train
 from graphcaps.training.settings import given_fields, image_size_of
 from graphcaps.training.workers import joined_workers, leads
-
-SHIPPED = "mnist-small"
-DIGITS = tuple("0123456789")
 
 
 def run(settings: Settings) -> None:
@@ -141,22 +144,24 @@ def _report(settings: ReportSettings) -> None:
 
 def _demo(settings: DemoSettings) -> None:
     check_writable(settings.output)  # before the work, not after it
-    folder = settings.run_dir
-    if folder is None:
+    folder = find_net(settings.run_dir)
+    model, name = CapsNet.load(folder), settings.run_dir.resolve().name
+    check_routed(model)
+    if folder.parent == PRETRAINED:
         if settings.dataset is not None or settings.data_dir is not None:
             raise ValueError(
-                "the net that ships with graphcaps has its own images: name a run, or omit "
+                "a net that ships with graphcaps has its own images: name a run, or omit "
                 "--dataset and --data-dir"
             )
-        model, name = CapsNet.from_pretrained(), SHIPPED
-        classes, gallery = DIGITS, shipped_gallery()
+        classes, gallery = model.config.names, shipped_gallery(name)
     else:
-        model, name = CapsNet.load(find_net(folder)), folder.resolve().name
-        check_routed(model)
         data = fitted(_load_data(settings, model), model)
         classes, gallery = data.classes, gallery_of(model, data)
     write_demo(model, classes, gallery, settings.output, name)
     tell(f"The demo is in {settings.output}; open it in a browser")
+    others = [other for other in pretrained_names() if other != name]
+    if folder.parent == PRETRAINED and others:
+        tell(f"graphcaps demo NAME shows another net: {', '.join(others)}")
 
 
 def _compare(settings: CompareSettings) -> None:

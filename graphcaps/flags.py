@@ -19,7 +19,16 @@ def _optional(metavar: str, default: str, name: str | None = None) -> Any:
 
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 Preset = Literal[
-    "paper", "small", "efficient", "em-small", "em", "deep", "photo", "cnn", "cnn-paper"
+    "paper",
+    "small",
+    "efficient",
+    "efficient-multi",
+    "em-small",
+    "em",
+    "deep",
+    "photo",
+    "cnn",
+    "cnn-paper",
 ]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 RunOrWeights = Annotated[Path, tyro.conf.arg(metavar="RUN-DIR")]
@@ -31,9 +40,10 @@ class TrainSettings:
     """Train a CapsNet, test it once, and write everything to the run's folder."""
 
     #: The net and its training recipe: the paper's, or a smaller one for CPUs; efficient, em-small
-    #: and em are those of other papers, deep has three layers of routed capsules, photo is for
-    #: images of 224 by 224 pixels, and cnn and cnn-paper are controls without capsules. With auto,
-    #: it is paper if there is a CUDA device, otherwise small.
+    #: and em are those of other papers, and efficient-multi is for two digits in an image; deep has
+    #: three layers of routed capsules, photo is for images of 224 by 224 pixels, and cnn and
+    #: cnn-paper are controls without capsules. With auto, it is paper if there is a CUDA device,
+    #: otherwise small.
     preset: Literal["auto"] | Preset = "auto"
     #: One of mnist, fashion-mnist, kmnist, cifar10, svhn and mnist-5k (5,000 digits that need no
     #: download); one generated from MNIST: multi-mnist (two digits in an image), rotated-mnist or
@@ -151,11 +161,11 @@ class ReportSettings:
 class DemoSettings:
     """Write a net as one HTML page on which digits are drawn and routed live."""
 
-    #: Folder of a run, whose best epoch is shown, or a folder with model.safetensors.
-    run_dir: Annotated[
-        tyro.conf.Positional[Path | None],
-        _optional("[RUN-DIR]", "the net that ships with graphcaps, trained on MNIST"),
-    ] = None
+    #: Folder of a run, whose best epoch is shown; a folder with model.safetensors; or the name of a
+    #: net that ships with graphcaps, such as fashion-mnist.
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN-DIR|NAME]")] = Path(
+        "mnist-small"
+    )
     #: The file to write.
     output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("demo.html")
     #: Data set, as for train.

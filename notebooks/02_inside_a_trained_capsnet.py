@@ -18,20 +18,20 @@
 import math
 
 import torch
-from safetensors.torch import load_file
 from torchvision.transforms.functional import rotate
 
 import graphcaps as gc
 from graphcaps.data import load_dataset
-from graphcaps.nets.model import PRETRAINED
+from graphcaps.demo import shipped_gallery
 from graphcaps.pictures import figures, inspection
 from graphcaps.training import as_input, evaluate
 
 model = gc.CapsNet.from_pretrained("mnist-small")
 digits = load_dataset("../tests/digits").test  # ten digits of each class, from the test set
-mistakes = load_file(PRETRAINED / "mnist-small" / "mistakes.safetensors")
+shipped = shipped_gallery("mnist-small")
+mistakes, true_classes = shipped.images[shipped.mistakes], shipped.labels[shipped.mistakes]
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(digits.labels)} digits;")
-print(f"{len(mistakes['labels'])} of the 10,000 test images are read wrongly")
+print(f"{len(mistakes)} of the 10,000 test images are read wrongly")
 
 # %% [markdown]
 # ## Class capsules: the length is the confidence
@@ -53,7 +53,7 @@ figures.class_lengths(score.lengths, score.labels)
 
 # %%
 images = as_input(digits.images, model)
-wrong_images = as_input(mistakes["images"], model)
+wrong_images = as_input(mistakes, model)
 with torch.no_grad():
     output, trace = model(images, return_trace=True)
     wrong_output, wrong_trace = model(wrong_images, return_trace=True)
@@ -63,7 +63,7 @@ shown = [int((digits.labels == k).nonzero()[0]) for k in range(7)]
 figures.reconstructions(
     torch.cat([images[shown], wrong_images[:3]]),
     torch.cat([output.reconstruction[shown], wrong_output.reconstruction[:3]]),
-    torch.cat([digits.labels[shown], mistakes["labels"][:3]]),
+    torch.cat([digits.labels[shown], true_classes[:3]]),
     torch.cat([output.lengths[shown], wrong_output.lengths[:3]]).argmax(dim=1),
 )
 

@@ -12,44 +12,83 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from graphcaps.demo import gallery_of
+from graphcaps.demo import IMAGES, gallery_of
+from graphcaps.flags import TrainSettings
 from graphcaps.nets.model import WEIGHTS, CapsNet
 from graphcaps.training import evaluate
 from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.loop import load_data_of
+from graphcaps.training.settings import Recipe
 
 CARD = """# {name}
 
-A CapsNet with {parameters:,} parameters that classifies the ten digits of MNIST: the preset
-`{preset}` of graphcaps. The weights are stored in half precision ({megabytes:.1f} MB) and used in
-single precision. `mistakes.safetensors` contains the test images that it misclassifies (`images`,
-uint8, and `labels`), `gallery.safetensors` the first thousand test images and these, with their
-numbers in the test set, for `graphcaps demo`.
+A CapsNet with {parameters:,} parameters that classifies {subject}: the preset `{preset}` of
+graphcaps. The weights are stored in half precision ({megabytes:.1f} MB) and used in single
+precision. `gallery.safetensors` contains the first {gallery:,} test images and {mistakes} of those
+that the net misclassifies, with their numbers in the test set, for `graphcaps demo {name}`.
 
     model = gc.CapsNet.from_pretrained("{name}")
-    output = model(images)    # [B, 1, 28, 28], ink 1 on paper 0; poses, lengths, reconstruction
+    output = model(images)    # {images}; poses, lengths, reconstruction
 
 | | |
 |---|---|
-| accuracy on the {test_images:,} images of MNIST's test set | {accuracy:.2%} ({errors} errors), \
+| accuracy on the {test_images:,} images of the test set | {accuracy:.2%} ({errors} errors), \
 these files, evaluated once |
 | the same before rounding to half precision | {run_accuracy:.2%} ({run_errors} errors) |
 | on the validation set, which selected epoch {best_epoch} of {epochs} | {holdout:.2%} of \
 {holdout_images:,} |
-| data | MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} \
-pixels; no other augmentation |
+| data | {data} |
 | loss | margin loss and 0.0005 × the squared errors of the reconstruction (Sabour et al. 2017) |
 | recipe | Adam, one cycle up to {rate:g}, batches of {batch_size}, {epochs} epochs, seed {seed} |
-| command | `graphcaps train --preset {preset} --epochs {epochs} --seed {seed}` |
+| command | `{command}` |
 | made with | graphcaps {graphcaps}, torch {torch}, DGL {dgl}, Python {python}; \
 {minutes:.0f} minutes of training |
 
-**Limits.** The input is one digit, centred and scaled as in MNIST; `graphcaps predict` normalises
-photos in this way. The net was trained only on digits, and a class capsule can be long for other
-images: `graphcaps predict` and `graphcaps.nets.judge` report this if the reconstruction does not
-resemble the image. Overlapping digits were not in the training data. The best of the {epochs}
-epochs was selected on the validation set, not on the test set.
+**Limits.** {limits} The best of the {epochs} epochs was selected on the validation set, not on the
+test set.
 """
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says of a data set; `{shift}` and `{train_images:,}` are filled in."""
+
+    subject: str
+    images: str
+    data: str
+    limits: str
+
+
+ABOUT = {
+    "mnist": About(
+        "the ten digits of MNIST",
+        "[B, 1, 28, 28], ink 1 on paper 0",
+        "MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} "
+        "pixels; no other augmentation",
+        "The input is one digit, centred and scaled as in MNIST; `graphcaps predict` normalises "
+        "photos in this way. The net was trained only on digits, and a class capsule can be long "
+        "for other images: `graphcaps predict` and `graphcaps.nets.judge` report this if the "
+        "reconstruction does not resemble the image. Overlapping digits were not in the training "
+        "data.",
+    ),
+    "fashion-mnist": About(
+        "the ten kinds of clothing of Fashion-MNIST",
+        "[B, 1, 28, 28], clothing light on black 0",
+        "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): {train_images:,} training images, shifted by "
+        "up to {shift} pixels; no other augmentation",
+        "The input is a picture of one item on a black background, in grey, as in the shop's "
+        "catalogue that the data come from; on photos of clothing as it is worn, expect far less.",
+    ),
+    "multi-mnist": About(
+        "the two overlapping digits of each image of MultiMNIST",
+        "[B, 1, 36, 36], ink 1 on paper 0",
+        "MultiMNIST (Sabour et al. 2017, section 6), generated from MNIST: {train_images:,} pairs "
+        "of digits of different classes, other pairs in each epoch; each digit shifted by up to 4 "
+        "pixels; no other augmentation. An answer is correct if both digits are",
+        "Every image has to show two digits of different classes, as large as those of MNIST: the "
+        "net always names two. The two longest capsules are the prediction.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +99,19 @@ class Options:
     """A finished run's folder."""
     output: Positional[Path]
     """The folder to be written; its name is the net's."""
+    gallery: int = IMAGES
+    """Number of test images for the demo."""
+
+
+def command_of(settings: TrainSettings, recipe: Recipe) -> str:
+    """The command that trains the net again."""
+    words = ["graphcaps train", f"--preset {recipe.preset}"]
+    if settings.dataset != TrainSettings.dataset:
+        words.append(f"--dataset {settings.dataset}")
+    words += [f"--epochs {recipe.epochs}", f"--seed {settings.seed}"]
+    if settings.amp != TrainSettings.amp:
+        words.append(f"--amp {settings.amp}")
+    return " ".join(words)
 
 
 def main() -> None:
@@ -75,15 +127,22 @@ def main() -> None:
     model = CapsNet.load(options.output)
     data = load_data_of(settings)
     score = evaluate(model, data.test)
-    wrong = score.wrong
-    mistakes = {"images": data.test.images[wrong], "labels": data.test.labels[wrong]}
-    safetensors.torch.save_file(mistakes, options.output / "mistakes.safetensors")
-    gallery = gallery_of(model, data)
+    gallery = gallery_of(model, data, options.gallery)
     safetensors.torch.save_file(vars(gallery), options.output / "gallery.safetensors")
+    about = ABOUT[settings.dataset]
+    shift = data.shift if settings.shift is None else settings.shift
+    words = {"shift": shift, "train_images": len(data.train.labels)}
     card = CARD.format(
         name=options.output.name,
         parameters=sum(p.numel() for p in model.parameters()),
         preset=recipe.preset,
+        subject=about.subject,
+        images=about.images,
+        data=about.data.format(**words),
+        limits=about.limits,
+        command=command_of(settings, recipe),
+        gallery=options.gallery,
+        mistakes=int(gallery.mistakes.sum()),
         megabytes=(options.output / WEIGHTS).stat().st_size / 1e6,
         test_images=score.images,
         accuracy=score.accuracy,
@@ -94,8 +153,6 @@ def main() -> None:
         epochs=recipe.epochs,
         holdout=result["holdout_accuracy"],
         holdout_images=len(data.holdout.labels),
-        train_images=len(data.train.labels),
-        shift=data.shift if settings.shift is None else settings.shift,
         rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
         seed=settings.seed,

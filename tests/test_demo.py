@@ -43,11 +43,14 @@ def test_weights_are_packed_in_half_precision_under_their_names():
     model = lively_model()
     packed = demo.page_data(model, CLASSES, gallery(model))
     state = model.state_dict()
-    for name, text in packed["weights"].items():
-        if name != "decoder":
-            there = np.frombuffer(base64.b64decode(text), "<f2")
-            assert np.array_equal(there, state[name].half().flatten().numpy())
-    assert len(packed["weights"]) == 6
+    net = packed["net"]
+    texts = dict(net["weights"])
+    for name, layer in {"conv.0": net["encoder"][0], "primary.conv": net["primary"]}.items():
+        texts |= {f"{name}.{part}": layer[part] for part in ("weight", "bias")}
+    for name, text in texts.items():
+        there = np.frombuffer(base64.b64decode(text), "<f2")
+        assert np.array_equal(there, state[name].half().flatten().numpy())
+    assert len(texts) == 5
     assert packed["config"]["iterations"] == 3
 
 
@@ -68,8 +71,7 @@ def test_the_sheet_of_images_holds_each_as_it_is(changes):
     ("changes", "told"),
     [
         ({"image_size": (28, 32)}, "differs in image_size"),
-        ({"hidden": (gc.CapsuleMaps(2, 3),), "primary_padding": 1}, "primary_padding, hidden"),
-        ({"labels_per_image": 2}, "differs in labels_per_image"),
+        ({"hidden": (gc.CapsuleMaps(2, 3),), "shared": True}, "differs in hidden, shared"),
         ({"routing": None}, "this net has none"),
     ],
 )
@@ -81,7 +83,6 @@ def test_nets_that_the_page_cannot_compute_are_refused_in_one_sentence(changes, 
 
 
 def test_a_gallery_has_the_first_images_and_the_mistakes_of_all(monkeypatch):
-    monkeypatch.setattr(demo, "IMAGES", 10)
     monkeypatch.setattr(demo, "MISTAKES", 4)
     torch.manual_seed(0)
     model = lively_model()
@@ -89,7 +90,7 @@ def test_a_gallery_has_the_first_images_and_the_mistakes_of_all(monkeypatch):
     predicted = model(data.test.images / 255).lengths.argmax(dim=1)
     wrong = [n for n in range(60) if predicted[n] != data.test.labels[n]]
     assert len(wrong) > 6
-    found = demo.gallery_of(model, data)
+    found = demo.gallery_of(model, data, 10)
     expected = sorted({*range(10), *wrong[:4]})
     assert found.numbers.tolist() == expected
     assert [n for n, is_wrong in zip(expected, found.mistakes, strict=True) if is_wrong] == [

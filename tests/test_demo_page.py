@@ -104,7 +104,7 @@ class Demo:
         """Compare lengths, coupling, shares and reconstruction of every iteration with torch's."""
         config = dataclasses.replace(self.model.config, iterations=10)
         model = gc.CapsNet(config, engine="scatter").eval()
-        model.load_state_dict({k: v.half().float() for k, v in self.model.state_dict().items()})
+        model.load_state_dict(in_the_page(self.model))
         model = model.double()  # float32 has too few digits for logits in the thousands
         own = routing in (None, config.routing)
         with torch.no_grad():
@@ -147,6 +147,17 @@ class Demo:
             if config.image_channels == 1:
                 assert close(self.ink("reconstruction"), drawn[0], atol=CLOSE + 0.5 / 255)
         return trace
+
+
+def in_the_page(model):
+    """The weights as the page has them, rounded but for those of batch normalisation."""
+    normal = {
+        f"conv.{n}." for n, part in enumerate(model.conv) if isinstance(part, torch.nn.BatchNorm2d)
+    }
+    return {
+        name: tensor if name.startswith(tuple(normal)) else tensor.half().float()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def close(found, expected, atol=CLOSE):
@@ -232,6 +243,22 @@ def test_uniform_routing_is_torchs_too(shown):
         {"routing": "em", "child_dim": 16, "rows": 4},
         {"routing": "variational_bayes", "child_dim": 16, "rows": 4},
         {"routing": "self_routing"},
+        {
+            "convolutions": (gc.Convolution(4, 5, 2, 1, True), gc.Convolution(6, 3, 1, 2)),
+            "primary_kernel": 5,
+            "primary_padding": 1,
+            "primary_stride": 3,
+        },
+        {  # as the preset efficient
+            "convolutions": (gc.Convolution(4, 5, 1, 0, True), gc.Convolution(12, 3, 2, 0, True)),
+            "capsule_maps": 3,
+            "primary_kernel": 9,
+            "primary_stride": 1,
+            "depthwise": True,
+            "primary_squash": "exponential_squash",
+            "routing": "self_attention",
+        },
+        {"capsule_maps": 4, "depthwise": True, "conv_channels": 8},  # four channels for one
     ],
     ids=str,
 )
@@ -263,6 +290,52 @@ def test_a_net_of_colour_pictures_speaks_of_images_and_shows_their_colours(brows
     assert pixel == [*shown.gallery.images[0, :, 0, 0].tolist(), 255]
     assert len(set(pixel)) > 1
     assert_quiet(shown)
+
+
+def test_a_net_of_two_digits_an_image_names_both_and_draws_both_halves(browser, tmp_path):
+    model = lively_model(labels_per_image=2, image_size=36)
+    shown = Demo(browser, tmp_path / "demo.html", model).open()
+    assert shown.run("document.title").startswith("Draw two digits")
+    assert not shown.run("document.getElementById('mode').checkVisibility()")
+    truth, predicted = (
+        shown.gallery.labels,
+        model.classify(model(shown.gallery.images / 255).lengths),
+    )
+    assert shown.text("verdict") == names_of(predicted[0])
+    assert shown.run("document.querySelectorAll('#lengths .true').length") == 2
+    wrong = shown.gallery.mistakes.nonzero().flatten().tolist()
+    told = shown.run("[...document.querySelectorAll('#wrong .name')].map(e => e.textContent)")
+    assert told == [f"✗ {names_of(truth[n])} → {names_of(predicted[n])}" for n in wrong]
+    assert told
+    shown.draw()
+    shown.check()
+    two = shown.numbers("graphcaps.explorer.round.lengths").topk(2).indices.tolist()
+    for which in (0, 1):
+        shown.click(f"#halves button:nth-of-type({which + 1})")
+        assert shown.run("graphcaps.explorer.parent") == two[which]
+    # an address of the page of another net
+    shown.open("two=0,0,0,1,0,0")
+    assert shown.run("graphcaps.state.mode") == "one"
+    assert_quiet(shown)
+
+
+def test_a_net_of_any_number_of_classes_an_image_names_them(browser, tmp_path):
+    model = lively_model(labels_per_image=0, classes=4)
+    model.capsules.weight.mul_(0.1)  # so that not all are longer than 0.5
+    shown = Demo(browser, tmp_path / "demo.html", model, ("cat", "dog", "bird", "cow")).open()
+    names = ("cat", "dog", "bird", "cow")
+    predicted = model.classify(model(shown.gallery.images / 255).lengths)
+    assert len(set(predicted.sum(dim=1).tolist())) > 1
+    for n in range(4):
+        shown.click(f"[data-n='{n}']")
+        expected = " + ".join(name for name, k in zip(names, predicted[n], strict=True) if k)
+        assert shown.text("verdict") == (expected or "none")
+    assert not shown.run("document.getElementById('halves').checkVisibility()")
+    assert_quiet(shown)
+
+
+def names_of(row):
+    return " + ".join(str(k) for k in row.nonzero().flatten().tolist())
 
 
 # its mass is not in the middle

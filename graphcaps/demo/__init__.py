@@ -20,6 +20,7 @@ from graphcaps.explorer import (
     fill,
     geometry,
     halves,
+    pack,
     pack_decoder,
     write_page,
 )
@@ -44,17 +45,7 @@ NAMES = {  # where a routing is written in another way than it is chosen
 COMPARED = ("dynamic", "uniform")  # these can be tried on the votes of every net
 OPTIONS = ("final_inverse_temperature", "min_variance", "alpha0", "kappa0", "psi0", "nu0")
 MOST_ITERATIONS = 10  # that the page shows
-LAYERS = (  # of a configuration; the page's script knows the net that these have by default
-    "convolutions",
-    "primary_kernel",
-    "primary_stride",
-    "primary_padding",
-    "depthwise",
-    "primary_squash",
-    "hidden",
-    "shared",
-    "labels_per_image",
-)
+LAYERS = ("hidden", "shared")  # fields of a configuration whose defaults the page's script needs
 IMAGES = 1000  # of the test set that the page holds
 MISTAKES = 40  # at most, from anywhere in the test set
 APART = ((-4, -1), (4, 1))  # where two digits lie at first, pixels right and down
@@ -68,7 +59,7 @@ class Gallery:
 
     Attributes:
         images: uint8 `[N, C, H, W]`.
-        labels: true classes, `[N]`.
+        labels: true classes, `[N]`, or 0 and 1 for every class, `[N, J]`.
         numbers: their places in the test set, `[N]`.
         mistakes: which of them the net gets wrong, bool `[N]`.
     """
@@ -91,12 +82,13 @@ def shipped_gallery(name: str = "mnist-small") -> Gallery:
     return Gallery(**safetensors.torch.load_file(PRETRAINED / name / "gallery.safetensors"))
 
 
-def gallery_of(model: CapsNet, data: Dataset) -> Gallery:
+def gallery_of(model: CapsNet, data: Dataset, images: int = IMAGES) -> Gallery:
     """The first test images of a data set, and those of all that the net gets wrong.
 
     Args:
         model: the net.
         data: what it was trained on; all test images are evaluated.
+        images: how many of the first images.
 
     Raises:
         ValueError: images or classes that are not those of the net.
@@ -105,7 +97,7 @@ def gallery_of(model: CapsNet, data: Dataset) -> Gallery:
     score = evaluate(model, data.test)
     wrong = score.wrong
     chosen = torch.zeros_like(wrong)
-    chosen[:IMAGES] = True
+    chosen[:images] = True
     chosen[wrong.nonzero().flatten()[:MISTAKES]] = True
     numbers = chosen.nonzero().flatten()
     return Gallery(data.test.images[numbers], score.labels[numbers], numbers, wrong[numbers])
@@ -128,13 +120,14 @@ def render(model: CapsNet, classes: tuple[str, ...], gallery: Gallery, name: str
     """
     check_routed(model)
     digits = all(name in set("0123456789") for name in classes)
+    drawn = {1: "a digit", 2: "two digits"}.get(model.config.labels_per_image, "digits")
     return fill(
         "graphcaps.demo",
         ("drawing.js", "demo.js"),
         json.dumps(page_data(model, classes, gallery), separators=(",", ":")),
         name=escape(name),
         digit="digit" if digits else "image",
-        a_digit="a digit" if digits else "an image",
+        what=drawn if digits else "an image",
         children=f"{model.config.capsule_maps * math.prod(model.config.grid_size()):,}",
         classes=str(len(classes)),
         trained=_trained(model),
@@ -181,16 +174,22 @@ def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dic
     Returns:
         Values that JSON has.
     """
-    state = model.state_dict()
     weights = {
-        name: halves(tensor) for name, tensor in state.items() if not name.startswith("decoder.")
+        name: halves(tensor)
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("capsules.", "score."))
     }
     routing = model.capsules.routing
     mistakes = gallery.mistakes.nonzero().flatten()
     return {
         **geometry(model.config, classes),
         "config": asdict(model.config),
-        "weights": {**weights, "decoder": pack_decoder(model)},
+        "net": {
+            "encoder": _pack_encoder(model.conv),
+            "primary": pack(model.primary.conv),
+            "decoder": pack_decoder(model),
+            "weights": weights,
+        },
         "options": {name: getattr(routing, name) for name in OPTIONS if hasattr(routing, name)},
         "routings": _routings(model.config),
         "rounds": MOST_ITERATIONS,
@@ -198,9 +197,9 @@ def page_data(model: CapsNet, classes: tuple[str, ...], gallery: Gallery) -> dic
             "sheet": base64_of(_sheet(gallery.images)),
             "columns": IN_A_ROW,
             "numbers": gallery.numbers.tolist(),
-            "labels": gallery.labels.tolist(),
+            "labels": _class_lists(gallery.labels),
             "mistakes": mistakes.tolist(),
-            "longest": _longest(model, gallery.images[mistakes]),
+            "predicted": _predicted(model, gallery.images[mistakes]),
             "pair": _pair(model, gallery),
             "apart": APART,
         },
@@ -213,6 +212,7 @@ def check_routed(model: CapsNet) -> None:
     Raises:
         ValueError: it cannot.
     """
+    model.check_can_be_loaded_again()  # an encoder of one's own, for example, could not
     config, plain = model.config, CapsNetConfig()
     other = [name for name in LAYERS if getattr(config, name) != getattr(plain, name)]
     other += ["image_size"] if isinstance(config.image_size, tuple) else []
@@ -220,9 +220,8 @@ def check_routed(model: CapsNet) -> None:
         raise ValueError("the demo shows the routing of capsules, and this net has none")
     if other:
         raise ValueError(
-            "the demo computes nets of one convolution and primary capsules on square images of "
-            f"one class each, as preset small has them; this one differs in {', '.join(other)}: "
-            "look inside it with graphcaps report"
+            "the demo computes nets of one layer of routed capsules on square images; this one "
+            f"differs in {', '.join(other)}: look inside it with graphcaps report"
         )
     if config.routing not in ROUTED:
         raise ValueError(
@@ -247,17 +246,43 @@ def write_demo(
     write_page(render(model, classes, gallery, name), output)
 
 
+def _pack_encoder(encoder: torch.nn.Module) -> list[dict[str, Any]]:
+    """Convolutions, each with scale and shift of its batch normalisation, if it has one."""
+    packed: list[dict[str, Any]] = []
+    for layer in encoder.children():
+        if isinstance(layer, torch.nn.Conv2d):
+            packed.append(pack(layer))
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            mean, variance = layer.running_mean, layer.running_var
+            assert mean is not None and variance is not None
+            scale = layer.weight * (variance + layer.eps).rsqrt()
+            packed[-1] |= {"scale": scale.tolist(), "shift": (layer.bias - mean * scale).tolist()}
+    return packed
+
+
+def _class_lists(labels: Tensor) -> list[list[int]]:
+    """The classes of each image, from the class of each, or 0 and 1 for every class."""
+    if labels.dim() == 1:
+        return labels[:, None].tolist()
+    return [row.nonzero().flatten().tolist() for row in labels]
+
+
 @torch.no_grad()
-def _longest(model: CapsNet, images: Tensor) -> list[int]:
-    """Classes of the longest capsules of some images."""
+def _predicted(model: CapsNet, images: Tensor) -> list[list[int]]:
+    """The predicted classes of some images."""
     if not len(images):
         return []
-    return model(as_input(images, model)).lengths.argmax(dim=1).tolist()
+    return _class_lists(model.classify(model(as_input(images, model)).lengths))
 
 
 @torch.no_grad()
 def _pair(model: CapsNet, gallery: Gallery) -> tuple[int, int]:
-    """Two images of different classes, the ones that the net sees best when they overlap."""
+    """Two images of different classes, the ones that the net sees best when they overlap.
+
+    The first image twice, if there are none, or if images show several classes already.
+    """
+    if gallery.labels.dim() > 1:
+        return 0, 0
     few = [n for n in range(len(gallery.labels)) if not gallery.mistakes[n]][:TRIED]
     pairs = [(a, b) for a in few for b in few if gallery.labels[a] != gallery.labels[b]]
     if not pairs:

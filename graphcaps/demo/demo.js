@@ -1,7 +1,7 @@
 // The live demo: what is drawn, or taken from the gallery, is routed and shown at once.
 
 const data = JSON.parse(byId("net").textContent);
-const net = new CapsNet(data.config, data.weights, data.options);
+const net = new CapsNet(data.config, data.net, data.options);
 const { height: size, channels } = data.image; // images are square
 const dim = data.config.parent_dim;
 const PIXEL = SHEET / size; // units of the sheet
@@ -55,15 +55,15 @@ function pixelsOf(n) {
 }
 
 function describe(n) {
-  return `Test image ${gallery.numbers[n]}, ${data.classes[gallery.labels[n]]}`;
+  return `Test image ${gallery.numbers[n]}, ${namesOf(gallery.labels[n], data.classes)}`;
 }
 
 function buildGallery() {
-  const { mistakes, longest, labels, numbers } = gallery;
+  const { mistakes, predicted, labels, numbers } = gallery;
   const right = range(numbers.length).filter((n) => !mistakes.includes(n));
   for (const n of right.slice(0, SHOWN_RIGHT)) buildPick(byId("right"), n, "");
   mistakes.forEach((n, which) => {
-    const [truth, taken] = [data.classes[labels[n]], data.classes[longest[which]]];
+    const [truth, taken] = [labels[n], predicted[which]].map((of) => namesOf(of, data.classes));
     buildPick(byId("wrong"), n, `✗ ${truth} → ${taken}`);
   });
   byId("errors").hidden = !mistakes.length;
@@ -123,7 +123,7 @@ function shifted(pixels, right, down) {
   });
 }
 
-/** The image, where it lies on the sheet, its class if that is known, and a name of it. */
+/** The image, where it lies on the sheet, its classes if they are known, and a name of it. */
 function seen() {
   const whole = { left: 0, top: 0, side: SHEET, truth: null };
   if (state.mode === "two") {
@@ -139,7 +139,7 @@ function seen() {
 function nameOfLayer({ image }) {
   return image === null
     ? "your drawing"
-    : `test image ${gallery.numbers[image]} (${data.classes[gallery.labels[image]]})`;
+    : `test image ${gallery.numbers[image]} (${namesOf(gallery.labels[image], data.classes)})`;
 }
 
 function lookAt(image) {
@@ -148,7 +148,7 @@ function lookAt(image) {
   const carries = equationsOf(state.routing).sum !== undefined;
   return {
     title: image.title,
-    truth: image.truth === null ? null : [image.truth],
+    truth: image.truth,
     image: image.pixels,
     dim,
     rounds: rounds.map((round) => ({
@@ -170,7 +170,8 @@ function update({ keep = false } = {}) {
   paint(byId("seen"), state.seen.pixels, data.image);
   explorer.show(lookAt(state.seen), { keep });
   byId("untrained").hidden = state.routing === data.config.routing;
-  if (state.mode === "two") showLayers();
+  if (state.mode === "two") nameLayers();
+  showHalves();
   showSheet();
   remember();
 }
@@ -379,16 +380,21 @@ function chooseMode(mode) {
   refresh();
 }
 
-function showLayers() {
+function nameLayers() {
   const names = document.querySelectorAll("#layers .what");
   state.layers.forEach((layer, which) => (names[which].textContent = nameOfLayer(layer)));
-  byId("halves").hidden = !net.decoder.length;
-  if (!net.decoder.length) return;
+}
+
+/** What the capsules of two classes draw, where there are two in an image. */
+function showHalves() {
+  const shown = net.decoder.length && (state.mode === "two" || data.labelsPerImage === 2);
+  byId("halves").hidden = !shown;
+  if (!shown) return;
   const { lengths } = explorer.round;
   const two = range(lengths.length).sort((a, b) => lengths[b] - lengths[a]).slice(0, 2);
   const drawn = two.map((parent) => grey(explorer.drawnUnmoved(parent), data.image));
   // the colours of the digits on the sheet, where the capsules are of their classes
-  const labels = state.layers.map(({ image }) => (image === null ? null : gallery.labels[image]));
+  const labels = state.layers.map(({ image }) => (image === null ? null : gallery.labels[image][0]));
   const swapped = labels[0] === two[1] || labels[1] === two[0];
   const tints = swapped ? [colours.against, colours.for] : [colours.for, colours.against];
   document.querySelectorAll("#halves button").forEach((button, which) => {
@@ -411,7 +417,7 @@ let toRemember;
 
 /** What the explorer shows was changed: the class, its pose, the iteration, the colours. */
 function changed() {
-  if (state.mode === "two") showLayers();
+  showHalves();
   showSheet();
   remember();
 }
@@ -456,7 +462,7 @@ function restore(text) {
   document.querySelector(`[name=routing][value=${state.routing}]`).checked = true;
   explorer.iteration = (whole("iteration", data.rounds) || data.config.iterations) - 1;
   const two = (words.get("two") ?? "").split(",");
-  state.layers = two.length === 6 ? [0, 3].map((at) => ({
+  state.layers = two.length === 6 && data.labelsPerImage === 1 ? [0, 3].map((at) => ({
     image: imageOf(two[at]),
     x: clamp(Math.round(two[at + 1]) || 0, -LARGEST_SHIFT, LARGEST_SHIFT),
     y: clamp(Math.round(two[at + 2]) || 0, -LARGEST_SHIFT, LARGEST_SHIFT),
@@ -476,6 +482,7 @@ function restore(text) {
 // start
 
 buildGallery();
+byId("mode").hidden = data.labelsPerImage !== 1; // its images show several classes anyway
 byId("clear").addEventListener("click", clear);
 byId("undo").addEventListener("click", undo);
 byId("overlay").addEventListener("change", showSheet);

@@ -83,12 +83,23 @@ def geometry(config: CapsNetConfig, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def pack_decoder(model: CapsNet) -> list[dict[str, str]]:
-    """Weight `[out, in]` and bias `[out]` of the decoder's layers; none without a decoder."""
+def pack_decoder(model: CapsNet) -> list[dict[str, Any]]:
+    """The decoder's layers; none without a decoder."""
     if model.decoder is None:
         return []
-    linear = [layer for layer in model.decoder.layers if isinstance(layer, torch.nn.Linear)]
-    return [{"weight": halves(layer.weight), "bias": halves(layer.bias)} for layer in linear]
+    return [pack(layer) for layer in model.decoder.layers if isinstance(layer, torch.nn.Linear)]
+
+
+def pack(layer: torch.nn.Linear | torch.nn.Conv2d) -> dict[str, Any]:
+    """Weight, bias and options of a layer, as the function `unpack` of the scripts expects them."""
+    packed: dict[str, Any] = {"weight": halves(layer.weight)}
+    assert layer.bias is not None
+    packed["bias"] = halves(layer.bias)
+    if isinstance(layer, torch.nn.Conv2d):
+        (kernel, _), (stride, _) = layer.kernel_size, layer.stride
+        packed |= {"kernel": kernel, "stride": stride, "padding": int(layer.padding[0])}
+        packed["groups"] = layer.groups
+    return packed
 
 
 def halves(numbers: Tensor) -> str:

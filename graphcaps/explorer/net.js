@@ -4,26 +4,29 @@
 // are those of graphcaps/routing/README.md: u of children i, votes û, logits b, coupling c,
 // weighted sums s and class capsules v of parents j.
 
-const PRIMARY_STRIDE = 2;
 const OF_ROUTING = "capsules.routing.";
 
-/** The layers of a decoder from their packed weights, [out, in] each, as [in, out]. */
-function unpackDecoder(layers) {
-  return layers.map(({ weight, bias }) => {
-    const unpacked = halves(bias);
-    return { weight: channelsLast(halves(weight), unpacked.length, 1), bias: unpacked };
-  });
+/** A linear layer or a convolution, from packed weights in torch's order. */
+function unpack({ weight, bias, kernel = 1, groups = 1, ...others }) {
+  const unpacked = halves(bias);
+  const moved = channelsLast(halves(weight), unpacked.length, kernel, groups);
+  return { weight: moved, bias: unpacked, kernel, ...others };
 }
 
-/** From [out, in, kernel, kernel], as torch has it, to [kernel, kernel, in, out]. */
-function channelsLast(weight, outputs, kernel) {
+/**
+ * From [out, in / groups, kernel, kernel], as torch has it, to [kernel, kernel, in, out], with
+ * zeros from one group of channels to another.
+ */
+function channelsLast(weight, outputs, kernel, groups) {
   const area = kernel * kernel;
-  const inputs = weight.length / (outputs * area);
-  const moved = new Float32Array(weight.length);
+  const ofGroup = weight.length / (outputs * area);
+  const inputs = ofGroup * groups;
+  const moved = new Float32Array(area * inputs * outputs);
   for (let o = 0; o < outputs; o++) {
-    for (let c = 0; c < inputs; c++) {
+    const first = Math.floor((o * groups) / outputs) * ofGroup;
+    for (let c = 0; c < ofGroup; c++) {
       for (let k = 0; k < area; k++) {
-        moved[(k * inputs + c) * outputs + o] = weight[(o * inputs + c) * area + k];
+        moved[(k * inputs + first + c) * outputs + o] = weight[(o * ofGroup + c) * area + k];
       }
     }
   }
@@ -101,11 +104,32 @@ function decode(decoder, pose, parent) {
   return Float32Array.from(layer, logistic);
 }
 
-/** A convolution without padding, [size, size, in] -> [side, side, out]. */
-function convolve({ weight, bias, kernel, stride }, input, size) {
+/** With `padding` zeros on every side: [size, size, channels] -> [side, side, channels]. */
+function padded(input, size, padding) {
+  if (!padding) return input;
+  const side = size + 2 * padding;
+  const channels = input.length / (size * size);
+  const output = new Float32Array(side * side * channels);
+  for (let row = 0; row < size; row++) {
+    const line = input.subarray(row * size * channels, (row + 1) * size * channels);
+    output.set(line, ((row + padding) * side + padding) * channels);
+  }
+  return output;
+}
+
+/** The side of what a convolution computes from an image of this size. */
+function sideOf({ kernel, stride, padding }, size) {
+  return Math.floor((size + 2 * padding - kernel) / stride) + 1;
+}
+
+/** A convolution, [size, size, in] -> [side, side, out]. */
+function convolve(layer, image, imageSize) {
+  const { weight, bias, kernel, stride, padding } = layer;
+  const input = padded(image, imageSize, padding);
+  const size = imageSize + 2 * padding;
   const outputs = bias.length;
   const inputs = input.length / (size * size);
-  const side = Math.floor((size - kernel) / stride) + 1;
+  const side = sideOf(layer, imageSize);
   const line = kernel * inputs;
   const output = new Float32Array(side * side * outputs);
   const totals = new Float64Array(outputs);
@@ -124,6 +148,16 @@ function convolve({ weight, bias, kernel, stride }, input, size) {
   return output;
 }
 
+/** Batch normalisation, where a layer has it: of each channel, scale x + shift. */
+function normalise(numbers, { scale, shift }) {
+  if (!scale) return numbers;
+  const channels = scale.length;
+  for (let at = 0; at < numbers.length; at++) {
+    numbers[at] = scale[at % channels] * numbers[at] + shift[at % channels];
+  }
+  return numbers;
+}
+
 /**
  * What each child adds to |s_j|: w û·s / |s|, with the weights w of the votes, [I]. These sum to
  * |s_j|; those below zero vote against the class.
@@ -140,39 +174,27 @@ function sharesOf(votes, { c, weights = c, s }, parent, dim) {
 
 class CapsNet {
   /**
-   * Of the sizes in model.json, packed weights by their names in torch's state dict, and options
-   * of the routing.
+   * Of the sizes in model.json; packed layers of the encoder, primary capsules and decoder; other
+   * packed weights by their names in torch's state dict; and options of the routing.
    */
-  constructor(config, weights, options) {
-    const unpacked = Object.entries(weights).filter(([name]) => name !== "decoder");
-    const at = Object.fromEntries(unpacked.map(([name, numbers]) => [name, halves(numbers)]));
-    const kernel = config.kernel_size;
-    const features = config.conv_channels;
+  constructor(config, { encoder, primary, decoder, weights }, options) {
+    const unpacked = Object.entries(weights).map(([name, numbers]) => [name, halves(numbers)]);
+    const at = Object.fromEntries(unpacked);
     this.config = config;
     this.options = options;
-    this.featureSize = config.image_size - kernel + 1;
-    this.grid = Math.floor((this.featureSize - kernel) / PRIMARY_STRIDE) + 1;
+    this.encoder = encoder.map(unpack);
+    this.primary = unpack(primary);
+    const size = this.encoder.reduce((side, layer) => sideOf(layer, side), config.image_size);
+    this.grid = sideOf(this.primary, size);
     this.children = config.capsule_maps * this.grid ** 2;
-    this.conv = {
-      weight: channelsLast(at["conv.0.weight"], features, kernel),
-      bias: at["conv.0.bias"],
-      kernel,
-      stride: 1,
-    };
-    const poses = at["primary.conv.bias"].length;
-    this.primary = {
-      weight: channelsLast(at["primary.conv.weight"], poses, kernel),
-      bias: at["primary.conv.bias"],
-      kernel,
-      stride: PRIMARY_STRIDE,
-    };
-    this.group = poses / config.capsule_maps; // a pose, and with activations one number more
+    // numbers of a pose, and with activations one more
+    this.group = this.primary.bias.length / config.capsule_maps;
     this.learned = { score: { weight: at["score.weight"], bias: at["score.bias"] } };
     for (const [name, numbers] of Object.entries(at)) {
       if (name.startsWith(OF_ROUTING)) this.learned[name.slice(OF_ROUTING.length)] = numbers;
     }
     this.takeMatrices(at["capsules.weight"]);
-    this.decoder = unpackDecoder(weights.decoder);
+    this.decoder = decoder.map(unpack);
   }
 
   /** Matrices [E, K, D] of the votes; those of self-routing have one more column for the logits. */
@@ -202,8 +224,8 @@ class CapsNet {
     const pixels = Float32Array.from(image, (_, at) => {
       return image[(at % channels) * area + Math.floor(at / channels)];
     });
-    const features = relu(convolve(this.conv, pixels, size));
-    const grouped = convolve(this.primary, features, this.featureSize);
+    const [features, side] = this.encode(pixels, size);
+    const grouped = convolve(this.primary, features, side);
     const places = this.grid ** 2;
     const u = new Float32Array(this.children * dim);
     const a = this.group > dim ? new Float32Array(this.children) : null;
@@ -213,7 +235,18 @@ class CapsNet {
       u.set(grouped.subarray(from, from + dim), child * dim);
       if (a) a[child] = logistic(grouped[from + dim]);
     }
-    return { u: a ? u : squash(u, dim), a };
+    return { u: a ? u : SQUASHES[this.config.primary_squash](u, dim), a };
+  }
+
+  /** What the convolutions make of pixels [size, size, C]: features, and their side. */
+  encode(pixels, size) {
+    return this.encoder.reduce(
+      ([input, side], layer) => [
+        normalise(relu(convolve(layer, input, side)), layer),
+        sideOf(layer, side),
+      ],
+      [pixels, size],
+    );
   }
 
   /** û [I, J, D]: the poses of children, as matrices of `rows` rows, times those of the edges. */

@@ -44,6 +44,13 @@ function squash(s, dim) {
   return resized(s, dim, (length) => (length * length) / (1 + length * length));
 }
 
+/** The same, steeper at 0: (1 − e^−|s|) · s / |s|. */
+function exponentialSquash(s, dim) {
+  return resized(s, dim, (length) => -Math.expm1(-length));
+}
+
+const SQUASHES = { squash, exponential_squash: exponentialSquash };
+
 const logistic = (x) => 1 / (1 + Math.exp(-x));
 const logOfLogistic = (x) => Math.min(x, 0) - Math.log1p(Math.exp(-Math.abs(x)));
 
@@ -133,7 +140,7 @@ function routeBySelfAttention(layer, iterations) {
   const c = couple(b, parents);
   const weights = c.map((x, edge) => x + learned.beta[edge]);
   const s = weightedSums(weights, layer);
-  const v = resized(s, dim, (length) => -Math.expm1(-length));
+  const v = exponentialSquash(s, dim);
   return repeated({ b, c, weights, s, v, lengths: lengthsOf(v, parents, dim) }, iterations);
 }
 

@@ -41,7 +41,7 @@ const examples = records.examples.map((example) => ({
 
 const explorer = new Explorer({
   ...records,
-  decoder: unpackDecoder(records.decoder),
+  decoder: records.decoder.map(unpack),
   routing: () => records.routing,
 });
 

@@ -57,6 +57,7 @@ RECIPES = {
     "paper": Recipe("paper", 30, 128, 1e-3, "exponential"),
     "small": Recipe("small", 4, 100, 3e-3, "one-cycle"),
     "efficient": Recipe("efficient", 4, 100, 3e-3, "one-cycle"),
+    "efficient-multi": Recipe("efficient-multi", 4, 100, 3e-3, "one-cycle"),
     "em-small": Recipe("em-small", 4, 100, 3e-3, "one-cycle"),
     "em": Recipe("em", 4, 100, 3e-3, "one-cycle"),
     "deep": Recipe("deep", 4, 100, 3e-3, "one-cycle"),
