@@ -100,10 +100,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
 def _predict(settings: PredictSettings) -> None:
     if not settings.images:
         raise ValueError("expected at least one image file; see graphcaps predict --help")
-    if settings.run_dir is None:
-        model = CapsNet.from_pretrained(engine=settings.engine)
-    else:
-        model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine).eval()
+    model = CapsNet.load(find_net(settings.run_dir), engine=settings.engine).eval()
     for path in settings.images:
         image = read_image(path, model.config.image_shape, model.config.image_kind)
         images = as_input(image.unsqueeze(0), model)

@@ -17,6 +17,8 @@ def _optional(metavar: str, default: str, name: str | None = None) -> Any:
 # Comments that start with #: are the help of the field below them, and its text in the
 # documentation. A line that does not start with a letter is not joined with the one before it.
 
+SHIPPED = "mnist-small"  # the net of predict and demo
+
 Engine = Literal["auto", "fused", "udf", "builtin", "scatter"]
 Preset = Literal[
     "paper",
@@ -31,7 +33,6 @@ Preset = Literal[
     "cnn-paper",
 ]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-RunOrWeights = Annotated[Path, tyro.conf.arg(metavar="RUN-DIR")]
 
 
 @record
@@ -110,8 +111,9 @@ class TrainSettings:
 class EvaluateSettings:
     """Evaluate a trained net on the test set."""
 
-    #: Folder of a run, whose best epoch is evaluated, or a folder with model.safetensors.
-    run_dir: tyro.conf.Positional[RunOrWeights]
+    #: Folder of a run, whose best epoch is evaluated; or, with --dataset, a folder with
+    #: model.safetensors or the name of a net that ships with graphcaps.
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIR|NAME")]
     #: Data set, as for train.
     dataset: Annotated[str | None, _optional("NAME|PATH", "the run's")] = None
     #: Folder for downloaded data sets.
@@ -131,10 +133,9 @@ class PredictSettings:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint=""),
     ]
-    #: Folder of a run, whose best epoch is used, or a folder with model.safetensors.
-    run_dir: Annotated[
-        Path | None, _optional("RUN-DIR", "the net that ships with graphcaps, trained on MNIST")
-    ] = None
+    #: Folder of a run, whose best epoch is used; a folder with model.safetensors; or the name of a
+    #: net that ships with graphcaps.
+    run_dir: Annotated[Path, tyro.conf.arg(metavar="RUN-DIR|NAME")] = Path(SHIPPED)
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
 
@@ -144,7 +145,7 @@ class ReportSettings:
     """Write an interactive report of a run as one HTML file that needs no network."""
 
     #: Folder of a run that has finished at least one epoch; its best epoch is shown.
-    run_dir: tyro.conf.Positional[RunOrWeights]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIR")]
     #: The file to write.
     output: Annotated[Path | None, _optional("FILE", "report.html in the run's folder")] = None
     #: Data set, as for train.
@@ -162,7 +163,7 @@ class DemoSettings:
     """Write a net as one HTML page on which digits are drawn and routed live."""
 
     #: Folder of a run, whose best epoch is shown; a folder with model.safetensors; or the name of a
-    #: net that ships with graphcaps, such as fashion-mnist.
+    #: net that ships with graphcaps.
     run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN-DIR|NAME]")] = Path(
         "mnist-small"
     )

@@ -6,9 +6,11 @@ The results are written between the lines `<!-- NAME -->` and `<!-- /NAME -->` o
 benchmarks/README.md.
 """
 
+import itertools
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from measuring import quartiles
 
-from graphcaps.compare import read_cells, read_comparison
+from graphcaps.compare import Cell, Place, given_for, read_cells, read_comparison
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 FILES = (ROOT / "README.md", BENCHMARKS / "README.md")
+LONGER = ("presets", "fashion-mnist", "multi-mnist")  # tables of graphcaps compare
 NAMES = {
     "batch": "batch",
     "children": "children",
@@ -58,6 +61,7 @@ def with_tables(text: str) -> str:
         "training-cpu": f"{_machine(training)}\n\n{bench_training.table(training)}",
         "cuda": _on_a_gpu(),
         "results-routings": _compared(ROOT / "results" / "routings.toml"),
+        "results-longer": _trained_longer(),
     }
     places = re.findall(r"^<!-- ([a-z-]+) -->$", text, flags=re.MULTILINE)
     for name in places:
@@ -157,25 +161,43 @@ def _kept(results: dict[str, Any]) -> str:
 def _compared(table: Path) -> str:
     """Test accuracies of a table of `graphcaps compare`: rows by data sets."""
     comparison, cells = read_comparison(table), read_cells(table)
-    seeds = len(comparison.seeds)
     lines = [f"| test accuracy, % (seeds so far) | {' | '.join(comparison.datasets)} |"]
     lines.append("|---|" + "---|" * len(comparison.datasets))
     for row in comparison.rows:
-        texts = []
-        for dataset in comparison.datasets:
-            found = [
-                100 * cell.test_accuracy
-                for cell in cells
-                if (cell.row, cell.dataset) == (row, dataset) and cell.test_accuracy is not None
-            ]
-            text = f"{statistics.mean(found):.2f}" if found else ""
-            if len(found) > 1:
-                text += f" ± {statistics.stdev(found):.2f}"
-            if found and len(found) < seeds:
-                text += f" ({len(found)} of {seeds})"
-            texts.append(text)
+        of_row = [cell for cell in cells if cell.row == row]
+        texts = [
+            _accuracy([cell for cell in of_row if cell.dataset == dataset], len(comparison.seeds))
+            for dataset in comparison.datasets
+        ]
         lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _trained_longer() -> str:
+    """The nets of the other tables of `graphcaps compare`, one in each line."""
+    lines = ["| data set | net | parameters | epochs | test accuracy, % (seeds so far) |"]
+    lines.append("|---|---|---|---|---|")
+    for name in LONGER:
+        table = ROOT / "results" / f"{name}.toml"
+        comparison, cells = read_comparison(table), read_cells(table)
+        for dataset, row in itertools.product(comparison.datasets, comparison.rows):
+            found = [cell for cell in cells if (cell.row, cell.dataset) == (row, dataset)]
+            size = f"{found[0].parameters:,}" if found else ""
+            epochs = given_for(comparison, Place(row, dataset, 0))["epochs"]
+            accuracy = _accuracy(found, len(comparison.seeds)) or "not measured"
+            lines.append(f"| {dataset} | {row} | {size} | {epochs} | {accuracy} |")
+    return "\n".join(lines)
+
+
+def _accuracy(cells: Sequence[Cell], seeds: int) -> str:
+    """Mean ± standard deviation of test accuracies, and of how many seeds, where some miss."""
+    found = [100 * cell.test_accuracy for cell in cells if cell.test_accuracy is not None]
+    text = f"{statistics.mean(found):.2f}" if found else ""
+    if len(found) > 1:
+        text += f" ± {statistics.stdev(found):.2f}"
+    if found and len(found) < seeds:
+        text += f" ({len(found)} of {seeds})"
+    return text
 
 
 def _choices(results: dict[str, Any]) -> str:

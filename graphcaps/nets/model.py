@@ -743,7 +743,8 @@ class CapsNet(nn.Module):
         """Load a trained net that ships with the library; README.md in its folder describes it.
 
         Args:
-            name: `"mnist-small"`, the small preset trained on MNIST.
+            name: of data set and preset: `"mnist-small"`, `"fashion-mnist-small"` or
+                `"multi-mnist-efficient"`.
             engine: see `CapsuleLayer`.
             changes: fields of the configuration that differ, such as `classes`, to train further
                 on other images; see `load`.
