@@ -83,6 +83,24 @@ def test_several_digits_are_drawn_from_several_capsules():
 
 
 @pytest.mark.parametrize(
+    ("labels_per_image", "shown"), [(2, [(2, 5), (0, 9)]), (0, [(), (3,), (1, 4, 8)])], ids=str
+)
+def test_a_net_of_several_classes_an_image_draws_each_by_itself(labels_per_image, shown):
+    model = tiny(labels_per_image=labels_per_image)
+    images = torch.rand(len(shown), 1, 28, 28)
+    labels = torch.zeros(len(shown), 10, dtype=torch.long)
+    for row, classes in enumerate(shown):
+        labels[row, list(classes)] = 1
+    output = model(images, labels)
+    for row, classes in enumerate(shown):
+        expected = torch.zeros(1, 28, 28)
+        for k in classes:  # light where one of them is
+            drawn = model.decoder(output.poses[[row]], torch.eye(10)[[k]])[0]
+            expected = expected + drawn - expected * drawn
+        assert_close(output.reconstruction[row], expected)
+
+
+@pytest.mark.parametrize(
     ("channels", "size", "classes"), [(3, (32, 32), 5), (1, (17, 17), 2), (2, (40, 23), 11)]
 )
 def test_other_images_and_class_counts_work(channels, size, classes):

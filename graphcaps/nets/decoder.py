@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,3 +46,29 @@ class Decoder(nn.Module):
         chosen = v * mask.unsqueeze(-1).to(v.dtype)
         image = self.layers(chosen.flatten(1)).to(v.dtype)  # bfloat16 under autocast
         return image.unflatten(1, self.image_shape)
+
+    def draw_over(self, v: Tensor, mask: Tensor, most: int) -> Tensor:
+        """Reconstruct images of several classes: each capsule by itself, laid over each other.
+
+        A pixel x̂ is `1 − Π_j (1 − x̂_j)` over the selected capsules j: light where one of them is.
+
+        Args:
+            v: poses, `[B, J, D]`.
+            mask: 0 and 1, `[B, J]`.
+            most: of an image, how many capsules are selected at most.
+
+        Returns:
+            Images in 0…1, `[B, C, H, W]`.
+
+        >>> import torch
+        >>> decoder, v = Decoder(3, 4, (1, 8, 8), hidden=(5,)), torch.rand(1, 3, 4)
+        >>> first, second = (decoder(v, mask) for mask in torch.eye(3)[:2, None])
+        >>> both = decoder.draw_over(v, torch.tensor([[1, 1, 0]]), most=2)
+        >>> torch.allclose(both, first + second - first * second)
+        True
+        """
+        selected, capsules = mask.topk(most, dim=1)  # [B, most]
+        one = torch.arange(v.shape[1], device=v.device) == capsules.unsqueeze(-1)
+        each = self(v.repeat_interleave(most, dim=0), one.flatten(0, 1)).unflatten(0, (-1, most))
+        paper = 1 - each * selected.to(v.dtype)[..., None, None, None]
+        return 1 - paper.prod(dim=1)

@@ -843,7 +843,8 @@ class CapsNet(nn.Module):
         Args:
             images: in 0…1, `[B, C, H, W]`.
             labels: the capsules to reconstruct from: in training the true classes, `[B]`, or 0
-                and 1 in `[B, J]`; by default the classes of `classify`, as in evaluation.
+                and 1 in `[B, J]`; by default the classes of `classify`, as in evaluation. If images
+                show several classes, see `Decoder.draw_over`.
             return_trace: also return what every iteration of the routing computed.
 
         Returns:
@@ -865,9 +866,11 @@ class CapsNet(nn.Module):
         reconstruction = None
         if self.decoder is not None:
             chosen = self.classify(lengths) if labels is None else labels
-            reconstruction = self.decoder(
-                poses, multi_hot(chosen, images.shape[0], self.config.classes)
-            )
+            mask = multi_hot(chosen, images.shape[0], self.config.classes)
+            if (most := self.config.labels_per_image) == 1:
+                reconstruction = self.decoder(poses, mask)
+            else:
+                reconstruction = self.decoder.draw_over(poses, mask, most or self.config.classes)
         output = CapsNetOutput(poses, lengths, reconstruction)
         return output if trace is None else (output, trace)
 
