@@ -324,6 +324,18 @@ def test_differences_have_a_row_for_each_form_and_a_mark_for_each_quantity():
     drawn(figure)
 
 
+def test_differences_of_a_routing_with_many_parameters_are_all_shown():
+    quantities = [f"gradient of routing.parameter_{n}" for n in range(9)]
+    units = {form: dict.fromkeys(quantities, 1.0) for form in ("dense", "fused", "builtin")}
+    figure = figures.differences(units)
+    (axes,) = figure.axes
+    assert len(axes.lines) == 9
+    drawn(figure)
+    assert axes.get_position().width > 0.7  # beside the names of the forms, below the legend
+    legend = axes.get_legend().get_window_extent().transformed(figure.transFigure.inverted())
+    assert legend.x1 <= 1 and legend.y1 <= 1
+
+
 NAMES = (r"$\frac{$", "$x$, 5 $", "--><b>&", r"a\$b$", "nul \0 and \x1b[2J", "\udcff")
 WITH_NAMES = {
     "entropy": lambda: figures.entropy_by_iteration(

@@ -8,6 +8,7 @@ in a single hue that keeps its order in greyscale and for colour-blind readers.
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -528,11 +529,12 @@ def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
     Returns:
         A row for each form with a mark for each quantity.
     """
-    figure = _figure(7, 0.5 * len(units) + 1.6)
-    axes = figure.subplots()
     forms = list(units)
     quantities = list(units[forms[0]])
-    for number, (quantity, marker) in enumerate(zip(quantities, "osD^v", strict=False)):
+    columns = 3 if len(quantities) < 4 else 2  # "gradient of …" is long
+    figure = _figure(7, 0.5 * len(units) + 1.4 + 0.2 * math.ceil(len(quantities) / columns))
+    axes = figure.subplots()
+    for number, (quantity, marker) in enumerate(zip(quantities, cycle("osD^vP*X"))):
         axes.plot(
             [units[form][quantity] for form in forms],
             [row + 0.12 * (number - (len(quantities) - 1) / 2) for row in range(len(forms))],
@@ -549,7 +551,7 @@ def differences(units: Mapping[str, Mapping[str, float]]) -> Figure:
     )
     axes.grid(axis="x", color="#e5e5e5")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, ncols=len(quantities), loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(frameon=False, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
