@@ -247,13 +247,13 @@ def reconstructions(
     predicted: Tensor | Sequence[str],
     classes: Sequence[str] = (),
 ) -> Figure:
-    """Images above the reconstructions from their longest capsules.
+    """Images above the reconstructions from the capsules of their predicted classes.
 
     Args:
         images: in 0…1, `[N, C, H, W]`.
         drawn: reconstructions, of the same shape.
         labels: true classes, `[N]`, or strings to show instead.
-        predicted: classes of the longest capsules, `[N]`, or strings to show instead.
+        predicted: predicted classes, `[N]`, or strings to show instead.
         classes: their names; numbers if not given.
 
     Returns:

@@ -128,8 +128,8 @@ def _of_the_decoder(records: Records) -> list[Section]:
     return [
         Section(
             "Reconstructions",
-            "The images above and what the decoder draws from their longest capsule; wrong ones "
-            "are framed.",
+            "The images above and what the decoder draws from the capsules of the predicted "
+            "classes; wrong ones are framed.",
             f"{len(records.examples)} test images with their reconstructions.",
             figures.reconstructions(
                 torch.stack([example.image for example in records.examples]) / 255,
