@@ -88,6 +88,9 @@ class TrainSettings:
     iterations: Annotated[int | None, _optional("INT", "the preset's; paper and small 3")] = None
     #: Training images are shifted by up to this many pixels.
     shift: Annotated[int | None, _optional("INT", "2; 0 for data sets generated from MNIST")] = None
+    #: Mirror half of the training images, drawn at random for each epoch: for objects that look the
+    #: same from both sides, not for digits.
+    flip: Switch = False
     #: How messages are passed. Affects speed, not results; see graphcaps info.
     engine: Engine = "auto"
     #: Device to train on: auto, cpu, cuda, cuda:1 and so on.
@@ -97,7 +100,7 @@ class TrainSettings:
     #: Capture the forward and backward pass of a step as a CUDA graph and replay it. Needs one
     #: GPU and engine fused. Affects speed, not results.
     cuda_graph: Switch = False
-    #: Seed of the weights, the order of the images and their shifts.
+    #: Seed of the weights, the order of the images, and how they are shifted and mirrored.
     seed: int = 0
     #: Stop after the first epoch with at least this accuracy on the validation set, from 0 to 1.
     until_accuracy: Annotated[float | None, _optional("FLOAT", "train all epochs")] = None

@@ -203,21 +203,35 @@ def test_the_rate_of_each_step_is_the_schedules(tmp_path):
         schedule.step()
 
 
-def test_a_step_sees_the_planned_images_shifted(tmp_path, monkeypatch):
-    here = trainer(tmp_path / "run")
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_step_sees_the_planned_images_shifted_and_mirrored(flip, tmp_path, monkeypatch):
+    here = trainer(tmp_path / "run", flip=flip)
     seen = []
     monkeypatch.setattr(
         here, "parallel", lambda images, labels: seen.append((images, labels)) or here.model(images)
     )
-    order, shifts = here._plan(0)
-    here._take_step(order[:5], shifts[:5])
+    order, moves = here._plan(0)
+    assert moves.shape == (294, 3 if flip else 2)
+    here._take_step(order[:9], moves[:9])
     images, labels = seen[0]
-    assert torch.equal(labels, here.data.train.labels[order[:5]])
-    for image, number, (down, right) in zip(images, order[:5], shifts[:5].tolist(), strict=True):
+    assert torch.equal(labels, here.data.train.labels[order[:9]])
+    mirrored_ones = set()
+    for image, number, move in zip(images, order[:9], moves[:9].tolist(), strict=True):
+        down, right, *mirrored = move
+        mirrored_ones.update(mirrored)
         pixels = here.data.train.images[number].float() / 255
         expected = torch.zeros(1, 32, 32)
         expected[:, 2 + down : 30 + down, 2 + right : 30 + right] = pixels
-        assert torch.equal(image, expected[:, 2:30, 2:30])
+        expected = expected[:, 2:30, 2:30]
+        assert torch.equal(image, expected.flip(2) if mirrored == [1] else expected)
+    assert mirrored_ones == ({0, 1} if flip else set())
+
+
+def test_a_flipped_epoch_has_the_order_and_shifts_of_one_that_is_not(tmp_path):
+    plain, flipped = (trainer(tmp_path / str(flip), flip=flip) for flip in (False, True))
+    (order, shifts), (same, moves) = plain._plan(3), flipped._plan(3)
+    assert torch.equal(order, same) and torch.equal(shifts, moves[:, :2])
+    assert 100 < int(moves[:, 2].sum()) < 194
 
 
 def test_training_names_the_engine_that_it_takes(tmp_path):

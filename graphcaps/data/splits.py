@@ -126,6 +126,24 @@ def shift(images: Tensor, shifts: Tensor) -> Tensor:
     return images.gather(2, rows).gather(3, columns).masked_fill(outside, 0)
 
 
+def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror some of the images left to right.
+
+    Args:
+        images: [N, channels, height, width], any dtype.
+        mirrored: 1 for those to be mirrored, 0 for the others, [N].
+
+    Returns:
+        A new tensor like `images`.
+
+    Example:
+        >>> mirror(torch.tensor([[[[1, 2]]], [[[3, 4]]]]), torch.tensor([0, 1])).flatten(1)
+        tensor([[1, 2],
+                [4, 3]])
+    """
+    return torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
+
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Scale images to another height and width; the aspect ratio may change.
 

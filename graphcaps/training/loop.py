@@ -20,7 +20,7 @@ from tqdm import tqdm
 from graphcaps import __version__
 from graphcaps._dgl import dgl
 from graphcaps.data.datasets import load_dataset
-from graphcaps.data.splits import Dataset, draw_shifts, shift
+from graphcaps.data.splits import Dataset, draw_shifts, mirror, shift
 from graphcaps.engines import choose as choose_engine
 from graphcaps.files import read_record
 from graphcaps.functional import all_right
@@ -288,10 +288,10 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
         self._draw_images(epoch)
-        order, shifts = self._plan(epoch)
+        order, moves = self._plan(epoch)
         for number in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
             chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            self._take_step(order[chosen], shifts[chosen])
+            self._take_step(order[chosen], moves[chosen])
             self.step += 1
             ends = number + 1 == self.steps_per_epoch  # which has a checkpoint of its own
             records = self.step % STEPS_PER_RECORD == 0
@@ -323,16 +323,24 @@ class Trainer:
                 raise KeyboardInterrupt
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The order and shifts of an epoch, which depend only on the seed and its number."""
+        """The order and moves of an epoch, which depend only on the seed and its number.
+
+        Returns:
+            The images in their order, `[N]`; and for each its shift, down and right, and with
+            `flip` 1 if it is mirrored, int64 `[N, 2 or 3]`.
+        """
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._labels), generator=generator)
-        shifts = draw_shifts(len(order), self.shift, generator)
-        return order.to(self.workers.device), shifts.to(self.workers.device)
+        moves = draw_shifts(len(order), self.shift, generator)
+        if self.settings.flip:
+            mirrored = torch.randint(2, (len(order), 1), generator=generator)
+            moves = torch.cat([moves, mirrored], dim=1)
+        return order.to(self.workers.device), moves.to(self.workers.device)
 
-    def _take_step(self, chosen: Tensor, shifts: Tensor) -> None:
+    def _take_step(self, chosen: Tensor, moves: Tensor) -> None:
         """Take one step on a batch; its loss and number of correct images stay on the device."""
         mine = slice(self.workers.rank, None, self.workers.size)
-        batch = chosen[mine], shifts[mine]
+        batch = chosen[mine], moves[mine]
         if self.settings.cuda_graph:
             if self._captured is None:
                 self._captured = Captured(self._loss_and_gradients, batch)
@@ -345,9 +353,12 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
 
-    def _loss(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, chosen: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the number of images classified correctly."""
-        images = as_input(shift(self._images[chosen], shifts), self.model)
+        images = shift(self._images[chosen], moves[:, :2])
+        if self.settings.flip:
+            images = mirror(images, moves[:, 2])
+        images = as_input(images, self.model)
         labels = self._labels[chosen]
         try:
             with torch.autocast(
@@ -359,9 +370,9 @@ class Trainer:
             return torch.full((), torch.nan), torch.zeros(())
         return loss, all_right(self.model.classify(output.lengths), labels).sum()
 
-    def _loss_and_gradients(self, chosen: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_gradients(self, chosen: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
-        loss, correct = self._loss(chosen, shifts)
+        loss, correct = self._loss(chosen, moves)
         loss.backward()
         return loss.detach(), correct
 
