@@ -359,11 +359,11 @@ def test_what_does_not_fit_is_refused(changes, said):
     ("batch", "dim", "parents", "competition", "expected"),
     [
         (1, 16, 6, None, PosesInLanes),
-        (8, 16, 6, None, PosesInLanes),
-        (12, 16, 6, None, SamplesInLanes),
+        (5, 16, 6, None, PosesInLanes),
+        (6, 16, 6, None, SamplesInLanes),
         (64, 16, 6, None, SamplesInLanes),
-        (3, 4, 6, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
-        (8, 16, 1, None, SamplesInLanes),  # expanding poses would cost as much as the votes
+        (2, 4, 6, None, SamplesInLanes),  # a pose of 4 numbers fills a quarter of its lanes
+        (4, 16, 1, None, SamplesInLanes),  # expanding poses would cost as much as the votes
         (64, 16, 2, [0, 1, 0, 1], PosesInLanes),  # the other knows no competition but a child's
     ],
 )
@@ -373,6 +373,15 @@ def test_the_layout_with_less_work_is_chosen(batch, dim, parents, competition, e
     edges = kernels.prepare(graph, 2 * parents, torch.device("cpu"))
     u, weight = torch.zeros(batch, 2, 8), torch.zeros(2 * parents, 8, dim)
     assert type(lay_out.make_parts(u, weight, edges.tensors, parents, 1)) is expected
+
+
+@pytest.mark.parametrize(("matrices", "expected"), [(1, PosesInLanes), (12, SamplesInLanes)])
+def test_many_matrices_are_not_spread_over_the_rows_of_a_pose_for_one_sample(matrices, expected):
+    child, parent = torch.arange(2).repeat_interleave(6), torch.arange(6).repeat(2)
+    graph = gc.routing_graph(child, parent, weight_index=torch.arange(12) % matrices)
+    edges = kernels.prepare(graph, matrices, torch.device("cpu"))
+    u, weight = torch.zeros(1, 2, 16), torch.zeros(matrices, 4, 4)
+    assert type(lay_out.make_parts(u, weight, edges.tensors, 6, 4)) is expected
 
 
 def test_threads_have_whole_children_and_whole_competitions():

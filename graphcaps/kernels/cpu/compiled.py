@@ -22,9 +22,8 @@ from numba.core.serialize import dumps
 njit: Any = numba.njit
 intrinsic: Any = numba.extending.intrinsic
 
-# ANY_ORDER lets LLVM reorder sums. Neither assumes that NaN and infinity do not occur.
+# LLVM may reorder sums, but must not assume that NaN and infinity do not occur.
 ANY_ORDER = {"contract", "reassoc"}
-IN_ORDER = {"contract"}
 
 
 @functools.cache
@@ -65,11 +64,6 @@ def compiled(function: Callable) -> Any:
 def inlined(function: Callable) -> Any:
     """The same, inlined: for functions so short that the call would cost as much as the work."""
     return _compile(function, ANY_ORDER, no_cpython_wrapper=True, forceinline=True)
-
-
-def inlined_in_order(function: Callable) -> Any:
-    """The same as `inlined`, with sums in the order in which they are written."""
-    return _compile(function, IN_ORDER, no_cpython_wrapper=True, forceinline=True)
 
 
 def entry(function: Callable) -> Any:

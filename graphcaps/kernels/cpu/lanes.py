@@ -7,20 +7,19 @@ are flat and indexed by row. Only `add_outer` and `sum_lanes` sum across lanes.
 The rows that a function writes must not overlap those that it reads.
 """
 
-import math
-
-import numpy as np
 from numba import types
-from numba.extending import overload
 
-from graphcaps.kernels.cpu.compiled import (
-    compiled,
-    entry,
-    inlined,
-    inlined_in_order,
-    intrinsic,
+from graphcaps.kernels.cpu.compiled import compiled, entry, inlined, intrinsic
+from graphcaps.kernels.cpu.vectors import (
+    add_four_sums,
+    exp_below_0,
+    larger,
+    minus,
+    plus,
+    spread,
+    sum_of,
+    times,
 )
-from graphcaps.kernels.cpu.vectors import add_four_sums, plus, spread, sum_of, times
 from graphcaps.kernels.cpu.vectors import put_row as put_vector
 from graphcaps.kernels.cpu.vectors import row as vector
 
@@ -103,57 +102,56 @@ def lay_node_in_samples(x, row, samples, nodes, block, node, d, out, lanes):
 def fill(out, o, value, count, lanes):
     """`out[d] = value` for `count` rows."""
     L = 16 * len(lanes)
-    for n in range(o * L, (o + count) * L):
-        put(out, n, value)
+    for n in range(o * L, (o + count) * L, 16):
+        put_vector(out, n, spread(value))
 
 
 @inlined
 def copy(out, o, x, i, count, lanes):
     """`out[d] = x[d]`."""
     L = 16 * len(lanes)
-    for n in range(count * L):
-        put(out, o * L + n, get(x, i * L + n))
+    for n in range(0, count * L, 16):
+        put_vector(out, o * L + n, vector(x, i * L + n))
 
 
 @inlined
 def copy_negative(out, o, x, i, count, lanes):
     """`out[d] = −x[d]`."""
     L = 16 * len(lanes)
-    for n in range(count * L):
-        put(out, o * L + n, -get(x, i * L + n))
+    for n in range(0, count * L, 16):
+        put_vector(out, o * L + n, minus(vector(x, i * L + n)))
 
 
 @inlined
 def add(out, o, x, i, count, lanes):
     """`out[d] += x[d]`."""
     L = 16 * len(lanes)
-    for n in range(count * L):
-        put(out, o * L + n, get(out, o * L + n) + get(x, i * L + n))
+    for n in range(0, count * L, 16):
+        put_vector(out, o * L + n, plus(vector(out, o * L + n), vector(x, i * L + n)))
 
 
 @inlined
 def add_number(out, o, number, lanes):
     """`out += number`, one row."""
     L = 16 * len(lanes)
-    for n in range(o * L, (o + 1) * L):
-        put(out, n, get(out, n) + number)
+    for n in range(o * L, (o + 1) * L, 16):
+        put_vector(out, n, plus(vector(out, n), spread(number)))
 
 
 @inlined
 def maximum(out, o, x, i, lanes):
     """`out = max(out, x)`, one row; NaN in x is ignored."""
     L = 16 * len(lanes)
-    for n in range(L):
-        found, other = get(out, o * L + n), get(x, i * L + n)
-        put(out, o * L + n, other if other > found else found)
+    for n in range(0, L, 16):
+        put_vector(out, o * L + n, larger(vector(out, o * L + n), vector(x, i * L + n)))
 
 
 @inlined
 def multiply(out, o, x, i, lanes):
     """`out *= x`, one row."""
     L = 16 * len(lanes)
-    for n in range(L):
-        put(out, o * L + n, get(out, o * L + n) * get(x, i * L + n))
+    for n in range(0, L, 16):
+        put_vector(out, o * L + n, times(vector(out, o * L + n), vector(x, i * L + n)))
 
 
 @inlined
@@ -168,18 +166,19 @@ def invert(out, o, lanes):
 def subtract_and_multiply(out, o, x, i, y, j, lanes):
     """`out = (out − x) y`, one row."""
     L = 16 * len(lanes)
-    for n in range(L):
-        put(out, o * L + n, (get(out, o * L + n) - get(x, i * L + n)) * get(y, j * L + n))
+    for n in range(0, L, 16):
+        difference = plus(vector(out, o * L + n), minus(vector(x, i * L + n)))
+        put_vector(out, o * L + n, times(difference, vector(y, j * L + n)))
 
 
 @inlined
 def sum_lanes(x, i, lanes):
     """The sum of one row."""
     L = 16 * len(lanes)
-    total = x.dtype.type(0)
-    for n in range(i * L, (i + 1) * L):
-        total += get(x, n)
-    return total
+    total = vector(x, i * L)
+    for n in range(16, L, 16):
+        total = plus(total, vector(x, i * L + n))
+    return sum_of(total)
 
 
 @compiled
@@ -314,22 +313,33 @@ def add_dot(out, o, x, i, y, j, count, lanes):
 
 
 @inlined
+def add_products(out, o, x, i, y, j, lanes):
+    """`out += x y`, one row."""
+    L = 16 * len(lanes)
+    for n in range(0, L, 16):
+        product = times(vector(x, i * L + n), vector(y, j * L + n))
+        put_vector(out, o * L + n, plus(vector(out, o * L + n), product))
+
+
+@inlined
 def add_squares(out, o, x, i, y, j, count, lanes):
     """`out += Σ_d x[d] y[d]²`, one row; unrolled over four d."""
     L = 16 * len(lanes)
-    for d in range(0, count - 3, 4):
-        i0, j0 = (i + d) * L, (j + d) * L
-        for n in range(L):
-            y0, y1 = get(y, j0 + n), get(y, j0 + L + n)
-            y2, y3 = get(y, j0 + 2 * L + n), get(y, j0 + 3 * L + n)
-            t0, t1 = get(x, i0 + n) * y0 * y0, get(x, i0 + L + n) * y1 * y1
-            t2, t3 = get(x, i0 + 2 * L + n) * y2 * y2, get(x, i0 + 3 * L + n) * y3 * y3
-            put(out, o * L + n, get(out, o * L + n) + ((t0 + t1) + (t2 + t3)))
-    for d in range(count - count % 4, count):
-        i0, j0 = (i + d) * L, (j + d) * L
-        for n in range(L):
-            y0 = get(y, j0 + n)
-            put(out, o * L + n, get(out, o * L + n) + get(x, i0 + n) * y0 * y0)
+    for n in range(0, L, 16):
+        total = vector(out, o * L + n)
+        for d in range(0, count - 3, 4):
+            i0, j0 = (i + d) * L + n, (j + d) * L + n
+            y0, y1 = vector(y, j0), vector(y, j0 + L)
+            y2, y3 = vector(y, j0 + 2 * L), vector(y, j0 + 3 * L)
+            t0 = times(times(vector(x, i0), y0), y0)
+            t1 = times(times(vector(x, i0 + L), y1), y1)
+            t2 = times(times(vector(x, i0 + 2 * L), y2), y2)
+            t3 = times(times(vector(x, i0 + 3 * L), y3), y3)
+            total = plus(total, plus(plus(t0, t1), plus(t2, t3)))
+        for d in range(count - count % 4, count):
+            y0 = vector(y, (j + d) * L + n)
+            total = plus(total, times(times(vector(x, (i + d) * L + n), y0), y0))
+        put_vector(out, o * L + n, total)
 
 
 @inlined
@@ -356,97 +366,47 @@ def add_two_scaled(out, o, w, e, x, i, v, f, y, j, count, lanes):
 
 @inlined
 def add_scaled(out, o, w, e, x, i, count, lanes):
-    """`out[d] += w · x[d]`, unrolled over four d."""
+    """`out[d] += w · x[d]`."""
     L = 16 * len(lanes)
-    for d in range(0, count - 3, 4):
-        o0, i0 = (o + d) * L, (i + d) * L
-        o1, o2, o3 = o0 + L, o0 + 2 * L, o0 + 3 * L
-        i1, i2, i3 = i0 + L, i0 + 2 * L, i0 + 3 * L
-        for n in range(L):
-            factor = get(w, e * L + n)
-            put(out, o0 + n, get(out, o0 + n) + factor * get(x, i0 + n))
-            put(out, o1 + n, get(out, o1 + n) + factor * get(x, i1 + n))
-            put(out, o2 + n, get(out, o2 + n) + factor * get(x, i2 + n))
-            put(out, o3 + n, get(out, o3 + n) + factor * get(x, i3 + n))
-    for d in range(count - count % 4, count):
-        o0, i0 = (o + d) * L, (i + d) * L
-        for n in range(L):
-            put(out, o0 + n, get(out, o0 + n) + get(w, e * L + n) * get(x, i0 + n))
+    for n in range(0, L, 16):
+        factor = vector(w, e * L + n)
+        for d in range(count):
+            o0, i0 = (o + d) * L + n, (i + d) * L + n
+            put_vector(out, o0, plus(vector(out, o0), times(factor, vector(x, i0))))
 
 
 @inlined
 def add_scaled_with_squares(out, squares, o, w, e, x, i, count, lanes):
     """`out[d] += w · x[d]` and `squares[d] += w · x[d]²`."""
     L = 16 * len(lanes)
-    for d in range(count):
-        o0, i0 = (o + d) * L, (i + d) * L
-        for n in range(L):
-            x0 = get(x, i0 + n)
-            t0 = get(w, e * L + n) * x0
-            put(out, o0 + n, get(out, o0 + n) + t0)
-            put(squares, o0 + n, get(squares, o0 + n) + t0 * x0)
+    for n in range(0, L, 16):
+        factor = vector(w, e * L + n)
+        for d in range(count):
+            o0, x0 = (o + d) * L + n, vector(x, (i + d) * L + n)
+            term = times(factor, x0)
+            put_vector(out, o0, plus(vector(out, o0), term))
+            put_vector(squares, o0, plus(vector(squares, o0), times(term, x0)))
 
 
 @inlined
 def add_slopes(out, o, w, e, x, i, y, j, count, lanes):
     """`out[d] += 2 w · x[d] y[d]`."""
     L = 16 * len(lanes)
-    for d in range(count):
-        o0, i0, j0 = (o + d) * L, (i + d) * L, (j + d) * L
-        for n in range(L):
-            slope = get(w, e * L + n) * get(x, i0 + n) * get(y, j0 + n)
-            put(out, o0 + n, get(out, o0 + n) + (slope + slope))
+    for n in range(0, L, 16):
+        factor = vector(w, e * L + n)
+        factor = plus(factor, factor)
+        for d in range(count):
+            o0, i0, j0 = (o + d) * L + n, (i + d) * L + n, (j + d) * L + n
+            slope = times(factor, times(vector(x, i0), vector(y, j0)))
+            put_vector(out, o0, plus(vector(out, o0), slope))
 
 
-@inlined_in_order
+@inlined
 def exponential(b, i, largest, at, total, o, lanes):
     """`b = exp(b − largest)` and `total += b`, one row."""
     L = 16 * len(lanes)
-    for n in range(L):
-        power = exp_below_0(get(b, i * L + n) - get(largest, at * L + n))
-        put(b, i * L + n, power)
-        put(total, o * L + n, get(total, o * L + n) + power)
-
-
-def exp_below_0(x):
-    """`exp x` for x ≤ 0; NaN gives NaN. In float32 within 2 ulp and without a function call."""
-    raise NotImplementedError("for compiled code only")
-
-
-@overload(exp_below_0, jit_options=dict(fastmath={"contract"}))
-def _exp_below_0(x):
-    if x == types.float32:
-        return _exp_of_float32
-    return lambda x: math.exp(x)  # noqa: PLW0108, numba wants a function of Python
-
-
-LOG2_E = np.float32(1 / math.log(2))
-LN_2_HIGH = np.float32(0.693359375)  # so few bits that its multiples are exact
-LN_2_LOW = np.float32(math.log(2) - 0.693359375)
-ROUNDER = np.float32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer
-SMALLEST = np.float32(-87)  # below, the result is that of −87, 2e-38
-C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
-ONE = np.float32(1)
-
-
-def _exp_of_float32(x):
-    # exp x = 2^k exp r, |r| ≤ ln 2 / 2, where eight terms of the series are enough
-    x = SMALLEST if x < SMALLEST else x  # NaN stays
-    shifted = x * LOG2_E + ROUNDER
-    k = shifted - ROUNDER
-    r = x - k * LN_2_HIGH - k * LN_2_LOW
-    series = ONE + r * (ONE + r * (C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * C7))))))
-    return series * _power_of_2(shifted)
-
-
-@intrinsic
-def _power_of_2(typingctx, shifted):
-    """`2^k` in float32 from `k + ROUNDER`: its last bits, which are k, become the exponent."""
-
-    def build(context, builder, signature, args):
-        int32 = context.get_value_type(types.int32)
-        bits = builder.shl(builder.bitcast(args[0], int32), int32(23))
-        bits = builder.add(bits, int32(127 << 23))
-        return builder.bitcast(bits, context.get_value_type(types.float32))
-
-    return types.float32(types.float32), build
+    for n in range(0, L, 16):
+        below = plus(vector(b, i * L + n), minus(vector(largest, at * L + n)))
+        power = exp_below_0(below)
+        put_vector(b, i * L + n, power)
+        put_vector(total, o * L + n, plus(vector(total, o * L + n), power))

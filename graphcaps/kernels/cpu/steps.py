@@ -13,6 +13,7 @@ from graphcaps.kernels.cpu.lanes import (
     add,
     add_outer,
     add_product,
+    add_products,
     add_scaled,
     add_scaled_with_squares,
     copy,
@@ -80,16 +81,13 @@ def softmax(b, begin, degree, leak, rows, lanes):
 @compiled
 def sum_products(c, g, begin, degree, rows, lanes):
     """`Σ c g` over the edges of a child, in row `TOTAL`; c and g are in rows from `begin` on."""
-    L = 16 * len(lanes)
     zero = c.dtype.type(0)
     fill(rows, TOTAL, zero, 1, lanes)
     terms, end = terms_of_a_sum(degree), begin + degree
     for part in range(begin, end, terms):
         fill(rows, PART, zero, 1, lanes)
         for e in range(part, min(part + terms, end)):
-            for n in range(L):
-                product = get(c, e * L + n) * get(g, e * L + n)
-                put(rows, PART * L + n, get(rows, PART * L + n) + product)
+            add_products(rows, PART, c, e, g, e, lanes)
         add(rows, TOTAL, rows, PART, 1, lanes)
 
 

@@ -4,6 +4,8 @@ LLVM vectorizes long loops by itself, but unrolls a loop of 16 rounds into scala
 functions here therefore use vector types explicitly.
 """
 
+import math
+import struct
 from typing import Any
 
 from llvmlite import ir
@@ -97,6 +99,16 @@ def times(typingctx, x, y):
 
 
 @intrinsic
+def minus(typingctx, x):
+    """`−x`."""
+
+    def build(context, builder, signature, args):
+        return builder.fneg(args[0])
+
+    return x(x), build
+
+
+@intrinsic
 def larger(typingctx, x, y):
     """The larger of x and y, lane by lane; NaN in y is ignored."""
 
@@ -104,6 +116,57 @@ def larger(typingctx, x, y):
         return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
 
     return x(x, y), build
+
+
+LOG2_E = 1 / math.log(2)
+LN_2_HIGH = 0.693359375  # so few bits that its multiples are exact in float32
+LN_2_LOW = math.log(2) - LN_2_HIGH
+ROUNDER = 1.5 * 2**23  # adding and subtracting it rounds to the nearest integer in float32
+SMALLEST = -87  # below, the result is that of −87, 2e-38
+SERIES = [1 / math.factorial(n) for n in range(8)]  # of exp r, |r| ≤ ln 2 / 2
+
+
+@intrinsic
+def exp_below_0(typingctx, x):
+    """`exp x` for x ≤ 0; NaN gives NaN. In float32 within 2 ulp and without a function call."""
+
+    def build(context, builder, signature, args):
+        return _exp_of_float32(builder, *args)
+
+    def build_by_calls(context, builder, signature, args):
+        exp = context.get_function(math.exp, x.dtype(x.dtype))
+        vector = args[0]
+        for n in map(ir.IntType(32), range(LANE)):
+            power = exp(builder, [builder.extract_element(args[0], n)])
+            vector = builder.insert_element(vector, power, n)
+        return vector
+
+    return x(x), build if x.dtype == types.float32 else build_by_calls
+
+
+def _exp_of_float32(builder: Any, x: Any) -> Any:
+    """`exp x = 2^k exp r`; sums are in the order in which they are written."""
+    integers = ir.VectorType(ir.IntType(32), LANE)
+
+    def every(number: float) -> Any:
+        return ir.Constant(x.type, [struct.unpack("f", struct.pack("f", number))[0]] * LANE)
+
+    def multiplied_and_added(a: Any, b: Any, c: Any) -> Any:
+        return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+    small = builder.fcmp_ordered("<", x, every(SMALLEST))  # false for NaN, which stays
+    x = builder.select(small, every(SMALLEST), x)
+    shifted = multiplied_and_added(x, every(LOG2_E), every(ROUNDER))
+    minus_k = builder.fsub(every(ROUNDER), shifted)
+    r = multiplied_and_added(minus_k, every(LN_2_HIGH), x)
+    r = multiplied_and_added(minus_k, every(LN_2_LOW), r)
+    series = every(SERIES[-1])
+    for coefficient in SERIES[-2::-1]:
+        series = multiplied_and_added(series, r, every(coefficient))
+    # 2^k: the last bits of `shifted`, which are k, become the exponent
+    bits = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [23] * LANE))
+    bits = builder.add(bits, ir.Constant(integers, [127 << 23] * LANE))
+    return builder.fmul(series, builder.bitcast(bits, x.type))
 
 
 def _folded(builder: Any, vector: Any, combine: Any) -> Any:
