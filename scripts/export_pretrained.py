@@ -4,6 +4,7 @@ graphcaps train --preset small --epochs 20 --run-dir runs/mnist-small
 python scripts/export_pretrained.py runs/mnist-small graphcaps/nets/pretrained/mnist-small
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,17 @@ from graphcaps.training.checkpoints import RunFolder
 from graphcaps.training.loop import load_data_of
 from graphcaps.training.settings import Recipe
 
+INTRODUCTION = """A CapsNet with {parameters:,} parameters that classifies {subject}: the preset
+`{preset}` of graphcaps. The weights are stored in half precision ({megabytes:.1f} MB) and used in
+single precision. `gallery.safetensors` contains the first {gallery:,} test images and {mistakes} of
+those that the net misclassifies, with their numbers in the test set, for `graphcaps demo {name}`.
+"""
+LIMITS = """**Limits.** {limits} The best of the {epochs} epochs was selected on the validation set,
+not on the test set.
+"""
 CARD = """# {name}
 
-A CapsNet with {parameters:,} parameters that classifies {subject}: the preset `{preset}` of
-graphcaps. The weights are stored in half precision ({megabytes:.1f} MB) and used in single
-precision. `gallery.safetensors` contains the first {gallery:,} test images and {mistakes} of those
-that the net misclassifies, with their numbers in the test set, for `graphcaps demo {name}`.
+{introduction}
 
     model = gc.CapsNet.from_pretrained("{name}")
     output = model(images)    # {images}; poses, lengths, reconstruction
@@ -44,14 +50,13 @@ these files, evaluated once |
 | made with | graphcaps {graphcaps}, torch {torch}, DGL {dgl}, Python {python}; \
 {minutes:.0f} minutes of training |
 
-**Limits.** {limits} The best of the {epochs} epochs was selected on the validation set, not on the
-test set.
+{limits}
 """
 
 
 @dataclass(frozen=True)
 class About:
-    """What a card says of a data set; `{shift}` and `{train_images:,}` are filled in."""
+    """What a card says of a data set, with places for numbers of the training."""
 
     subject: str
     images: str
@@ -64,7 +69,7 @@ ABOUT = {
         "the ten digits of MNIST",
         "[B, 1, 28, 28], ink 1 on paper 0",
         "MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} "
-        "pixels; no other augmentation",
+        "pixels{mirrored}; no other augmentation",
         "The input is one digit, centred and scaled as in MNIST; `graphcaps predict` normalises "
         "photos in this way. The net was trained only on digits, and a class capsule can be long "
         "for other images: `graphcaps predict` and `graphcaps.nets.judge` report this if the "
@@ -75,7 +80,7 @@ ABOUT = {
         "the ten kinds of clothing of Fashion-MNIST",
         "[B, 1, 28, 28], clothing light on black 0",
         "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): {train_images:,} training images, shifted by "
-        "up to {shift} pixels; no other augmentation",
+        "up to {shift} pixels{mirrored}; no other augmentation",
         "The input is a picture of one item on a black background, in grey, as in the shop's "
         "catalogue that the data come from; on photos of clothing as it is worn, expect far less.",
     ),
@@ -109,6 +114,10 @@ def command_of(settings: TrainSettings, recipe: Recipe) -> str:
     if settings.dataset != TrainSettings.dataset:
         words.append(f"--dataset {settings.dataset}")
     words += [f"--epochs {recipe.epochs}", f"--seed {settings.seed}"]
+    if settings.shift is not None:
+        words.append(f"--shift {settings.shift}")
+    if settings.flip:
+        words.append("--flip")
     if settings.amp != TrainSettings.amp:
         words.append(f"--amp {settings.amp}")
     return " ".join(words)
@@ -131,15 +140,15 @@ def main() -> None:
     safetensors.torch.save_file(vars(gallery), options.output / "gallery.safetensors")
     about = ABOUT[settings.dataset]
     shift = data.shift if settings.shift is None else settings.shift
-    words = {"shift": shift, "train_images": len(data.train.labels)}
-    card = CARD.format(
+    mirrored = ", half of them mirrored" if settings.flip else ""
+    words = dict(shift=shift, train_images=len(data.train.labels), mirrored=mirrored)
+    facts = dict(
         name=options.output.name,
         parameters=sum(p.numel() for p in model.parameters()),
         preset=recipe.preset,
         subject=about.subject,
         images=about.images,
         data=about.data.format(**words),
-        limits=about.limits,
         command=command_of(settings, recipe),
         gallery=options.gallery,
         mistakes=int(gallery.mistakes.sum()),
@@ -159,8 +168,15 @@ def main() -> None:
         minutes=result["seconds"] / 60,
         **{name: started.versions[name] for name in ("graphcaps", "torch", "dgl", "python")},
     )
+    introduction = _filled(INTRODUCTION.format(**facts))
+    limits = _filled(LIMITS.format(limits=about.limits, epochs=recipe.epochs))
+    card = CARD.format(introduction=introduction, limits=limits, **facts)
     (options.output / "README.md").write_text(card)
     print(card)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
