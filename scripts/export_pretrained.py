@@ -132,6 +132,8 @@ def main() -> None:
         raise SystemExit(f"{options.run} is not finished: it has no result.json")
     started = run.settings()
     settings, recipe = started.settings, started.recipe
+    if settings.dataset not in ABOUT:
+        raise SystemExit(f"ABOUT has no text for the card of a net trained on {settings.dataset}")
     CapsNet.load(run.best).save(options.output, torch.float16)
     model = CapsNet.load(options.output)
     data = load_data_of(settings)
