@@ -68,8 +68,8 @@ ABOUT = {
     "mnist": About(
         "the ten digits of MNIST",
         "[B, 1, 28, 28], ink 1 on paper 0",
-        "MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to {shift} "
-        "pixels{mirrored}; no other augmentation",
+        "MNIST (LeCun, Cortes, Burges): {train_images:,} training images, shifted by up to "
+        "{shift}{mirrored}; no other augmentation",
         "The input is one digit, centred and scaled as in MNIST; `graphcaps predict` normalises "
         "photos in this way. The net was trained only on digits, and a class capsule can be long "
         "for other images: `graphcaps predict` and `graphcaps.nets.judge` report this if the "
@@ -80,9 +80,10 @@ ABOUT = {
         "the ten kinds of clothing of Fashion-MNIST",
         "[B, 1, 28, 28], clothing light on black 0",
         "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): {train_images:,} training images, shifted by "
-        "up to {shift} pixels{mirrored}; no other augmentation",
+        "up to {shift}{mirrored}; no other augmentation",
         "The input is a picture of one item on a black background, in grey, as in the shop's "
-        "catalogue that the data come from; on photos of clothing as it is worn, expect far less.",
+        "catalogue that the data come from; `graphcaps predict` normalises pictures on plain "
+        "backgrounds in this way. On photos of clothing as it is worn, expect far less.",
     ),
     "multi-mnist": About(
         "the two overlapping digits of each image of MultiMNIST",
@@ -134,14 +135,15 @@ def main() -> None:
     settings, recipe = started.settings, started.recipe
     if settings.dataset not in ABOUT:
         raise SystemExit(f"ABOUT has no text for the card of a net trained on {settings.dataset}")
-    CapsNet.load(run.best).save(options.output, torch.float16)
-    model = CapsNet.load(options.output)
     data = load_data_of(settings)
+    CapsNet.load(run.best, image_kind=data.image_kind).save(options.output, torch.float16)
+    model = CapsNet.load(options.output)
     score = evaluate(model, data.test)
     gallery = gallery_of(model, data, options.gallery)
     safetensors.torch.save_file(vars(gallery), options.output / "gallery.safetensors")
     about = ABOUT[settings.dataset]
-    shift = data.shift if settings.shift is None else settings.shift
+    pixels = data.shift if settings.shift is None else settings.shift
+    shift = "1 pixel" if pixels == 1 else f"{pixels} pixels"
     mirrored = ", half of them mirrored" if settings.flip else ""
     words = dict(shift=shift, train_images=len(data.train.labels), mirrored=mirrored)
     facts = dict(

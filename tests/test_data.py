@@ -488,6 +488,7 @@ def test_fashion_comes_from_debians_files_where_the_mirror_is_silent(tmp_path, m
     fashion = datasets.load_dataset("fashion-mnist", tmp_path / "data")
     assert len(fashion.test.labels) == 4
     assert fashion.classes[0] == "T-shirt/top" and len(fashion.classes) == 10
+    assert fashion.image_kind == "item"
 
 
 def test_the_checksums_of_the_true_mnist_are_those_that_were_published():

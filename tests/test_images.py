@@ -1,4 +1,4 @@
-"""`read_digit` on digits with many kinds of paper and ink."""
+"""`read_digit` on digits with many kinds of paper and ink, and `read_item`."""
 
 import itertools
 import os
@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+import graphcaps as gc
 from graphcaps.data.datasets import load_dataset
-from graphcaps.data.images import read_digit
+from graphcaps.data.images import read_digit, read_item
+from graphcaps.demo import shipped_gallery
 
 DIGITS = load_dataset(str(Path(__file__).parent / "digits")).test.images[:20, 0].numpy()
 WIDTH, HEIGHT = 280, 200
@@ -340,3 +342,44 @@ def test_a_sheet_without_a_digit_is_refused(tmp_path, sheet):
     sheet.save(tmp_path / "empty.png")
     with pytest.raises(ValueError, match=r"empty\.png: expected one digit on plain paper"):
         read_digit(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize(("item", "paper"), [(40, 250), (230, 20)])
+def test_an_item_fills_the_image_and_its_background_is_black(tmp_path, item, paper):
+    pixels = np.full((200, 150), paper, np.uint8)
+    pixels[30:170, 20:90] = item  # 140 × 70, not in the middle
+    Image.fromarray(pixels).save(tmp_path / "dress.png")
+    found = read_item(tmp_path / "dress.png")[0]
+    assert found.shape == (28, 28)
+    inside, outside = found[2:-2, 9:19], torch.cat([found[:, :6], found[:, -6:]], dim=1)
+    assert int((inside.int() - abs(paper - item)).abs().max()) <= 2  # its level is kept
+    assert int(outside.max()) == 0
+
+
+def test_an_item_of_the_nets_size_on_black_stays_as_it_is(tmp_path):
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[3:20, 5:9] = 200
+    Image.fromarray(pixels).save(tmp_path / "shoe.png")
+    assert torch.equal(read_item(tmp_path / "shoe.png")[0], torch.from_numpy(pixels))
+
+
+def test_an_image_without_an_item_is_refused(tmp_path):
+    Image.new("L", (90, 80), 200).save(tmp_path / "empty.png")
+    with pytest.raises(ValueError, match="expected one item on plain paper, found none"):
+        read_item(tmp_path / "empty.png")
+
+
+def test_the_shipped_net_knows_clothing_from_large_pictures_on_white(tmp_path):
+    model = gc.CapsNet.from_pretrained("fashion-mnist-efficient")
+    gallery = shipped_gallery("fashion-mnist-efficient")
+    assert model.config.image_kind == "item"
+    right = 0
+    for image, label in zip(gallery.images[:100, 0], gallery.labels[:100], strict=True):
+        on_white = Image.fromarray(255 - image.numpy()).resize(
+            (140, 140), Image.Resampling.BILINEAR
+        )
+        on_white.save(tmp_path / "item.png")
+        found = read_item(tmp_path / "item.png")
+        with torch.no_grad():
+            right += int(model(found[None] / 255).lengths.argmax() == label)
+    assert right >= 85

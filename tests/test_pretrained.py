@@ -84,5 +84,6 @@ def test_the_card_of_mnist_small_says_99_6_or_more():
 
 
 def test_an_unknown_net_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match="unknown trained net 'mnist'; choose one of mnist-small"):
+    names = "fashion-mnist-efficient, mnist-small, multi-mnist-efficient"
+    with pytest.raises(ValueError, match=f"unknown trained net 'mnist'; choose one of {names}"):
         gc.CapsNet.from_pretrained("mnist")

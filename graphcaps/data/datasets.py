@@ -34,6 +34,7 @@ from graphcaps.data.splits import (
     HELD_OUT,
     TESTED,
     Dataset,
+    ImageKind,
     Parts,
     Split,
     resize,
@@ -156,13 +157,16 @@ def load_dataset(
         train = made.train(train, torch.Generator().manual_seed(0))
     is_digit = name in DATASETS and name not in ("cifar10", "svhn")
     is_digit |= path.is_dir() and (_holds_idx(path) or holds_affnist(path))
+    kind: ImageKind = "digit" if is_digit else "picture"
+    if name == "fashion-mnist":
+        kind = "item"
     return Dataset(
         name,
         classes,
         as_asked(train),
         as_asked(holdout),
         as_asked(test),
-        image_kind="digit" if is_digit else "picture",
+        image_kind=kind,
         shift=0 if made else 2,
         redraw=redraw,
     )

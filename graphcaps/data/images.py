@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from graphcaps.data.splits import resize, with_channels
+from graphcaps.data.splits import ImageKind, resize, with_channels
 from graphcaps.files import read_bounded
 
 FORMATS = ("PNG", "JPEG")  # only these are opened: Pillow passes some formats to other programs
@@ -50,20 +49,56 @@ def read_digit(path: str | Path, size: int = 28) -> Tensor:
         ValueError: The file is not such an image, or no digit is found in it.
         OSError: The file is missing or cannot be read.
     """
+    whole, ink = _read_ink(path, size, "digit")
+    if whole:
+        return torch.from_numpy(ink.astype(np.uint8))[None]
+    digit = _scale(ink, size * 20 // 28)
+    levels = (digit * (255 / float(digit.max()))).round().astype(np.uint8)
+    return torch.from_numpy(_centre(levels, size))[None]
+
+
+def read_item(path: str | Path, size: int = 28) -> Tensor:
+    """Read an image of one item and normalise it like the clothing of Fashion-MNIST.
+
+    Background and item are told apart as paper and ink by `read_digit`. The item's bounding box is
+    scaled to the whole image with its aspect ratio preserved, and its centre is moved to that of
+    the image; the background becomes black (Xiao, Rasul, Vollgraf 2017, section 2). An image of
+    `size` by `size` pixels that is already light on dark is returned unchanged.
+
+    Args:
+        path: as for `read_digit`.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        uint8 [1, size, size], light on dark.
+
+    Raises:
+        ValueError: The file is not such an image, or no item is found in it.
+        OSError: The file is missing or cannot be read.
+    """
+    whole, ink = _read_ink(path, size, "item")
+    levels = (ink if whole else _scale(ink, size)).round().clip(0, 255).astype(np.uint8)
+    canvas = np.zeros((size, size), np.uint8)
+    top, left = ((size - length) // 2 for length in levels.shape)
+    canvas[top : top + levels.shape[0], left : left + levels.shape[1]] = levels
+    return torch.from_numpy(canvas)[None]
+
+
+def _read_ink(path: str | Path, size: int, what: str) -> tuple[bool, NDArray[np.float32]]:
+    """The ink of an image, cut out; or True and the whole image, if it is normalised already."""
     grey = _read_grey(path)
     smooth = _smooth(grey)
     paper = np.median(_border(smooth))
     dark_on_light = paper - smooth.min() > smooth.max() - paper
     if dark_on_light:
         grey = ImageOps.invert(grey)
-    _, box = _find_ink(grey, path)
+    _, box = _find_ink(grey, path, what)
     if grey.size == (size, size) and not dark_on_light:
-        return torch.from_numpy(np.array(grey))[None]
+        return True, np.asarray(grey, np.float32)
     # In the cropped picture the paper is more even, and a small digit is blurred less.
-    ink, box = _find_ink(grey.crop(_widen(box, grey.size)), path)
+    ink, box = _find_ink(grey.crop(_widen(box, grey.size)), path, what)
     left, top, right, bottom = box
-    digit = _scale(ink[top:bottom, left:right], size * 20 // 28)
-    return torch.from_numpy(_centre(digit, size))[None]
+    return False, ink[top:bottom, left:right]
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -94,7 +129,7 @@ def read_picture(path: str | Path) -> Tensor:
 
 
 def read_image(
-    path: str | Path, image_shape: tuple[int, int, int], image_kind: Literal["digit", "picture"]
+    path: str | Path, image_shape: tuple[int, int, int], image_kind: ImageKind
 ) -> Tensor:
     """Read an image file as input for a net.
 
@@ -102,7 +137,7 @@ def read_image(
         path: an image.
         image_shape: channels, height and width of the net's images.
         image_kind: the kind of image that the net was trained on: digits are normalised by
-            `read_digit`, pictures are only scaled to height and width.
+            `read_digit`, items by `read_item`; pictures are only scaled to height and width.
 
     Returns:
         uint8, of shape `image_shape`.
@@ -111,7 +146,10 @@ def read_image(
         ValueError, OSError: as `read_digit` and `read_picture`.
     """
     channels, *size = image_shape
-    image = read_digit(path, min(size)) if image_kind == "digit" else read_picture(path)
+    if image_kind == "picture":
+        image = read_picture(path)
+    else:
+        image = (read_digit if image_kind == "digit" else read_item)(path, min(size))
     return with_channels(resize(image[None], (size[0], size[1])), channels)[0]
 
 
@@ -169,12 +207,12 @@ def _border(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
 
 
-def _find_ink(grey: Image.Image, path: str | Path) -> tuple[NDArray[np.float32], _Box]:
+def _find_ink(grey: Image.Image, path: str | Path, what: str) -> tuple[NDArray[np.float32], _Box]:
     """Return how much lighter than the paper each pixel is, and the bounding box of the ink."""
     smooth = _smooth(grey)
     paper = np.median(_border(smooth))
     if smooth.max() - paper < _LEAST_CONTRAST:
-        raise ValueError(f"{path}: expected one digit on plain paper, found none")
+        raise ValueError(f"{path}: expected one {what} on plain paper, found none")
     threshold = _otsu((smooth - paper).clip(0))
     rows, columns = np.nonzero(smooth - paper > threshold)
     faint = smooth - paper < threshold / 2
@@ -205,14 +243,12 @@ def _otsu(levels: NDArray[np.float32]) -> float:
     return float(edges[1:][(below[:-1] * above * difference**2).argmax()])
 
 
-def _scale(digit: NDArray[np.float32], longest: int) -> NDArray[np.uint8]:
-    """Scale to `longest` pixels on the longer side, and the strongest ink to 255."""
-    height, width = digit.shape
+def _scale(ink: NDArray[np.float32], longest: int) -> NDArray[np.float32]:
+    """Scale to `longest` pixels on the longer side."""
+    height, width = ink.shape
     factor = longest / max(height, width)
     shape = max(1, round(width * factor)), max(1, round(height * factor))
-    scaled = Image.fromarray(digit).resize(shape, Image.Resampling.BILINEAR)
-    levels: NDArray[np.float32] = np.asarray(scaled, np.float32)
-    return (levels * (255 / float(levels.max()))).round().astype(np.uint8)
+    return np.asarray(Image.fromarray(ink).resize(shape, Image.Resampling.BILINEAR), np.float32)
 
 
 def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

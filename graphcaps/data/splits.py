@@ -12,6 +12,8 @@ from torch import Tensor
 TESTED = 6  # one image in six is set aside for testing if a data set has no test part
 HELD_OUT = 12  # one training image in twelve goes to the validation set
 
+ImageKind = Literal["digit", "item", "picture"]  # see `Dataset`
+
 
 class Split(NamedTuple):
     """Labelled images.
@@ -52,7 +54,8 @@ class Dataset:
         train: the training set.
         holdout: the validation set.
         test: the test set.
-        image_kind: digits, light on dark and centred like MNIST's, or any pictures.
+        image_kind: digits, light on dark and centred like MNIST's; items on a black background,
+            like Fashion-MNIST's; or any pictures.
         shift: default for the largest shift of training images, in pixels.
         redraw: generates as many new training images for each epoch; None if they are always the
             same.
@@ -63,7 +66,7 @@ class Dataset:
     train: Split
     holdout: Split
     test: Split
-    image_kind: Literal["digit", "picture"] = "digit"
+    image_kind: ImageKind = "digit"
     shift: int = 2
     redraw: Callable[[torch.Generator], Split] | None = None
 

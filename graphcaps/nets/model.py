@@ -133,7 +133,8 @@ class CapsNetConfig:
         hidden: layers of convolutional capsules between primary and class capsules.
         shared: one matrix for each capsule map and class; votes then have coordinates.
         class_names: names of the classes; their numbers by default.
-        image_kind: how an image file is read, see `graphcaps.data.read_digit` and `read_picture`.
+        image_kind: how an image file is read, see `read_digit`, `read_item` and `read_picture` of
+            `graphcaps.data`.
         labels_per_image: number of classes to predict, those of the longest capsules; 0 for all
             classes with a capsule longer than 0.5.
 
@@ -165,7 +166,7 @@ class CapsNetConfig:
     hidden: tuple[CapsuleMaps, ...] = ()
     shared: bool = False
     class_names: tuple[str, ...] | None = None
-    image_kind: Literal["digit", "picture"] = "digit"
+    image_kind: Literal["digit", "item", "picture"] = "digit"
     labels_per_image: int = 1
 
     def __post_init__(self) -> None:
@@ -743,7 +744,7 @@ class CapsNet(nn.Module):
         """Load a trained net that ships with the library; README.md in its folder describes it.
 
         Args:
-            name: of data set and preset: `"mnist-small"`, `"fashion-mnist-small"` or
+            name: of data set and preset: `"mnist-small"`, `"fashion-mnist-efficient"` or
                 `"multi-mnist-efficient"`.
             engine: see `CapsuleLayer`.
             changes: fields of the configuration that differ, such as `classes`, to train further
