@@ -365,6 +365,15 @@ def test_a_digit_is_centred_and_scaled_as_those_of_mnist_are(shown):
             assert shown.text("verdict") == "4"
 
 
+def test_a_drawn_item_fills_the_image(browser, tmp_path):
+    shown = Demo(browser, tmp_path / "demo.html", lively_model(image_kind="item")).open()
+    shown.draw(ANGLE)
+    rows, columns = (shown.image()[0, 0] > 0.1).nonzero().unbind(1)
+    assert {int(rows.min()), int(rows.max())} == {0, 27}  # it is taller than wide
+    assert int(columns.min() + columns.max()) in (26, 27, 28)
+    assert_quiet(shown)
+
+
 def test_a_digit_is_drawn_and_taken_back_with_keys_alone(shown):
     for _ in range(5):
         shown.press("Tab")

@@ -110,7 +110,7 @@ function layerPixels({ image }) {
 
 /** The drawing in as many channels as the net's images have. */
 function drawnPixels() {
-  const drawn = state.drawing.image(size);
+  const drawn = state.drawing.image(size, data.config.image_kind);
   const pixels = new Float32Array(channels * size * size);
   range(channels).forEach((channel) => pixels.set(drawn.pixels, channel * size * size));
   return { ...drawn, pixels };

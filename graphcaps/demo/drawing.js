@@ -54,23 +54,25 @@ class Drawing {
 
   /**
    * The drawing as MNIST has its digits: the longer side of what is drawn fills 20 of 28 pixels,
-   * the centre of mass is in the middle. The pen is as wide for a small drawing as for a large one.
+   * the centre of mass is in the middle. Of an `item` it fills the image, and its own centre is in
+   * the middle. The pen is as wide for a small drawing as for a large one.
    *
    * Returns pixels from 0 to 1, [size, size], and where on the sheet they lie: left, top and side.
    */
-  image(size) {
+  image(size, kind) {
     if (this.empty) return { pixels: new Float32Array(size * size), left: 0, top: 0, side: SHEET };
     const points = this.strokes.flat();
     const [low, high] = [Math.min, Math.max].map((extreme) => {
       return [0, 1].map((axis) => extreme(...points.map((point) => point[axis])));
     });
     const longer = Math.max(high[0] - low[0], high[1] - low[1]) + PEN;
-    const side = Math.max(longer / DIGITS_SHARE, SHEET / LARGEST_GROWTH);
+    const share = kind === "item" ? 1 : DIGITS_SHARE;
+    const side = Math.max(longer / share, SHEET / LARGEST_GROWTH);
     const middle = [0, 1].map((axis) => (low[axis] + high[axis]) / 2);
     const count = size * FINER;
     const ink = this.rendered(middle, side, count);
     const mass = centreOfMass(ink, count);
-    const moved = mass.map((place) => Math.round(place - count / 2));
+    const moved = mass.map((place) => (kind === "item" ? 0 : Math.round(place - count / 2)));
     return {
       pixels: reduced(ink, count, moved),
       left: middle[0] - side / 2 + (moved[0] / count) * side,
