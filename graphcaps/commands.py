@@ -144,7 +144,8 @@ def _demo(settings: DemoSettings) -> None:
     folder = find_net(settings.run_dir)
     model, name = CapsNet.load(folder), settings.run_dir.resolve().name
     check_routed(model)
-    if folder.parent == PRETRAINED:
+    ships = folder.parent == PRETRAINED
+    if ships:
         if settings.dataset is not None or settings.data_dir is not None:
             raise ValueError(
                 "a net that ships with graphcaps has its own images: name a run, or omit "
@@ -157,7 +158,7 @@ def _demo(settings: DemoSettings) -> None:
     write_demo(model, classes, gallery, settings.output, name)
     tell(f"The demo is in {settings.output}; open it in a browser")
     others = [other for other in pretrained_names() if other != name]
-    if folder.parent == PRETRAINED and others:
+    if ships and others:
         tell(f"graphcaps demo NAME shows another net: {', '.join(others)}")
 
 

@@ -190,7 +190,7 @@ def _trained_longer() -> str:
 
 
 def _accuracy(cells: Sequence[Cell], seeds: int) -> str:
-    """Mean ± standard deviation of test accuracies, and of how many seeds, where some miss."""
+    """Mean ± standard deviation of test accuracies, and the number of seeds if some are missing."""
     found = [100 * cell.test_accuracy for cell in cells if cell.test_accuracy is not None]
     text = f"{statistics.mean(found):.2f}" if found else ""
     if len(found) > 1:

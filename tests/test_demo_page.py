@@ -297,10 +297,8 @@ def test_a_net_of_two_digits_an_image_names_both_and_draws_both_halves(browser, 
     shown = Demo(browser, tmp_path / "demo.html", model).open()
     assert shown.run("document.title").startswith("Draw two digits")
     assert not shown.run("document.getElementById('mode').checkVisibility()")
-    truth, predicted = (
-        shown.gallery.labels,
-        model.classify(model(shown.gallery.images / 255).lengths),
-    )
+    truth = shown.gallery.labels
+    predicted = model.classify(model(shown.gallery.images / 255).lengths)
     assert shown.text("verdict") == names_of(predicted[0])
     assert shown.run("document.querySelectorAll('#lengths .true').length") == 2
     wrong = shown.gallery.mistakes.nonzero().flatten().tolist()

@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,11 +77,9 @@ def read_item(path: str | Path, size: int = 28) -> Tensor:
         OSError: The file is missing or cannot be read.
     """
     whole, ink = _read_ink(path, size, "item")
-    levels = (ink if whole else _scale(ink, size)).round().clip(0, 255).astype(np.uint8)
-    canvas = np.zeros((size, size), np.uint8)
-    top, left = ((size - length) // 2 for length in levels.shape)
-    canvas[top : top + levels.shape[0], left : left + levels.shape[1]] = levels
-    return torch.from_numpy(canvas)[None]
+    levels = (ink if whole else _scale(ink, size)).round().astype(np.uint8)
+    corner = [(size - length) // 2 for length in levels.shape]
+    return torch.from_numpy(_place(levels, size, corner))[None]
 
 
 def _read_ink(path: str | Path, size: int, what: str) -> tuple[bool, NDArray[np.float32]]:
@@ -253,13 +251,18 @@ def _scale(ink: NDArray[np.float32], longest: int) -> NDArray[np.float32]:
 
 def _centre(digit: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Place the digit on an empty square, its centre of mass as close to the centre as possible."""
-    canvas = np.zeros((size, size), np.uint8)
     corner = []
     for axis, length in enumerate(digit.shape):
         centre = np.average(np.arange(length), weights=digit.sum(1 - axis))
         # The centre of mass is in [13.5, 14.5) of 28 pixels, as in all MNIST digits.
         start = math.ceil(size / 2 - 0.5 - centre)
         corner.append(min(max(start, 0), size - length))
+    return _place(digit, size, corner)
+
+
+def _place(levels: NDArray[np.uint8], size: int, corner: Sequence[int]) -> NDArray[np.uint8]:
+    """Place an image on an empty square, from row and column `corner` on."""
+    canvas = np.zeros((size, size), np.uint8)
     top, left = corner
-    canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    canvas[top : top + levels.shape[0], left : left + levels.shape[1]] = levels
     return canvas

@@ -71,8 +71,9 @@ class Drawing {
     const middle = [0, 1].map((axis) => (low[axis] + high[axis]) / 2);
     const count = size * FINER;
     const ink = this.rendered(middle, side, count);
-    const mass = centreOfMass(ink, count);
-    const moved = mass.map((place) => (kind === "item" ? 0 : Math.round(place - count / 2)));
+    const moved = kind === "item"
+      ? [0, 0]
+      : centreOfMass(ink, count).map((place) => Math.round(place - count / 2));
     return {
       pixels: reduced(ink, count, moved),
       left: middle[0] - side / 2 + (moved[0] / count) * side,

@@ -393,38 +393,34 @@ _MATRICES = CapsNetConfig(
     primary_stride=1,
     shared=True,
 )
+_EFFICIENT = CapsNetConfig(
+    convolutions=(
+        Convolution(32, 5, batch_norm=True),
+        Convolution(64, 3, batch_norm=True),
+        Convolution(64, 3, batch_norm=True),
+        Convolution(128, 3, stride=2, batch_norm=True),
+    ),
+    capsule_maps=16,
+    primary_kernel=9,
+    primary_stride=1,
+    depthwise=True,
+    primary_squash="exponential_squash",
+    routing="self_attention",
+)
 PRESETS = {
     "paper": CapsNetConfig(),
     "small": _SMALL,
     # Mazzia, Salvetti & Chiaberge 2021: 161,824 parameters without the decoder
-    "efficient": CapsNetConfig(
-        convolutions=(
-            Convolution(32, 5, batch_norm=True),
-            Convolution(64, 3, batch_norm=True),
-            Convolution(64, 3, batch_norm=True),
-            Convolution(128, 3, stride=2, batch_norm=True),
-        ),
-        capsule_maps=16,
-        primary_kernel=9,
-        primary_stride=1,
-        depthwise=True,
-        primary_squash="exponential_squash",
-        routing="self_attention",
-    ),
+    "efficient": _EFFICIENT,
     # the same paper's net for MultiMNIST, 154,656 parameters without the decoder on 32 × 32 pixels
-    "efficient-multi": CapsNetConfig(
+    "efficient-multi": replace(
+        _EFFICIENT,
         convolutions=(
-            Convolution(32, 5, batch_norm=True),
-            Convolution(64, 3, batch_norm=True),
+            *_EFFICIENT.convolutions[:2],
             Convolution(64, 3, stride=2, batch_norm=True),
-            Convolution(128, 3, stride=2, batch_norm=True),
+            _EFFICIENT.convolutions[3],
         ),
-        capsule_maps=16,
         primary_kernel=5,
-        primary_stride=1,
-        depthwise=True,
-        primary_squash="exponential_squash",
-        routing="self_attention",
         decoder_hidden=(128, 256),
     ),
     # Hinton, Sabour & Frosst 2018, section 4: A = 64, B = 8, C = D = 16; and 32 for all of them
